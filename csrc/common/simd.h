@@ -1,0 +1,89 @@
+// Vectors of the instruction set being compiled: loads, stores and fused multiply-add.
+//
+// Included by kernel files inside common/foreach_isa.h, once per instruction set. Arithmetic is written with the
+// ordinary operators (GCC vector extensions); only what they lack stands here.
+#ifndef FW_ISA
+#error "common/simd.h is for kernel files compiled by common/foreach_isa.h"
+#endif
+
+// Guarded per instruction set, since two kernel files may be compiled in one source file.
+#if (FW_ISA_LEVEL == 0 && !defined(FW_SIMD_GENERIC)) || (FW_ISA_LEVEL == 1 && !defined(FW_SIMD_AVX2)) || \
+    (FW_ISA_LEVEL == 2 && !defined(FW_SIMD_AVX512))
+#if FW_ISA_LEVEL == 0
+#define FW_SIMD_GENERIC
+#elif FW_ISA_LEVEL == 1
+#define FW_SIMD_AVX2
+#else
+#define FW_SIMD_AVX512
+#endif
+
+namespace finite_width::FW_ISA::simd {
+
+constexpr int kBytes = FW_ISA_LEVEL == 2 ? 64 : FW_ISA_LEVEL == 1 ? 32 : 16;
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+  typedef T unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
+};
+
+// As many T as one register holds: Vec<float> is 16, 8 or 4 floats.
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+constexpr int kLanes = kBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+inline __attribute__((always_inline)) Vec<T> load(const T* from) {
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(from);
+}
+
+template <class T>
+inline __attribute__((always_inline)) void store(T* to, Vec<T> value) {
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(to) = value;
+}
+
+template <class T>
+inline __attribute__((always_inline)) Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;
+}
+
+// a * b + c with one rounding, on every instruction set.
+inline __attribute__((always_inline)) Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if FW_ISA_LEVEL == 2
+  return _mm512_fmadd_ps(a, b, c);
+#elif FW_ISA_LEVEL == 1
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  Vec<float> result;
+  for (int lane = 0; lane < kLanes<float>; ++lane) result[lane] = std::fma(a[lane], b[lane], c[lane]);
+  return result;
+#endif
+}
+
+inline __attribute__((always_inline)) Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if FW_ISA_LEVEL == 2
+  return _mm512_fmadd_pd(a, b, c);
+#elif FW_ISA_LEVEL == 1
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  Vec<double> result;
+  for (int lane = 0; lane < kLanes<double>; ++lane) result[lane] = std::fma(a[lane], b[lane], c[lane]);
+  return result;
+#endif
+}
+
+// a * b + c with whatever rounding is quickest: for sums whose bits are promised for one instruction set only
+// (matrix products). Without a fused instruction, std::fma would be a call per lane.
+template <class T>
+inline __attribute__((always_inline)) Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if FW_ISA_LEVEL == 0
+  return a * b + c;
+#else
+  return fma(a, b, c);
+#endif
+}
+
+}  // namespace finite_width::FW_ISA::simd
+#endif

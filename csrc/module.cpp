@@ -1,0 +1,33 @@
+// The Python module finite_width._C: facts about the build and the processor. Tensors never pass through here;
+// the ops register themselves with torch's dispatcher when this library is loaded (each wing's bind.cpp).
+#include <pybind11/pybind11.h>
+
+#include "common/isa.h"
+#include "common/parallel.h"
+
+namespace py = pybind11;
+namespace fw = finite_width;
+
+#define FW_STRINGIFY_(text) #text
+#define FW_STRINGIFY(text) FW_STRINGIFY_(text)
+
+static py::dict build_facts() {
+  py::dict facts;
+  facts["compiler"] = "g++ " __VERSION__;
+  facts["torch_built_for"] = FW_STRINGIFY(FINITE_WIDTH_BUILT_FOR_TORCH);
+#ifdef FINITE_WIDTH_CUDA
+  facts["cuda_architectures"] = FW_STRINGIFY(FINITE_WIDTH_CUDA_ARCHITECTURES);
+#else
+  facts["cuda_architectures"] = "";
+#endif
+  return facts;
+}
+
+PYBIND11_MODULE(_C, module) {
+  fw::isa();  // a wrong FINITE_WIDTH_ISA fails the import, not the first kernel
+  module.attr("version") = FW_STRINGIFY(FINITE_WIDTH_VERSION);
+  module.def("build_facts", &build_facts);
+  module.def("isa", [] { return fw::isa_name(fw::isa()); });
+  module.def("detected_isa", [] { return fw::isa_name(fw::detected_isa()); });
+  module.def("num_threads", &fw::num_threads);
+}

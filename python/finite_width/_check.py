@@ -1,0 +1,50 @@
+"""Checks on what users pass: each raises a ValueError or TypeError that names the argument and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_tensor(name: str, value: Any) -> None:
+    """Raise TypeError unless value is a torch.Tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def is_float(name: str, value: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64)) -> None:
+    """Raise TypeError unless the tensor has one of the given dtypes."""
+    if value.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def has_dim(name: str, value: Tensor, dim: int, shape: str) -> None:
+    """Raise ValueError unless the tensor has `dim` axes; `shape` names them, such as "[N, D]"."""
+    if value.dim() != dim:
+        raise ValueError(f"{name} must have shape {shape}, got {list(value.shape)}")
+
+
+def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors have one dtype (TypeError) and one device (ValueError)."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}, but {other_name} has {other.dtype}; convert one of them")
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, but {other_name} is on {other.device}; move one of them")
+
+
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def positive_int(name: str, value: Any) -> None:
+    """Raise unless value is an int (TypeError) of at least 1 (ValueError)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

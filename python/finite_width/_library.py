@@ -1,0 +1,175 @@
+"""The torch.ops library: every op's schema in one place, the compiled module, and the switch to the references."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VERSION = "0.1.0"
+
+# Name -> schema, wing by wing. `(a!)` marks an argument that the op writes.
+SCHEMAS: dict[str, str] = {
+    # Shared.
+    "gemm": "(Tensor a, Tensor b, Tensor? bias=None) -> Tensor",
+    # NTK.
+    # Tensor-Train.
+    # Path-SGD.
+    # Bayes.
+}
+
+_LIBRARY = torch.library.Library("finite_width", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+
+# Name -> the plain-torch definition; filled by `register`.
+REFERENCES: dict[str, Callable[..., Any]] = {}
+
+
+def register(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register an op's reference and shape function; returns the op, `torch.ops.finite_width.<name>`.
+
+    The reference is registered under CompositeExplicitAutograd: where the compiled module has a kernel for the
+    device, the kernel wins; else the reference runs.
+
+    Args:
+        name: a key of `SCHEMAS`.
+        reference: the op in plain torch, with the schema's arguments.
+        fake: computes the result's shape and dtype alone, for torch.compile.
+    """
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"finite_width::{name}", fake, lib=_LIBRARY)
+    REFERENCES[name] = reference
+    return getattr(torch.ops.finite_width, name).default
+
+
+def differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """One callable for a differentiable op, right in eager mode, under torch.func and under torch.compile.
+
+    In eager mode it is `function`, whose `jvp`, `vmap` and double backward all work; while compiling it is the op
+    itself with the same backward, since torch.compile refuses a Function with a `jvp`.
+
+    Args:
+        op: what `register` returned.
+        function: an autograd.Function with `setup_context`, `backward`, `jvp` and `vmap`, whose `forward` calls `op`.
+    """
+    name = op._schema.name
+    torch.library.register_autograd(name, function.backward, setup_context=function.setup_context, lib=_LIBRARY)
+    torch.library.register_vmap(name, function.vmap, lib=_LIBRARY)
+
+    def call(*args: Any) -> Any:
+        return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
+
+    return call
+
+
+class _ReferenceMode(TorchDispatchMode):
+    """Sends this library's ops to their references."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "finite_width":
+            return REFERENCES[func._schema.name.split("::")[1]](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Run this library's ops in plain torch inside the block, without the compiled kernels.
+
+    For comparing a kernel with its definition. It holds in eager mode, with autograd and under vmap.
+
+    Raises:
+        RuntimeError: inside torch.compile, which cannot trace such a mode. There, set
+            FINITE_WIDTH_DISABLE_EXT=1 before the import instead.
+
+    Example:
+        >>> import torch, finite_width as fw
+        >>> with fw.reference_only():
+        ...     fw.build_info()["kernels"]
+        'reference_only()'
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "fw.reference_only() is a dispatch mode, which torch.compile cannot trace; "
+            "set FINITE_WIDTH_DISABLE_EXT=1 before importing finite_width instead"
+        )
+    global _reference_depth
+    _reference_depth += 1
+    try:
+        with _ReferenceMode():
+            yield
+    finally:
+        _reference_depth -= 1
+
+
+_reference_depth = 0
+
+
+def _load_compiled_module() -> ModuleType | None:
+    """The module finite_width._C, or None where it was not built or is switched off."""
+    if os.environ.get("FINITE_WIDTH_DISABLE_EXT") == "1":
+        return None
+    if importlib.util.find_spec("finite_width._C") is None:
+        return None  # a pure-Python install; `build_info()` says so
+    # A module that is there but does not load is an error to see, never to swallow.
+    module = importlib.import_module("finite_width._C")
+    if module.version != VERSION:
+        raise ImportError(
+            f"finite_width {VERSION} found a compiled module of version {module.version}; reinstall finite-width"
+        )
+    return module
+
+
+COMPILED: ModuleType | None = _load_compiled_module()
+
+
+def has_kernels() -> bool:
+    """Whether the compiled kernels are loaded and in force.
+
+    Example:
+        >>> import finite_width as fw
+        >>> isinstance(fw.has_kernels(), bool)
+        True
+    """
+    return COMPILED is not None and _reference_depth == 0
+
+
+def build_info() -> dict[str, Any]:
+    """Facts about this installation: versions, compiler, instruction set, GEMM table, CUDA, threads.
+
+    Returns:
+        A dict of printable values. `kernels` is "compiled", or the reason why the references run instead.
+
+    Example:
+        >>> import finite_width as fw
+        >>> fw.build_info()["version"]
+        '0.1.0'
+    """
+    if _reference_depth:
+        kernels = "reference_only()"
+    elif COMPILED is not None:
+        kernels = "compiled"
+    elif os.environ.get("FINITE_WIDTH_DISABLE_EXT") == "1":
+        kernels = "switched off by FINITE_WIDTH_DISABLE_EXT=1"
+    else:
+        kernels = "not built: plain torch"
+    info: dict[str, Any] = {
+        "version": VERSION,
+        "kernels": kernels,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "ops": sorted(SCHEMAS),
+    }
+    if COMPILED is not None:
+        info |= COMPILED.build_facts()
+        info |= {"isa": COMPILED.isa(), "detected_isa": COMPILED.detected_isa()}
+    return info
