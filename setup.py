@@ -68,7 +68,14 @@ def extension():
     ]
     # Multiply and add fuse only where the source says so (csrc/common/foreach_isa.h).
     optimise = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    warn = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"]
+    warn = [
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        "-Wno-psabi",
+        "-Wno-ignored-attributes",
+        "-Wno-unknown-pragmas",
+    ]
     compile_flags = {"cxx": [*optimise, "-fvisibility=hidden", *warn], "nvcc": []}
     link = {"extra_link_args": ["-Wl,-s"]}
     include = [str(ROOT / "csrc"), pybind11.get_include()]

@@ -18,9 +18,9 @@ const char* isa_name(Isa isa);
 
 // Picks the variant of a function compiled by common/foreach_isa.h for the instruction set in force.
 #if defined(__x86_64__)
-#define FW_DISPATCH(function)                                                                \
-  (::finite_width::isa() == ::finite_width::Isa::avx512 ? &::finite_width::avx512::function  \
-   : ::finite_width::isa() == ::finite_width::Isa::avx2 ? &::finite_width::avx2::function    \
+#define FW_DISPATCH(function)                                                               \
+  (::finite_width::isa() == ::finite_width::Isa::avx512 ? &::finite_width::avx512::function \
+   : ::finite_width::isa() == ::finite_width::Isa::avx2 ? &::finite_width::avx2::function   \
                                                         : &::finite_width::generic::function)
 #else
 #define FW_DISPATCH(function) (&::finite_width::generic::function)

@@ -41,4 +41,6 @@ Tensor gemm_cpu(const Tensor& a, const Tensor& b, const std::optional<Tensor>& b
 }  // namespace
 }  // namespace finite_width
 
-STABLE_TORCH_LIBRARY_IMPL(finite_width, CPU, library) { library.impl("gemm", TORCH_BOX(&finite_width::gemm_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(finite_width, CPU, library) {
+  library.impl("gemm", TORCH_BOX(&finite_width::gemm_cpu));
+}

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 VERSION = "0.1.0"
 
-# Name -> schema, wing by wing. `(a!)` marks an argument that the op writes.
+# Name -> schema, wing by wing. `(a!)` marks an argument that the op writes. No default values: the dispatcher drops
+# arguments that equal theirs, and a backward would then see fewer inputs than it returns gradients.
 SCHEMAS: dict[str, str] = {
     # Shared.
-    "gemm": "(Tensor a, Tensor b, Tensor? bias=None) -> Tensor",
+    "gemm": "(Tensor a, Tensor b, Tensor? bias) -> Tensor",
     # NTK.
     # Tensor-Train.
     # Path-SGD.

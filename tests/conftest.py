@@ -1,0 +1,42 @@
+"""Options and fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import finite_width as fw
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    info = fw.build_info()
+    return f"finite_width: kernels {info['kernels']}, instruction set {info.get('isa', '-')}, torch {info['torch']}"
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder with real data; a test that needs it skips where there is none."""
+    folder = os.environ.get("FINITE_WIDTH_DATA")
+    if not folder:
+        pytest.skip("FINITE_WIDTH_DATA names no folder with real data")
+    return Path(folder)
