@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from op_battery import OpCase, Sample, battery
 
 from finite_width._gemm import gemm
+from op_battery import OpCase, Sample, battery
 
 
 def samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
