@@ -1,0 +1,209 @@
+"""Measures cases: interleaved times, peak memory in a fresh process, error against float64, the machine's ceilings.
+
+A wing's file (benchmarks/ntk.py, ...) has `CASES`, a dict of functions that build a `Case`; run.py drives them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+import finite_width as fw
+
+# Where the cases put their tensors; run.py sets it before it builds them.
+DEVICE = "cpu"
+
+
+@dataclass
+class Case:
+    """One thing to compute, and who computes it.
+
+    name, what: the case and, in one line, its shapes and dtype.
+    implementations: name -> a call without arguments that returns a tensor, several, or None.
+    baseline: the implementation that the others' times are ratios to.
+    peers: further implementations, run with --peers; a str says why one is missing.
+    exact: the result in float64, for --refcheck.
+    flops, bytes: the least work that the case needs; its floor is the larger of flops over the machine's measured
+        matrix-product rate and bytes over its measured copy bandwidth.
+    targets: (implementation, against) -> the least ratio time(against) / time(implementation) that is aimed at.
+    min_runs, seconds: at least so many interleaved rounds, and so long, whichever is more; but never over `limit` s.
+    """
+
+    name: str
+    what: str
+    implementations: dict[str, Callable[[], Any]]
+    baseline: str
+    peers: dict[str, Callable[[], Any] | str] = field(default_factory=dict)
+    exact: Callable[[], Any] | None = None
+    flops: float = 0.0
+    bytes: float = 0.0
+    targets: dict[tuple[str, str], float] = field(default_factory=dict)
+    min_runs: int = 20
+    seconds: float = 2.0
+    limit: float = 60.0
+    memory: bool = True
+
+
+def interleave(
+    calls: dict[str, Callable[[], Any]], min_runs: int, seconds: float, limit: float
+) -> dict[str, list[float]]:
+    """Times of each call in seconds, over rounds that run every call once in a new random order."""
+    order = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in order}
+    for name in order:  # warm up: allocations, thread pools, caches of plans
+        calls[name]()
+    shuffle = random.Random(0)
+    started = time.perf_counter()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        while True:
+            shuffle.shuffle(order)
+            for name in order:
+                before = time.perf_counter()
+                calls[name]()
+                times[name].append(time.perf_counter() - before)
+            spent, rounds = time.perf_counter() - started, len(times[order[0]])
+            if spent > limit or (rounds >= min_runs and spent > seconds):
+                return times
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def relative_error(result: Any, exact: Any) -> float:
+    """‖result − exact‖ / ‖exact‖ over all tensors of both, in float64."""
+    results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+    rights = [leaf for leaf in tree_flatten(exact)[0] if isinstance(leaf, Tensor)]
+    if len(results) != len(rights):
+        raise ValueError(f"{len(results)} tensors to compare with {len(rights)}")
+    difference = sum(
+        float((a.detach().double() - b.double()).square().sum()) for a, b in zip(results, rights, strict=True)
+    )
+    norm = sum(float(b.double().square().sum()) for b in rights)
+    return (difference / norm) ** 0.5
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Bytes that a call needs beyond what the process held before it, measured on its second run.
+
+    The first run loads code and fills caches; what it leaves allocated (workspaces kept for reuse) counts as well.
+    Linux only. Meant for a fresh process: run.py starts one for each implementation.
+    """
+
+    def status(field_name: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field_name):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError(f"/proc/self/status has no {field_name}")
+
+    a = torch.randn(64, 64)
+    (a @ a).sum()  # starts the threads
+    anonymous_before = status("RssAnon:")
+    call()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    kept = max(0, status("RssAnon:") - anonymous_before)
+    before = status("VmRSS:")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    result = call()
+    peak = status("VmHWM:") - before
+    del result
+    return peak + kept
+
+
+def product_rate(dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
+    """The machine's best measured matrix-product rate in FLOP/s: torch's, oneDNN's and ours."""
+    from finite_width._gemm import gemm
+
+    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+    calls: dict[str, Callable[[], Any]] = {"torch": lambda: a @ b, "finite-width": lambda: gemm(a, b)}
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        calls["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    times = interleave(calls, min_runs=5, seconds=0.5, limit=10)
+    return 2 * size**3 / min(statistics.median(values) for values in times.values())
+
+
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """The machine's copy bandwidth in bytes/s, bytes read plus bytes written."""
+    source = torch.ones(megabytes * 2**18)
+    target = torch.empty_like(source)
+    times = interleave({"copy": lambda: target.copy_(source)}, min_runs=5, seconds=0.5, limit=10)["copy"]
+    return 2 * source.numel() * 4 / statistics.median(times)
+
+
+def machine_facts() -> dict[str, Any]:
+    """What a figure depends on: processor, threads, versions, measured ceilings."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = next(
+            (s.split(":")[1].strip() for s in cpuinfo.read_text().splitlines() if s.startswith("model name")), model
+        )
+    facts = {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "product_rate_gflops": round(product_rate() / 1e9, 1),
+        "copy_bandwidth_gb_per_s": round(copy_bandwidth() / 1e9, 1),
+    }
+    info = fw.build_info()
+    facts |= {key: info[key] for key in ("version", "torch", "kernels", "threads", "isa", "compiler") if key in info}
+    return facts
+
+
+def measure(case: Case, *, peers: bool, refcheck: bool) -> list[dict[str, Any]]:
+    """One row per implementation: median seconds, spread, ratio to the baseline, error, targets."""
+    calls = dict(case.implementations)
+    rows: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    if peers:
+        for name, peer in case.peers.items():
+            if isinstance(peer, str):
+                missing[name] = peer
+            else:
+                calls[name] = peer
+    times = interleave(calls, case.min_runs, case.seconds, case.limit)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    exact = case.exact() if refcheck and case.exact else None
+    for name, values in times.items():
+        row: dict[str, Any] = {
+            "case": case.name,
+            "implementation": name,
+            "seconds": medians[name],
+            "spread": spread(values),
+            "runs": len(values),
+            "ratio": medians[name] / medians[case.baseline],
+            "baseline": case.baseline,
+        }
+        if exact is not None:
+            row["relative_error"] = relative_error(calls[name](), exact)
+        row["targets"] = [
+            {"against": against, "aim": aim, "measured": medians[against] / medians[name]}
+            for (implementation, against), aim in case.targets.items()
+            if implementation == name and against in medians
+        ]
+        rows.append(row)
+    rows += [{"case": case.name, "implementation": name, "missing": reason} for name, reason in missing.items()]
+    return rows
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the distance between the quartiles, over the median."""
+    if len(values) < 4:
+        return (max(values) - min(values)) / 2 / statistics.median(values)
+    low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2 / statistics.median(values)

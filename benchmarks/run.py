@@ -1,0 +1,111 @@
+"""The one driver of all benchmarks.
+
+python benchmarks/run.py --wing ntk [--case NAME] [--refcheck] [--peers] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+
+import harness
+
+WINGS = ("gemm", "ntk", "tt", "pathsgd", "bayes")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--wing", choices=WINGS, required=True)
+    parser.add_argument("--case", help="run the cases whose name contains this")
+    parser.add_argument("--refcheck", action="store_true", help="compare every implementation with float64")
+    parser.add_argument("--peers", action="store_true", help="run the peers, too")
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory runs (a fresh process each)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="where the cases put their tensors")
+    parser.add_argument("--json", type=Path, help="write the rows and the machine's facts here")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # the fresh process: one implementation of one case
+    return parser.parse_args()
+
+
+def memory_in_fresh_process(options: argparse.Namespace, case: str, implementation: str) -> int | None:
+    """Peak bytes of one implementation, from a process of its own; None where it failed."""
+    command = [sys.executable, __file__, "--wing", options.wing, "--case", case, "--memory-of", implementation]
+    command += ["--threads", str(options.threads), "--device", options.device]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        print(f"memory of {implementation} on {case} not measured:\n{done.stderr[-2000:]}", file=sys.stderr)
+        return None
+    return int(done.stdout.split()[-1])
+
+
+def show(rows: list[dict[str, Any]], facts: dict[str, Any], case: harness.Case) -> None:
+    floor = max(
+        case.flops / (facts["product_rate_gflops"] * 1e9), case.bytes / (facts["copy_bandwidth_gb_per_s"] * 1e9)
+    )
+    print(f"\n{case.name}: {case.what}" + (f"   floor {floor * 1e3:.3g} ms" if floor else ""))
+    print(f"  {'implementation':38} {'ms':>10} {'±%':>5} {'ratio':>8} {'MB':>8} {'error':>9} {'of floor':>8}  aims")
+    for row in rows:
+        if "missing" in row:
+            print(f"  {row['implementation']:38} {row['missing']}")
+            continue
+        if floor:
+            row["floor_seconds"] = floor
+        memory = f"{row['peak_bytes'] / 1e6:8.1f}" if row.get("peak_bytes") is not None else " " * 8
+        error = f"{row['relative_error']:9.1e}" if "relative_error" in row else " " * 9
+        share = f"{100 * floor / row['seconds']:7.0f}%" if floor else " " * 8
+        aims = ", ".join(
+            f"{t['measured']:.2f}× {t['against']} (aim {t['aim']:g}×{'' if t['measured'] >= t['aim'] else ', not met'})"
+            for t in row["targets"]
+        )
+        print(
+            f"  {row['implementation']:38} {row['seconds'] * 1e3:10.3f} {100 * row['spread']:5.1f} {row['ratio']:8.3f} "
+            f"{memory} {error} {share}  {aims}"
+        )
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    harness.DEVICE = options.device
+    cases = importlib.import_module(options.wing).CASES
+    if options.memory_of:
+        case = cases[options.case]()
+        peers = {name: peer for name, peer in case.peers.items() if not isinstance(peer, str)}
+        print(harness.peak_memory({**case.implementations, **peers}[options.memory_of]))
+        return
+    facts = harness.machine_facts()
+    print("  ".join(f"{key}: {value}" for key, value in facts.items()))
+    everything = []
+    for name, build in cases.items():
+        if options.case and options.case not in name:
+            continue
+        case = build()
+        rows = harness.measure(case, peers=options.peers, refcheck=options.refcheck)
+        if case.memory and not options.no_memory:
+            for row in rows:
+                if "missing" not in row:
+                    row["peak_bytes"] = memory_in_fresh_process(options, name, row["implementation"])
+        show(rows, facts, case)
+        everything += [{"what": case.what, **row} for row in rows]
+    if not everything:
+        sys.exit(f"no case of {options.wing} has {options.case!r} in its name; there are: {', '.join(cases)}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python", *sys.argv])
+        record = {"date": time.strftime("%Y-%m-%d"), "command": command, "machine": facts, "rows": everything}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"\nwritten to {options.json}")
+
+
+if __name__ == "__main__":
+    main()
