@@ -1,0 +1,49 @@
+"""A small example of every op, run by the kernel and by its reference: what `python -m finite_width` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from . import _library
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+# Op -> arguments of the raw op, in float32.
+EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "gemm": lambda: (_randn(33, 65), _randn(65, 17), _randn(17)),
+}
+
+
+def self_check() -> Iterator[tuple[str, float, float]]:
+    """For each op: its name, the largest relative difference from its reference, and the bound."""
+    for name, example in EXAMPLES.items():
+        op = getattr(torch.ops.finite_width, name).default
+        bound = 1e-4
+        yield name, _difference(_outcome(op, example()), _outcome(_library.REFERENCES[name], example())), bound
+
+
+def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
+    """What a call returns and what it leaves in its arguments (an op may write them)."""
+    copies = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)
+    leaves = tree_flatten((function(*copies), copies))[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _difference(results: list[Tensor], rights: list[Tensor]) -> float:
+    """max |result − right| / max |right|, the largest over the tensors; NaN where one is NaN."""
+    worst = 0.0
+    for result, right in zip(results, rights, strict=True):
+        if right.numel() == 0 or not right.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(result, right) else float("inf"))
+            continue
+        difference = float((result.double() - right.double()).abs().max() / right.double().abs().max().clamp_min(1e-30))
+        worst = difference if not difference <= worst else worst
+    return worst
