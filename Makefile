@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# ninja is found on the PATH, and lives in the environment.
+INSIDE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # The commands below never pick up another installation.
 unexport PYTHONPATH
 export MPLBACKEND := Agg
@@ -19,8 +21,11 @@ $(VENV)/.requirements: requirements-dev.txt
 
 # An editable install; the compiled module is rebuilt by ninja, which touches only what changed.
 $(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(SOURCES)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) setup.py --quiet build_ext --inplace
+	FINITE_WIDTH_SKIP_EXT=1 $(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@mkdir -p build
+	@echo "building the compiled module (log: build/build.log)"
+	@$(INSIDE) $(RUN) setup.py build_ext --inplace > build/build.log 2>&1 || { tail -n 60 build/build.log; exit 1; }
+	@grep -A3 "compiled module was not built" build/build.log || true
 	touch $@
 
 demo: setup
@@ -52,6 +57,19 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
+
+# The CPU kernels with AddressSanitizer and UBSan, beside the ordinary build; leaks are tests of their own
+# (Python and torch keep what looks like leaks until the process ends).
+sanitize: setup
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r python csrc setup.py pyproject.toml README.md LICENSE build/sanitize && rm -f build/sanitize/python/finite_width/*.so
+	cd build/sanitize && FINITE_WIDTH_SANITIZE=address,undefined FINITE_WIDTH_CUDA=0 FINITE_WIDTH_REQUIRE_EXT=1 \
+	  $(INSIDE) $(CURDIR)/$(RUN) setup.py build_ext --inplace > build.log 2>&1 || { tail -n 60 build.log; exit 1; }
+	for isa in avx512 avx2 generic; do \
+	  FINITE_WIDTH_ISA=$$isa PYTHONPATH=$(CURDIR)/build/sanitize/python ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(RUN) -m pytest tests -m battery -k "kernel or threads or bad_input or gradcheck" -p no:cacheprovider || exit 1; \
+	done
 
 clean:
 	rm -rf build dist out python/*.egg-info python/finite_width/*.so $(VENV)/.built

@@ -5,6 +5,7 @@ Environment:
   FINITE_WIDTH_SKIP_EXT=1        no compiled module
   FINITE_WIDTH_CUDA=0|1|auto     compile the .cu files; auto (default): where nvcc is found and torch has CUDA
   FINITE_WIDTH_CUDA_ARCHITECTURES  default "80;90a+PTX"
+  FINITE_WIDTH_SANITIZE=address,undefined | thread   build the CPU kernels with these sanitizers (make sanitize)
 """
 
 import os
@@ -78,6 +79,10 @@ def extension():
     ]
     compile_flags = {"cxx": [*optimise, "-fvisibility=hidden", *warn], "nvcc": []}
     link = {"extra_link_args": ["-Wl,-s"]}
+    if sanitizers := os.environ.get("FINITE_WIDTH_SANITIZE"):
+        compile_flags["cxx"] += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g", "-O1"]
+        compile_flags["cxx"] += ["-fno-sanitize-recover=undefined"]
+        link["extra_link_args"] = [f"-fsanitize={sanitizers}"]
     include = [str(ROOT / "csrc"), pybind11.get_include()]
     cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*_cuda.cu"))
     home = cuda_home()
