@@ -1,0 +1,278 @@
+"""The NTK wing's ops: tile accumulators and per-example gradients. None is differentiable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import _check, _library
+from . import reference
+
+COMPUTE = ("full", "diagonal", "trace")
+
+
+def _no_result(*_: object) -> None:
+    return None
+
+
+def _position_shape(a: Tensor, d: Tensor) -> Tensor:
+    return d.new_empty(d.shape[0], d.shape[1], d.shape[3] * a.shape[2])
+
+
+def _conv_shape(
+    input: Tensor,
+    delta: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    weights = delta.shape[2] * (input.shape[1] // groups) * math.prod(kernel_size)
+    return delta.new_empty(delta.shape[0], delta.shape[1], weights)
+
+
+_gram_accumulate = _library.register("ntk_gram_accumulate", reference.gram_accumulate, _no_result)
+_jacobian_accumulate = _library.register("ntk_jacobian_accumulate", reference.jacobian_accumulate, _no_result)
+_ghost_accumulate = _library.register("ntk_ghost_accumulate", reference.ghost_accumulate, _no_result)
+_position_gradients = _library.register("ntk_position_gradients", reference.position_gradients, _position_shape)
+_conv_gradients = _library.register("ntk_conv_gradients", reference.conv_gradients, _conv_shape)
+
+
+def _check_tile(out: Tensor, rows: int, columns: int, outputs: int, compute: str) -> None:
+    """Raise unless out has the tile's shape for this `compute`."""
+    _check.one_of("compute", compute, COMPUTE)
+    expected = [rows, columns] + {"full": [outputs, outputs], "diagonal": [outputs], "trace": []}[compute]
+    if list(out.shape) != expected:
+        raise ValueError(f"out must have shape {expected} for compute={compute!r}, got {list(out.shape)}")
+
+
+def _check_operands(first_name: str, first: Tensor, others: dict[str, Tensor]) -> None:
+    """Raise unless all are float tensors of one dtype on one device."""
+    _check.is_tensor(first_name, first)
+    _check.is_float(first_name, first)
+    for name, value in others.items():
+        _check.is_tensor(name, value)
+        _check.like(name, value, first_name, first)
+
+
+def _check_same(name: str, axis: str, size: int, other_name: str, other_size: int) -> None:
+    if size != other_size:
+        raise ValueError(f"{name} has {size} {axis}, but {other_name} has {other_size}")
+
+
+def gram_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: str) -> None:
+    """Add a dense layer's part of a kernel tile: out += (a1 a2ᵀ + bias) ∘ (d1 d2ᵀ).
+
+    For a dense layer with input a and cotangents d = ∂f/∂(layer output), the layer's Jacobian for row n and output o
+    is d[n, o] ⊗ a[n], so the inner product of two of them is the product of two inner products.
+
+    Args:
+        out: [N, M, O, O] for compute "full", [N, M, O] for "diagonal", [N, M] for "trace" (the sum); written; may be
+            a view of a larger result.
+        a1: [N, I], the inputs; float32 or float64, any strides.
+        a2: [M, I]. Where a1 is a2 and d1 is d2, a kernel may compute half and mirror it.
+        d1: [N, O, C], the cotangents of all outputs.
+        d2: [M, O, C].
+        bias: added to every inner product of inputs: 1 where the layer's bias counts, else 0.
+        compute: "full", "diagonal" or "trace".
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on two devices, an unknown `compute`.
+        TypeError: other dtypes.
+
+    Example:
+        >>> import torch
+        >>> from finite_width.ntk import ops
+        >>> out = torch.zeros(1, 1)
+        >>> ops.gram_accumulate(out, torch.ones(1, 3), torch.ones(1, 3), torch.ones(1, 2, 1), torch.ones(1, 2, 1), 1.0,
+        ...                     "trace")
+        >>> out
+        tensor([[8.]])
+    """
+    _check_operands("out", out, {"a1": a1, "a2": a2, "d1": d1, "d2": d2})
+    for name, value in (("a1", a1), ("a2", a2)):
+        _check.has_dim(name, value, 2, "[rows, I]")
+    for name, value in (("d1", d1), ("d2", d2)):
+        _check.has_dim(name, value, 3, "[rows, O, C]")
+    _check_same("d1", "rows", d1.shape[0], "a1", a1.shape[0])
+    _check_same("d2", "rows", d2.shape[0], "a2", a2.shape[0])
+    _check_same("a2", "features", a2.shape[1], "a1", a1.shape[1])
+    _check_same("d2", "outputs", d2.shape[1], "d1", d1.shape[1])
+    _check_same("d2", "channels", d2.shape[2], "d1", d1.shape[2])
+    _check_tile(out, a1.shape[0], a2.shape[0], d1.shape[1], compute)
+    _gram_accumulate(out, a1, a2, d1, d2, bias, compute)
+
+
+def jacobian_accumulate(out: Tensor, j1: Tensor, j2: Tensor, compute: str) -> None:
+    """Add the product of two Jacobian blocks to a kernel tile: out += j1 j2ᵀ.
+
+    Args:
+        out: as for `gram_accumulate`; written.
+        j1: [N, O, P], float32 or float64, any strides.
+        j2: [M, O, P].
+        compute: "full", "diagonal" or "trace".
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on two devices, an unknown `compute`.
+        TypeError: other dtypes.
+
+    Example:
+        >>> import torch
+        >>> from finite_width.ntk import ops
+        >>> out = torch.zeros(2, 2, 3)
+        >>> ops.jacobian_accumulate(out, torch.ones(2, 3, 5), torch.ones(2, 3, 5), "diagonal")
+        >>> out[0, 1]
+        tensor([5., 5., 5.])
+    """
+    _check_operands("out", out, {"j1": j1, "j2": j2})
+    for name, value in (("j1", j1), ("j2", j2)):
+        _check.has_dim(name, value, 3, "[rows, O, P]")
+    _check_same("j2", "outputs", j2.shape[1], "j1", j1.shape[1])
+    _check_same("j2", "parameters", j2.shape[2], "j1", j1.shape[2])
+    _check_tile(out, j1.shape[0], j2.shape[0], j1.shape[1], compute)
+    _jacobian_accumulate(out, j1, j2, compute)
+
+
+def ghost_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: str) -> None:
+    """Add the part of a dense layer used at T positions, without its gradients: Σ_{t, s} (a_t · a_s + bias)(d_t · d_s).
+
+    Cheaper than per-example gradients where T² is small against the layer's width.
+
+    Args:
+        out: as for `gram_accumulate`; written.
+        a1: [N, T, I], the inputs at each position; float32 or float64, any strides.
+        a2: [M, S, I].
+        d1: [N, O, T, C], the cotangents of all outputs at each position.
+        d2: [M, O, S, C].
+        bias: added to every inner product of inputs: 1 where the layer's bias counts, else 0.
+        compute: "full", "diagonal" or "trace".
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on two devices, an unknown `compute`.
+        TypeError: other dtypes.
+
+    Example:
+        >>> import torch
+        >>> from finite_width.ntk import ops
+        >>> out = torch.zeros(1, 1)
+        >>> ops.ghost_accumulate(out, torch.ones(1, 2, 3), torch.ones(1, 2, 3), torch.ones(1, 1, 2, 1),
+        ...                      torch.ones(1, 1, 2, 1), 0.0, "trace")
+        >>> out
+        tensor([[12.]])
+    """
+    _check_operands("out", out, {"a1": a1, "a2": a2, "d1": d1, "d2": d2})
+    for name, value in (("a1", a1), ("a2", a2)):
+        _check.has_dim(name, value, 3, "[rows, T, I]")
+    for name, value in (("d1", d1), ("d2", d2)):
+        _check.has_dim(name, value, 4, "[rows, O, T, C]")
+    for side, a, d in (("1", a1, d1), ("2", a2, d2)):
+        _check_same(f"d{side}", "rows", d.shape[0], f"a{side}", a.shape[0])
+        _check_same(f"d{side}", "positions", d.shape[2], f"a{side}", a.shape[1])
+    _check_same("a2", "features", a2.shape[2], "a1", a1.shape[2])
+    _check_same("d2", "outputs", d2.shape[1], "d1", d1.shape[1])
+    _check_same("d2", "channels", d2.shape[3], "d1", d1.shape[3])
+    _check_tile(out, a1.shape[0], a2.shape[0], d1.shape[1], compute)
+    _ghost_accumulate(out, a1, a2, d1, d2, bias, compute)
+
+
+def position_gradients(a: Tensor, d: Tensor) -> Tensor:
+    """Per-example weight gradients of a dense layer used at T positions: Σ_t d[n, o, t] ⊗ a[n, t].
+
+    Args:
+        a: [N, T, I], the inputs; float32 or float64, any strides.
+        d: [N, O, T, C], the cotangents of all outputs.
+
+    Returns:
+        [N, O, C I], in the layout of a weight [C, I].
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on two devices.
+        TypeError: other dtypes.
+
+    Example:
+        >>> import torch
+        >>> from finite_width.ntk import ops
+        >>> ops.position_gradients(torch.ones(1, 4, 2), torch.ones(1, 1, 4, 3))
+        tensor([[[4., 4., 4., 4., 4., 4.]]])
+    """
+    _check_operands("a", a, {"d": d})
+    _check.has_dim("a", a, 3, "[N, T, I]")
+    _check.has_dim("d", d, 4, "[N, O, T, C]")
+    _check_same("d", "rows", d.shape[0], "a", a.shape[0])
+    _check_same("d", "positions", d.shape[2], "a", a.shape[1])
+    gradients: Tensor = _position_gradients(a, d)
+    return gradients
+
+
+def conv_gradients(
+    input: Tensor,
+    delta: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Per-example weight gradients of a convolution with 1, 2 or 3 spatial axes, without storing the unfold.
+
+    Args:
+        input: [N, Cin, *S], the layer's input; float32 or float64, any strides.
+        delta: [N, O, Cout, *S'], the cotangents of all outputs. A range of output channels of a convolution with
+            groups=1 gives the gradients of those channels alone.
+        kernel_size: one size per spatial axis, as the following three.
+        stride: as in torch's convolution.
+        padding: zeros added on both sides of each axis.
+        dilation: as in torch's convolution.
+        groups: as in torch's convolution.
+
+    Returns:
+        [N, O, P] in the layout of the weight [Cout, Cin / groups, *kernel_size].
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on two devices.
+        TypeError: other dtypes.
+
+    Example:
+        >>> import torch
+        >>> from finite_width.ntk import ops
+        >>> ops.conv_gradients(torch.ones(1, 1, 4), torch.ones(1, 1, 1, 3), [2], [1], [0], [1], 1)
+        tensor([[[3., 3.]]])
+    """
+    _check_operands("input", input, {"delta": delta})
+    spatial = len(kernel_size)
+    if spatial not in (1, 2, 3):
+        raise ValueError(f"kernel_size must have 1, 2 or 3 entries, got {list(kernel_size)}")
+    for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)):
+        if len(value) != spatial:
+            raise ValueError(f"{name} must have {spatial} entries like kernel_size, got {list(value)}")
+    for name, value, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+        ("groups", [groups], 1),
+    ):
+        if min(value) < least:
+            raise ValueError(f"{name} must be at least {least}, got {list(value)}")
+    _check.has_dim("input", input, spatial + 2, "[N, Cin, *S]")
+    _check.has_dim("delta", delta, spatial + 3, "[N, O, Cout, *S']")
+    _check_same("delta", "rows", delta.shape[0], "input", input.shape[0])
+    if input.shape[1] % groups or delta.shape[2] % groups:
+        raise ValueError(
+            f"groups={groups} must divide the channels of input ({input.shape[1]}) and delta ({delta.shape[2]})"
+        )
+    for axis in range(spatial):
+        reach = dilation[axis] * (kernel_size[axis] - 1) + 1
+        positions = (input.shape[axis + 2] + 2 * padding[axis] - reach) // stride[axis] + 1
+        if positions != delta.shape[axis + 3]:
+            raise ValueError(
+                f"delta must have {positions} positions on spatial axis {axis}, since input has "
+                f"{input.shape[axis + 2]}, got {delta.shape[axis + 3]}"
+            )
+    gradients: Tensor = _conv_gradients(
+        input, delta, list(kernel_size), list(stride), list(padding), list(dilation), groups
+    )
+    return gradients

@@ -1,0 +1,77 @@
+"""The NTK wing's ops in plain torch: the definitions, the fallback and the test oracle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _add_pairs(out: Tensor, inner: Tensor, left: Tensor, right: Tensor, compute: str) -> None:
+    """out += inner [N, M] (a factor, 1 where empty) times the products of left [N, O, K] and right [M, O, K]."""
+    if compute == "full":
+        out += inner[:, :, None, None] * torch.einsum("nak,mbk->nmab", left, right)
+    elif compute == "diagonal":
+        out += inner[:, :, None] * torch.einsum("nak,mak->nma", left, right)
+    else:
+        out += inner * torch.einsum("nak,mak->nm", left, right)
+
+
+def gram_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: str) -> None:
+    """out[n, m, a, b] += (a1[n] · a2[m] + bias) (d1[n, a] · d2[m, b])."""
+    _add_pairs(out, a1 @ a2.mT + bias, d1, d2, compute)
+
+
+def jacobian_accumulate(out: Tensor, j1: Tensor, j2: Tensor, compute: str) -> None:
+    """out[n, m, a, b] += j1[n, a] · j2[m, b]."""
+    _add_pairs(out, out.new_ones(()).expand(j1.shape[0], j2.shape[0]), j1, j2, compute)
+
+
+def ghost_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: str) -> None:
+    """out[n, m, a, b] += Σ_{t, s} (a1[n, t] · a2[m, s] + bias) (d1[n, a, t] · d2[m, b, s])."""
+    inner = torch.einsum("nti,msi->nmts", a1, a2) + bias
+    if compute == "full":
+        out += torch.einsum("nmts,nmabts->nmab", inner, torch.einsum("natc,mbsc->nmabts", d1, d2))
+    elif compute == "diagonal":
+        out += torch.einsum("nmts,nmats->nma", inner, torch.einsum("natc,masc->nmats", d1, d2))
+    else:
+        out += torch.einsum("nmts,nmats->nm", inner, torch.einsum("natc,masc->nmats", d1, d2))
+
+
+def position_gradients(a: Tensor, d: Tensor) -> Tensor:
+    """Σ_t d[n, o, t, c] a[n, t, i], flattened to [N, O, C I]."""
+    return torch.einsum("notc,nti->noci", d, a).flatten(2)
+
+
+def conv_gradients(
+    input: Tensor,
+    delta: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Per-example weight gradients of a convolution: one product of cotangent and shifted input per kernel tap."""
+    spatial = len(kernel_size)
+    padded = F.pad(input, [side for pad in reversed(padding) for side in (pad, pad)])
+    rows, outputs, channels_out = delta.shape[:3]
+    positions = delta.shape[3:]
+    channels = input.shape[1] // groups
+    cotangent = delta.reshape(rows, outputs, groups, channels_out // groups, math.prod(positions))
+    taps = []
+    for tap in torch.cartesian_prod(*(torch.arange(size) for size in kernel_size)).reshape(-1, spatial).tolist():
+        window = padded
+        for axis in range(spatial):
+            first = tap[axis] * dilation[axis]
+            last = first + (positions[axis] - 1) * stride[axis] + 1
+            window = window.narrow(axis + 2, first, last - first) if positions[axis] else window.narrow(axis + 2, 0, 0)
+            window = window[(slice(None),) * (axis + 2) + (slice(None, None, stride[axis]),)]
+        taps.append(
+            torch.einsum("nogcs,ngis->nogci", cotangent, window.reshape(rows, groups, channels, math.prod(positions)))
+        )
+    gradients = torch.stack(taps, -1) if taps else cotangent.new_zeros(rows, outputs, groups, 0, channels, 0)
+    return gradients.reshape(rows, outputs, channels_out * channels * math.prod(kernel_size))
