@@ -19,6 +19,20 @@ def _randn(*shape: int) -> Tensor:
 # Op -> arguments of the raw op, in float32.
 EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "gemm": lambda: (_randn(33, 65), _randn(65, 17), _randn(17)),
+    "ntk_gram_accumulate": lambda: (
+        *(torch.zeros(7, 5, 3, 3), _randn(7, 33), _randn(5, 33), _randn(7, 3, 17), _randn(5, 3, 17)),
+        *(1.0, "full"),
+    ),
+    "ntk_jacobian_accumulate": lambda: (torch.zeros(7, 5), _randn(7, 3, 65), _randn(5, 3, 65), "trace"),
+    "ntk_ghost_accumulate": lambda: (
+        *(torch.zeros(7, 5, 3), _randn(7, 4, 33), _randn(5, 6, 33), _randn(7, 3, 4, 17), _randn(5, 3, 6, 17)),
+        *(1.0, "diagonal"),
+    ),
+    "ntk_position_gradients": lambda: (_randn(7, 4, 33), _randn(7, 3, 4, 17)),
+    "ntk_conv_gradients": lambda: (
+        *(_randn(3, 4, 9, 9), _randn(3, 2, 6, 4, 5)),
+        *([3, 3], [2, 2], [1, 1], [1, 1], 2),
+    ),
 }
 
 
