@@ -46,7 +46,7 @@ inline __attribute__((always_inline)) void store(T* to, Vec<T> value) {
 
 template <class T>
 inline __attribute__((always_inline)) Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // not `+`: 0 + -0 is 0, so an addition would stay in the code
 }
 
 // a * b + c with one rounding, on every instruction set.

@@ -1,25 +1,35 @@
-// The matrix product on the CPU.
+// The matrix product on the CPU: picks the copy for the instruction set in force.
 #include "gemm/gemm.h"
 
 #include "common/parallel.h"
+#include "common/workspace.h"
+
+#define FW_KERNEL_FILE "gemm/gemm_kernel.h"
+#include "common/foreach_isa.h"
 
 namespace finite_width {
 
 template <class T>
 void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
           int64_t b_col, const T* bias, T* c, int64_t c_row) {
-  parallel_blocks(M, [&](int64_t m) {
-    for (int64_t n = 0; n < N; ++n) {
-      T sum = 0;
-      for (int64_t k = 0; k < K; ++k) sum += a[m * a_row + k * a_col] * b[k * b_row + n * b_col];
-      c[m * c_row + n] = sum + (bias ? bias[n] : T(0));
-    }
-  });
+  FW_DISPATCH(gemm<T>)(M, N, K, a, a_row, a_col, b, b_row, b_col, bias, c, c_row);
 }
 
-template void gemm<float>(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, int64_t,
-                          const float*, float*, int64_t);
-template void gemm<double>(int64_t, int64_t, int64_t, const double*, int64_t, int64_t, const double*, int64_t, int64_t,
-                           const double*, double*, int64_t);
+template <class T>
+void gemm_batched(int64_t count, int64_t M, int64_t N, int64_t K, const T* a, int64_t a_batch, int64_t a_row,
+                  int64_t a_col, const T* b, int64_t b_batch, int64_t b_row, int64_t b_col, T* c, int64_t c_batch,
+                  int64_t c_row) {
+  FW_DISPATCH(gemm_batched<T>)
+  (count, M, N, K, a, a_batch, a_row, a_col, b, b_batch, b_row, b_col, c, c_batch, c_row);
+}
+
+#define FW_INSTANTIATE(T)                                                                                            \
+  template void gemm<T>(int64_t, int64_t, int64_t, const T*, int64_t, int64_t, const T*, int64_t, int64_t, const T*, \
+                        T*, int64_t);                                                                                \
+  template void gemm_batched<T>(int64_t, int64_t, int64_t, int64_t, const T*, int64_t, int64_t, int64_t, const T*,   \
+                                int64_t, int64_t, int64_t, T*, int64_t, int64_t);
+FW_INSTANTIATE(float)
+FW_INSTANTIATE(double)
+#undef FW_INSTANTIATE
 
 }  // namespace finite_width

@@ -1,0 +1,166 @@
+// Register tiles and panel packing of the tile GEMM, compiled once per instruction set (gemm_tile.cpp).
+//
+// The floor of a register tile is one multiply-add of a whole vector per execution port and cycle. A tile of
+// kTileRows x 2 vectors needs kTileRows broadcasts and 2 loads for 2 kTileRows of them, so it can come close.
+#include "common/gemm_tile.h"
+#include "common/simd.h"
+
+namespace finite_width::FW_ISA::tile {
+namespace {
+
+// sum[r][c] over depth, then stored to or added to out. R rows, V vectors of columns; `tail` of the last vector
+// are wanted (tail == 0: all of them).
+template <class T, int R, int V>
+void register_tile(int64_t depth, const T* a, const T* b, int64_t b_step, T* out, int64_t out_row, int tail, bool add) {
+  constexpr int L = simd::kLanes<T>;
+  simd::Vec<T> sum[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = simd::Vec<T>{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    simd::Vec<T> right[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) right[v] = simd::load(b + v * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const simd::Vec<T> left = simd::broadcast(a[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = simd::multiply_add<T>(left, right[v], sum[r][v]);
+    }
+    a += kTileRows<T>;
+    b += b_step;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    T* row = out + r * out_row;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      T* to = row + v * L;
+      if (v == V - 1 && tail) {
+        T lanes[L];
+        simd::store(lanes, sum[r][v]);
+        for (int lane = 0; lane < tail; ++lane) to[lane] = add ? to[lane] + lanes[lane] : lanes[lane];
+      } else {
+        simd::store(to, add ? simd::load(to) + sum[r][v] : sum[r][v]);
+      }
+    }
+  }
+}
+
+template <class T>
+using TileFunction = void (*)(int64_t, const T*, const T*, int64_t, T*, int64_t, int, bool);
+
+template <class T, int V, int... R>
+TileFunction<T> pick_rows(int rows, std::integer_sequence<int, R...>) {
+  static constexpr TileFunction<T> table[] = {&register_tile<T, R + 1, V>...};
+  return table[rows - 1];
+}
+
+// A square of L x L values, transposed in registers: log2(L) rounds of pairwise interleaving.
+template <class T, int Half>
+inline __attribute__((always_inline)) void interleave(simd::Vec<T>& low, simd::Vec<T>& high) {
+  constexpr int L = simd::kLanes<T>;
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
+  typedef Index Mask __attribute__((vector_size(simd::kBytes)));
+  Mask first, second;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < L; ++lane) {
+    const int from_high = (lane / Half) % 2;
+    first[lane] = from_high ? L + lane - Half : lane;
+    second[lane] = from_high ? L + lane : lane + Half;
+  }
+  const simd::Vec<T> a = low, b = high;
+  low = __builtin_shuffle(a, b, first);
+  high = __builtin_shuffle(a, b, second);
+}
+
+template <class T, int Half>
+inline __attribute__((always_inline)) void transpose_rounds(simd::Vec<T> (&square)[simd::kLanes<T>]) {
+  if constexpr (Half >= 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < simd::kLanes<T>; ++i) {
+      if ((i / Half) % 2 == 0) interleave<T, Half>(square[i], square[i + Half]);
+    }
+    transpose_rounds<T, Half / 2>(square);
+  }
+}
+
+// panel[k][i] = from[i * index_step + k], i < count <= L, for a group of L lanes of a panel that is Width wide.
+template <class T, int Width>
+void pack_transposed(const T* from, int64_t index_step, int count, int64_t depth, T* panel) {
+  constexpr int L = simd::kLanes<T>;
+  int64_t k = 0;
+  for (; k + L <= depth; k += L) {
+    simd::Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) square[i] = i < count ? simd::load(from + i * index_step + k) : simd::Vec<T>{};
+    transpose_rounds<T, L / 2>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) simd::store(panel + (k + i) * Width, square[i]);
+  }
+  for (; k < depth; ++k) {
+    for (int i = 0; i < L; ++i) panel[k * Width + i] = i < count ? from[i * index_step + k] : T(0);
+  }
+}
+
+template <class T, int Width>
+void pack(const T* from, int64_t index_step, int64_t k_step, int count, int64_t depth, T* panel) {
+  constexpr int L = simd::kLanes<T>;
+  if (k_step == 1 && depth >= L) {
+    // Groups from right to left: where Width is no multiple of L, the last group's overhang lies on lanes of the next
+    // k that the first group then overwrites, and past the end the panel has kSlack values of room.
+    for (int group = (Width - 1) / L * L; group >= 0; group -= L) {
+      const int wanted = count - group < L ? (count - group > 0 ? count - group : 0) : L;
+      pack_transposed<T, Width>(from + (wanted ? group * index_step : 0), index_step, wanted, depth, panel + group);
+    }
+  } else if (index_step == 1 && count == Width) {
+    for (int64_t k = 0; k < depth; ++k, from += k_step, panel += Width) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Width; i += L) {
+        if (i + L <= Width) {
+          simd::store(panel + i, simd::load(from + i));
+        } else {
+          for (int lane = i; lane < Width; ++lane) panel[lane] = from[lane];
+        }
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < depth; ++k, from += k_step, panel += Width) {
+      for (int i = 0; i < count; ++i) panel[i] = from[i * index_step];
+      for (int i = count; i < Width; ++i) panel[i] = T(0);
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+void multiply_tile(int rows, int columns, int64_t depth, const T* a, const T* b, int64_t b_step, T* out,
+                   int64_t out_row, bool add) {
+  constexpr int L = simd::kLanes<T>;
+  using Rows = std::make_integer_sequence<int, kTileRows<T>>;
+  const TileFunction<T> run = columns <= L ? pick_rows<T, 1>(rows, Rows{}) : pick_rows<T, 2>(rows, Rows{});
+  run(depth, a, b, b_step, out, out_row, columns % L, add);
+}
+
+template <class T>
+void pack_left(const T* from, int64_t index_step, int64_t k_step, int count, int64_t depth, T* panel) {
+  pack<T, kTileRows<T>>(from, index_step, k_step, count, depth, panel);
+}
+
+template <class T>
+void pack_right(const T* from, int64_t index_step, int64_t k_step, int count, int64_t depth, T* panel) {
+  pack<T, kTileColumns<T>>(from, index_step, k_step, count, depth, panel);
+}
+
+#define FW_INSTANTIATE(T)                                                                            \
+  template void multiply_tile<T>(int, int, int64_t, const T*, const T*, int64_t, T*, int64_t, bool); \
+  template void pack_left<T>(const T*, int64_t, int64_t, int, int64_t, T*);                          \
+  template void pack_right<T>(const T*, int64_t, int64_t, int, int64_t, T*);
+FW_INSTANTIATE(float)
+FW_INSTANTIATE(double)
+#undef FW_INSTANTIATE
+
+}  // namespace finite_width::FW_ISA::tile

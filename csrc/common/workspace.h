@@ -1,0 +1,21 @@
+// Scratch memory that each thread keeps between calls: a fresh large allocation costs page faults that rival the
+// kernels which use it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace finite_width {
+
+// The least bytes of this thread's scratch number `slot` (0 <= slot < kWorkspaceSlots), aligned to 64 bytes. The
+// contents are whatever was there; the pointer holds until this thread asks for more of the same slot.
+// Throws std::bad_alloc.
+constexpr int kWorkspaceSlots = 8;
+void* thread_workspace(int slot, size_t bytes);
+
+template <class T>
+T* thread_workspace(int slot, int64_t count) {
+  return static_cast<T*>(thread_workspace(slot, static_cast<size_t>(count) * sizeof(T)));
+}
+
+}  // namespace finite_width
