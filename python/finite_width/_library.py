@@ -30,6 +30,8 @@ SCHEMAS: dict[str, str] = {
     "ntk_conv_gradients": "(Tensor input, Tensor delta, int[] kernel_size, int[] stride, int[] padding, "
     "int[] dilation, int groups) -> Tensor",
     # Tensor-Train.
+    "tt_linear": "(Tensor x, Tensor[] cores, Tensor? bias, int[] plan) -> Tensor",
+    "tt_linear_backward": "(Tensor grad, Tensor x, Tensor[] cores, int[] plan, int[] needs) -> Tensor[]",
     # Path-SGD.
     # Bayes.
 }
@@ -69,14 +71,36 @@ def differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable
         op: what `register` returned.
         function: an autograd.Function with `setup_context`, `backward`, `jvp` and `vmap`, whose `forward` calls `op`.
     """
-    name = op._schema.name
-    torch.library.register_autograd(name, function.backward, setup_context=function.setup_context, lib=_LIBRARY)
-    torch.library.register_vmap(name, function.vmap, lib=_LIBRARY)
+    derivatives(op, function.setup_context, function.backward, function.vmap)
 
     def call(*args: Any) -> Any:
         return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
 
     return call
+
+
+def derivatives(
+    op: Any, setup_context: Callable[..., Any], backward: Callable[..., Any], vmap: Callable[..., Any]
+) -> None:
+    """Register the raw op's own autograd and vmap rules, which torch.compile uses.
+
+    Args:
+        op: what `register` returned.
+        setup_context, backward, vmap: as those of an autograd.Function, with the op's arguments; a list of tensors
+            among them is one argument, whose gradient is a list.
+    """
+    name = op._schema.name
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+    torch.library.register_vmap(name, vmap, lib=_LIBRARY)
+
+
+def nothing_to_differentiate() -> bool:
+    """Whether a raw op may be called in place of its autograd.Function: no gradients, dual numbers or transforms."""
+    return (
+        not torch.is_grad_enabled()
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 class _ReferenceMode(TorchDispatchMode):
