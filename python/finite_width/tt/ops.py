@@ -22,15 +22,14 @@ Cores = Sequence[Tensor]
 
 
 def _fake_linear(x: Tensor, cores: Cores, bias: Tensor | None, plan: Sequence[int]) -> Tensor:
+    in_cores = plan[5]
     columns = 1
-    for core in cores:
+    for core in cores[in_cores:]:  # with three axes, the output modes stand after the input modes
         columns *= core.shape[1]
     return x.new_empty(x.shape[0], columns)
 
 
-def _fake_backward(
-    grad: Tensor, x: Tensor, cores: Cores, plan: Sequence[int], needs: Sequence[int]
-) -> list[Tensor]:
+def _fake_backward(grad: Tensor, x: Tensor, cores: Cores, plan: Sequence[int], needs: Sequence[int]) -> list[Tensor]:
     result = [x.new_empty(x.shape)] if needs[0] else []
     result += [core.new_empty(core.shape) for core in cores] if needs[1] else []
     return result + ([grad.new_empty(grad.shape[1:])] if needs[2] else [])
@@ -288,13 +287,18 @@ def tt_linear_backward(
     Args:
         grad: [B, M].
         x: [B, N], the same dtype and device.
-        cores: [r_{k-1}, m_k, n_k, r_k] each, r_0 = r_d = 1.
+        cores: [r_{k-1}, m_k, n_k, r_k] each, r_0 = r_d = 1; or three axes, see the plan.
         plan: as in `reference.Plan`.
         needs: three flags, for x, the cores and the bias.
 
     Returns:
         What is wanted, in order: [B, N]; one tensor for each core; [M].
+
+    Raises:
+        ValueError: grad and x that are not matrices of as many rows.
     """
+    if x.dim() != 2 or grad.dim() != 2 or x.shape[0] != grad.shape[0]:
+        raise ValueError(f"x must have shape [B, N] with the B of grad, {list(grad.shape)}; got {list(x.shape)}")
     if torch.compiler.is_compiling() or _library.nothing_to_differentiate():
         return list(_backward_op(grad, x, cores, plan, needs))
     return list(_Backward.apply(grad, x, plan, needs, *cores))

@@ -13,16 +13,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What tt_linear's `plan` holds: (split, left_first, dense_forward, dense_input_grad, dense_core_grads).
+# What tt_linear's `plan` holds: (split, left_first, dense_forward, dense_input_grad, dense_core_grads, in_cores).
 #   split           number of cores in the left half
 #   left_first      1: x meets L, then R; 0: x meets R, then L
 #   dense_*         1: that pass builds W (or the gradient of W) from the halves
+#   in_cores        0: the cores have four axes; k > 0: three, and the first k hold input modes, the others output modes
 Plan = Sequence[int]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products are summed: float32 for half-precision inputs."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def as_matrix(cores: Sequence[Tensor], in_cores: int) -> list[Tensor]:
+    """The cores with four axes [r_{k-1}, m_k, n_k, r_k]: where they have three, the missing mode is 1."""
+    if not in_cores:
+        return list(cores)
+    return [core.unsqueeze(1 if k < in_cores else 2) for k, core in enumerate(cores)]
 
 
 def merge(cores: Sequence[Tensor]) -> Tensor:
@@ -68,15 +76,15 @@ def _unit(like: Tensor, rank: int) -> Tensor:
 
 def tt_linear(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, plan: Plan) -> Tensor:
     """x [B, N] -> x Wᵀ + bias [B, M]."""
-    split, left_first, dense_forward = plan[:3]
+    split, left_first, dense_forward, _, _, in_cores = plan
     wide = accumulation_dtype(x.dtype)
-    left, right = halves([core.to(wide) for core in cores], split)
+    left, right = halves([core.to(wide) for core in as_matrix(cores, in_cores)], split)
     rows = x.to(wide)
     if dense_forward:
         y = rows @ dense(left, right).mT
     else:
         y = _contract(rows, left, right, left_first)
-    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype).contiguous()
 
 
 def _contract(x: Tensor, left: Tensor, right: Tensor, left_first: int) -> Tensor:
@@ -89,7 +97,9 @@ def _contract(x: Tensor, left: Tensor, right: Tensor, left_first: int) -> Tensor
     return y.reshape(x.shape[0], left.shape[0] * right.shape[1])
 
 
-def tt_linear_backward(grad: Tensor, x: Tensor, cores: Sequence[Tensor], plan: Plan, needs: Sequence[int]) -> list[Tensor]:
+def tt_linear_backward(
+    grad: Tensor, x: Tensor, cores: Sequence[Tensor], plan: Plan, needs: Sequence[int]
+) -> list[Tensor]:
     """The gradients of Σ grad · tt_linear(x, cores, bias).
 
     Args:
@@ -100,10 +110,10 @@ def tt_linear_backward(grad: Tensor, x: Tensor, cores: Sequence[Tensor], plan: P
     Returns:
         What is wanted, in order: [B, N]; one tensor for each core; [M].
     """
-    split, left_first, _, dense_input_grad, dense_core_grads = plan
+    split, left_first, _, dense_input_grad, dense_core_grads, in_cores = plan
     needs_x, needs_cores, needs_bias = needs
     wide = accumulation_dtype(x.dtype)
-    wide_cores = [core.to(wide) for core in cores]
+    wide_cores = [core.to(wide) for core in as_matrix(cores, in_cores)]
     left, right = halves(wide_cores, split)
     out, rows = grad.to(wide), x.to(wide)
     result = []
@@ -125,11 +135,12 @@ def tt_linear_backward(grad: Tensor, x: Tensor, cores: Sequence[Tensor], plan: P
             else:
                 left_grad = torch.einsum("bnrc,bac->anr", torch.einsum("bnk,rck->bnrc", inputs, right), outputs)
                 right_grad = torch.einsum("bnrc,bnk->rck", torch.einsum("anr,bac->bnrc", left, outputs), inputs)
-        result += split_gradient(left_grad[None], wide_cores[:split])
-        result += split_gradient(right_grad[..., None], wide_cores[split:])
+        parts = split_gradient(left_grad[None], wide_cores[:split])
+        parts += split_gradient(right_grad[..., None], wide_cores[split:])
+        result += [part.reshape(core.shape) for part, core in zip(parts, cores, strict=True)]
     if needs_bias:
         result.append(out.sum(0))
-    return [value.to(x.dtype) for value in result]
+    return [value.to(x.dtype).contiguous() for value in result]
 
 
 def tt_chain(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, groups: Sequence[int], left_first: int) -> Tensor:

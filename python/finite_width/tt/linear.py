@@ -1,0 +1,315 @@
+"""TTLinear: a fully connected layer whose weight is a Tensor Train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod, sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _check
+from . import decomposition, functional, planner, reference
+from .modes import bond_limits, check_modes, choose_modes, number_of_cores, parameter_count
+
+Ranks = int | Sequence[int]
+
+
+class TTCores(nn.Module):
+    """What all Tensor-Train layers share: cores as parameters core_0, core_1, ..., their ranks and their start."""
+
+    def _register_cores(self, shapes: Sequence[Sequence[int]], device: Any, dtype: Any) -> None:
+        self._count = len(shapes)
+        for k, shape in enumerate(shapes):
+            self.register_parameter(f"core_{k}", nn.Parameter(torch.empty(*shape, device=device, dtype=dtype)))
+
+    @property
+    def cores(self) -> tuple[Tensor, ...]:
+        """The cores in order."""
+        return tuple([getattr(self, f"core_{k}") for k in range(self._count)])
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of the inner bonds."""
+        return tuple(core.shape[0] for core in self.cores[1:])
+
+    @property
+    def core_parameters(self) -> int:
+        """The number of parameters in the cores."""
+        return sum(core.numel() for core in self.cores)
+
+    @torch.no_grad()
+    def set_cores(self, cores: Sequence[Tensor]) -> None:
+        """Copy these values into the cores."""
+        for mine, value in zip(self.cores, cores, strict=True):
+            mine.copy_(value)
+
+    @torch.no_grad()
+    def _start(self, variance: float) -> None:
+        """Gaussian cores, scaled so that the entries of the full tensor have this mean square exactly.
+
+        In expectation Var(W) = Π r_k Π σ_k², so σ = (variance / Π r_k)^(1/2d); but the mean square of one draw
+        strays from that the more, the more cores there are, hence the rescaling.
+        """
+        cores = self.cores
+        deviation = (variance / prod(self.ranks)) ** (0.5 / len(cores))
+        for core in cores:
+            core.normal_(0.0, deviation)
+        mean_square = _mean_square(cores)
+        if mean_square > 0:
+            scale = (variance / mean_square) ** (0.5 / len(cores))
+            for core in cores:
+                core.mul_(scale)
+
+
+def _mean_square(cores: Sequence[Tensor]) -> float:
+    """‖W‖² / (number of entries), by contracting the train with itself, core by core, in float64."""
+    gram = torch.ones(1, 1, dtype=torch.float64, device=cores[0].device)
+    for core in cores:
+        flat = core.double().reshape(core.shape[0], -1, core.shape[-1])
+        gram = torch.einsum("ab,anc,bnd->cd", gram, flat, flat) / flat.shape[1]
+    return float(gram)
+
+
+def _ranks_within(name: str, ranks: Ranks, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The inner ranks: as asked, or fewer where a bond cannot have so many."""
+    asked = decomposition.check_ranks(name, ranks, len(sizes) - 1)
+    return tuple(min(limit, rank) for limit, rank in zip(bond_limits(sizes), asked, strict=True) if rank is not None)
+
+
+class TTLinear(TTCores):
+    """y = x Wᵀ + bias, with W [out_features, in_features] a Tensor Train (`tt_linear`).
+
+    A size without balanced factors is padded: x with zeros, and the rows beyond out_features are dropped;
+    `repr` says so.
+
+    Args:
+        in_features: N.
+        out_features: M.
+        rank: one integer for all inner bonds, or one for each; lowered where a bond cannot have so many.
+        in_modes: factors of N; balanced ones of about 8 if left out.
+        out_modes: factors of M.
+        layout: "matrix" (cores [r, m_k, n_k, r'], as many input as output modes) or "in_out" (cores [r, n_k, r'] of
+            the input, then [r, m_k, r'] of the output).
+        bias: whether to add a bias.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: modes that do not multiply to the size, a rank of 0.
+
+    Source: Novikov et al., "Tensorizing Neural Networks", NeurIPS 2015.
+
+    Example:
+        >>> import torch, finite_width as fw
+        >>> layer = fw.tt.TTLinear(1024, 1024, rank=8)
+        >>> layer(torch.randn(2, 1024)).shape, round(layer.compression_ratio)
+        (torch.Size([2, 1024]), 111)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: Ranks = 8,
+        in_modes: Sequence[int] | None = None,
+        out_modes: Sequence[int] | None = None,
+        layout: str = "matrix",
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check.positive_int("in_features", in_features)
+        _check.positive_int("out_features", out_features)
+        _check.one_of("layout", layout, functional.LAYOUTS)
+        self.in_features, self.out_features, self.layout = in_features, out_features, layout
+        self.in_modes, self.out_modes = _modes(in_features, out_features, in_modes, out_modes, layout)
+        self.padded_in, self.padded_out = prod(self.in_modes), prod(self.out_modes)
+        if layout == "matrix":
+            sizes = tuple(m * n for m, n in zip(self.out_modes, self.in_modes, strict=True))
+            middles: list[tuple[int, ...]] = list(zip(self.out_modes, self.in_modes, strict=True))
+        else:
+            sizes = (*self.in_modes, *self.out_modes)
+            middles = [(size,) for size in sizes]
+        bonds = (1, *_ranks_within("rank", rank, sizes), 1)
+        self._register_cores([(bonds[k], *middle, bonds[k + 1]) for k, middle in enumerate(middles)], device, dtype)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self, variance: float | None = None) -> None:
+        """Draw new values: W of the given mean square (default 1 / (3 in_features), nn.Linear's), bias as nn.Linear."""
+        if variance is None:
+            variance = 1 / (3 * self.in_features)
+        if not variance > 0:
+            raise ValueError(f"variance must be positive, got {variance}")
+        self._start(variance)
+        if self.bias is not None:
+            bound = 1 / sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        eps: float | None = None,
+        max_rank: int | Sequence[int] | None = None,
+        target_params: int | None = None,
+        in_modes: Sequence[int] | None = None,
+        out_modes: Sequence[int] | None = None,
+    ) -> TTLinear:
+        """The Tensor Train of a trained layer's weight (TT-SVD in float64), with the layer's bias.
+
+        Args:
+            linear: an nn.Linear; left as it is.
+            eps: relative error of the weight.
+            max_rank: limit of all ranks, or one for each bond.
+            target_params: limit of the number of parameters, bias included: the largest uniform rank under it.
+            in_modes, out_modes: as in the constructor.
+
+        Raises:
+            ValueError: none of eps, max_rank and target_params; NaN weights; a target below rank 1.
+
+        Example:
+            >>> import torch, finite_width as fw
+            >>> layer = fw.tt.TTLinear.from_linear(torch.nn.Linear(64, 64), max_rank=4)
+            >>> layer.ranks
+            (4,)
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        weight, bias = linear.weight.detach(), linear.bias
+        modes = _modes(linear.in_features, linear.out_features, in_modes, out_modes, "matrix")
+        if target_params is not None:
+            _check.positive_int("target_params", target_params)
+            extra = 0 if bias is None else bias.numel()
+            max_rank = largest_rank(*modes, target_params - extra, max_rank, f"target_params = {target_params}")
+        padded = F.pad(
+            weight.double(), (0, prod(modes[0]) - linear.in_features, 0, prod(modes[1]) - linear.out_features)
+        )
+        cores = decomposition.tt_matrix_svd(padded, modes[1], modes[0], eps=eps, max_rank=max_rank)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            rank=[core.shape[0] for core in cores[1:]],
+            in_modes=_exact(modes[0], linear.in_features),
+            out_modes=_exact(modes[1], linear.out_features),
+            bias=bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        layer.set_cores(cores)
+        if bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(bias)
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        _check.is_tensor("x", x)
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have a last dimension of in_features = {self.in_features}, got {list(x.shape)}")
+        if self.padded_in != self.in_features:
+            x = F.pad(x, (0, self.padded_in - self.in_features))
+        if self.padded_out == self.out_features:
+            return functional.tt_linear(x, self.cores, self.bias, layout=self.layout)
+        y = functional.tt_linear(x, self.cores, None, layout=self.layout)[..., : self.out_features]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def to_dense(self) -> Tensor:
+        """W [out_features, in_features]; differentiable."""
+        in_cores = 0 if self.layout == "matrix" else len(self.in_modes)
+        weight = reference.merge(reference.as_matrix(self.cores, in_cores))[0, :, :, 0]
+        return weight[: self.out_features, : self.in_features]
+
+    @property
+    def compression_ratio(self) -> float:
+        """Parameters of the dense layer over those of this one, bias included in both."""
+        extra = 0 if self.bias is None else self.out_features
+        return (self.in_features * self.out_features + extra) / (self.core_parameters + extra)
+
+    def explain(self, batch: int) -> str:
+        """How a batch of this many rows is computed: order, FLOPs, bytes, forward and backward.
+
+        Example:
+            >>> import finite_width as fw
+            >>> print(fw.tt.TTLinear(1024, 1024, rank=8).explain(64).splitlines()[0])
+            batch 64: cores merged as 2+2; fused halves, the left factor first
+        """
+        _check.positive_int("batch", batch)
+        in_cores = 0 if self.layout == "matrix" else len(self.in_modes)
+        return str(planner.plan(functional.four_axis_shapes(self.cores, in_cores), batch, self.cores[0].dtype))
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_features}, {self.out_features}, in_modes={self.in_modes}, out_modes={self.out_modes}, "
+            f"ranks={self.ranks}, layout={self.layout!r}, bias={self.bias is not None}"
+        )
+        if self.padded_in != self.in_features:
+            text += f", x padded with zeros to {self.padded_in}"
+        if self.padded_out != self.out_features:
+            text += f", rows beyond {self.out_features} of {self.padded_out} dropped"
+        return text
+
+
+def _exact(modes: tuple[int, ...], size: int) -> tuple[int, ...] | None:
+    """The modes, or None where they are padded and the layer finds them again itself."""
+    return modes if prod(modes) == size else None
+
+
+def _modes(
+    in_features: int,
+    out_features: int,
+    in_modes: Sequence[int] | None,
+    out_modes: Sequence[int] | None,
+    layout: str,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(input modes, output modes): those given, checked; balanced ones for those left out."""
+    given_in = None if in_modes is None else tuple(in_modes)
+    given_out = None if out_modes is None else tuple(out_modes)
+    if given_in is not None:
+        check_modes("in_modes", given_in, in_features, "in_features")
+    if given_out is not None:
+        check_modes("out_modes", given_out, out_features, "out_features")
+    if given_in is None:
+        count = number_of_cores(in_features, out_features) if given_out is None else len(given_out)
+        given_in = choose_modes(in_features, count)
+    if given_out is None:
+        given_out = choose_modes(out_features, len(given_in))
+    if layout == "matrix" and len(given_in) != len(given_out):
+        raise ValueError(f'layout "matrix" needs as many in_modes as out_modes, got {given_in} and {given_out}')
+    return given_in, given_out
+
+
+def largest_rank(
+    in_modes: tuple[int, ...],
+    out_modes: tuple[int, ...],
+    parameters: int,
+    max_rank: int | Sequence[int] | None,
+    asked: str,
+) -> list[int]:
+    """The ranks, uniform but for their limits, with the most parameters not above the given number."""
+    sizes = tuple(m * n for m, n in zip(out_modes, in_modes, strict=True))
+    limits = bond_limits(sizes)
+    if max_rank is not None:
+        wanted = decomposition.check_ranks("max_rank", max_rank, len(limits))
+        limits = tuple(min(a, b) for a, b in zip(limits, wanted, strict=True) if b is not None)
+    best: list[int] | None = None
+    low, high = 1, max(limits, default=1)
+    while low <= high:
+        rank = (low + high) // 2
+        ranks = [min(rank, limit) for limit in limits]
+        if parameter_count(in_modes, out_modes, tuple(ranks)) <= parameters:
+            best, low = ranks, rank + 1
+        else:
+            high = rank - 1
+    if best is None:
+        least = parameter_count(in_modes, out_modes, (1,) * len(limits))
+        raise ValueError(f"{asked} leaves {parameters} parameters for the cores, but rank 1 already takes {least}")
+    return best
