@@ -33,6 +33,11 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(_randn(3, 4, 9, 9), _randn(3, 2, 6, 4, 5)),
         *([3, 3], [2, 2], [1, 1], [1, 1], 2),
     ),
+    "tt_linear": lambda: (_randn(7, 35), [_randn(1, 3, 5, 4), _randn(4, 6, 7, 1)], _randn(18), [1, 0, 0, 0, 0, 0]),
+    "tt_linear_backward": lambda: (
+        *(_randn(7, 18), _randn(7, 35), [_randn(1, 3, 5, 4), _randn(4, 6, 7, 1)]),
+        *([1, 1, 0, 0, 0, 0], [1, 1, 1]),
+    ),
 }
 
 
