@@ -10,7 +10,7 @@ namespace finite_width {
 // The least bytes of this thread's scratch number `slot` (0 <= slot < kWorkspaceSlots), aligned to 64 bytes. The
 // contents are whatever was there; the pointer holds until this thread asks for more of the same slot.
 // Throws std::bad_alloc.
-constexpr int kWorkspaceSlots = 8;
+constexpr int kWorkspaceSlots = 32;
 void* thread_workspace(int slot, size_t bytes);
 
 template <class T>

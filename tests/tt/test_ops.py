@@ -95,7 +95,6 @@ CASES = [
         call=fw.tt.tt_linear,
         samples=linear_samples,
         bad=shapes_bad(),
-        opt_outs={"threads": "plain torch until the kernel stands"},
     ),
     OpCase(
         name="tt_linear_backward",
@@ -115,7 +114,6 @@ CASES = [
                 "x must have shape",
             )
         ],
-        opt_outs={"threads": "plain torch until the kernel stands"},
     ),
 ]
 test_battery = battery(CASES)

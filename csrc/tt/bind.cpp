@@ -1,0 +1,205 @@
+// Registers the Tensor-Train ops with torch's dispatcher.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "common/check.h"
+#include "common/parallel.h"
+#include "tt/linear.h"
+#include "tt/workspace.h"
+
+namespace finite_width {
+namespace {
+
+using tt::CoreShape;
+using tt::Piece;
+
+// The upper half of a float's bits, rounded to even; a quiet NaN for NaN.
+uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float from_bfloat16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+constexpr int64_t kChunk = 16384;
+
+void widen(const void* from, int64_t size, float* to) {
+  const uint16_t* half = static_cast<const uint16_t*>(from);
+  parallel_blocks((size + kChunk - 1) / kChunk, [&](int64_t chunk) {
+    for (int64_t k = chunk * kChunk; k < std::min(size, (chunk + 1) * kChunk); ++k) to[k] = from_bfloat16(half[k]);
+  });
+}
+
+void narrow(const float* from, int64_t size, void* to) {
+  uint16_t* half = static_cast<uint16_t*>(to);
+  parallel_blocks((size + kChunk - 1) / kChunk, [&](int64_t chunk) {
+    for (int64_t k = chunk * kChunk; k < std::min(size, (chunk + 1) * kChunk); ++k) half[k] = to_bfloat16(from[k]);
+  });
+}
+
+// The checked arguments that both ops share.
+struct Arguments {
+  tt::Plan plan;
+  std::vector<CoreShape> shapes;
+  std::vector<Tensor> cores;
+  int64_t rows = 1, columns = 1;
+  ScalarType dtype;
+
+  Arguments(const Tensor& x, const std::vector<Tensor>& given, const std::vector<int64_t>& code) {
+    check_cpu(x, "x");
+    check_dim(x, "x", 2);
+    dtype = x.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
+                    "finite_width: x must be float32, float64 or bfloat16");
+    const int64_t count = static_cast<int64_t>(given.size());
+    STD_TORCH_CHECK(code.size() == 6 && code[0] >= 1 && code[0] < count,
+                    "finite_width: plan must have 6 entries and leave a core for each half");
+    plan = {code[0], code[1] != 0, code[2] != 0, code[3] != 0, code[4] != 0};
+    const int64_t in_cores = code[5];
+    for (int64_t k = 0; k < count; ++k) {
+      check_cpu(given[k], "cores");
+      check_dtype(given[k], "cores", dtype);
+      check_dim(given[k], "cores", in_cores ? 3 : 4);
+      const Tensor core = torch::stable::contiguous(given[k]);
+      cores.push_back(core);
+      const int64_t mode = core.size(1), last = core.size(in_cores ? 2 : 3);
+      shapes.push_back({core.size(0), in_cores && k < in_cores ? 1 : mode,
+                        !in_cores      ? core.size(2)
+                        : k < in_cores ? mode
+                                       : 1,
+                        last});
+      STD_TORCH_CHECK(shapes[k].rank_left == (k ? shapes[k - 1].rank_right : 1),
+                      "finite_width: cores must have adjoining ranks");
+      STD_TORCH_CHECK(shapes[k].size() > 0, "finite_width: cores must not be empty");
+      rows *= shapes[k].m;
+      columns *= shapes[k].n;
+    }
+    STD_TORCH_CHECK(shapes.back().rank_right == 1, "finite_width: cores must end with rank 1");
+    check_shape(x, "x", {-1, columns});
+  }
+
+  template <class T>
+  std::vector<const T*> pointers() const {
+    std::vector<const T*> result;
+    for (const Tensor& core : cores) result.push_back(static_cast<const T*>(core.data_ptr()));
+    return result;
+  }
+
+  // The cores in float32, for bfloat16.
+  std::vector<const float*> wide_pointers() const {
+    int64_t total = 0;
+    for (const CoreShape& shape : shapes) total += shape.size();
+    float* room = tt::scratch<float>(Piece::wide_cores, total);
+    std::vector<const float*> result;
+    for (size_t k = 0; k < cores.size(); ++k) {
+      widen(cores[k].data_ptr(), shapes[k].size(), room);
+      result.push_back(room);
+      room += shapes[k].size();
+    }
+    return result;
+  }
+};
+
+Tensor tt_linear_cpu(const Tensor& x, const std::vector<Tensor>& cores, const std::optional<Tensor>& bias,
+                     const std::vector<int64_t>& plan) {
+  const Arguments args(x, cores, plan);
+  std::optional<Tensor> shift;
+  if (bias) {
+    check_cpu(*bias, "bias");
+    check_dtype(*bias, "bias", args.dtype);
+    check_shape(*bias, "bias", {args.rows});
+    shift = torch::stable::contiguous(*bias);
+  }
+  const Tensor in = torch::stable::contiguous(x);
+  const int64_t batch = x.size(0);
+  Tensor y = torch::stable::new_empty(in, {batch, args.rows});
+  if (batch == 0) return y;
+  if (args.dtype == ScalarType::BFloat16) {
+    float* wide_x = tt::scratch<float>(Piece::wide_x, batch * args.columns);
+    float* wide_y = tt::scratch<float>(Piece::wide_y, batch * args.rows);
+    std::vector<float> wide_bias(shift ? args.rows : 0);
+    widen(in.data_ptr(), batch * args.columns, wide_x);
+    if (shift) widen(shift->data_ptr(), args.rows, wide_bias.data());
+    tt::linear<float>(args.plan, args.shapes, batch, wide_x, args.wide_pointers(), shift ? wide_bias.data() : nullptr,
+                      wide_y);
+    narrow(wide_y, batch * args.rows, y.data_ptr());
+    return y;
+  }
+  auto compute = [&]<class T>(T) {
+    tt::linear<T>(args.plan, args.shapes, batch, in.const_data_ptr<T>(), args.pointers<T>(),
+                  shift ? shift->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>());
+  };
+  args.dtype == ScalarType::Float ? compute(float{}) : compute(double{});
+  return y;
+}
+
+std::vector<Tensor> tt_linear_backward_cpu(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& cores,
+                                           const std::vector<int64_t>& plan, const std::vector<int64_t>& needs) {
+  const Arguments args(x, cores, plan);
+  check_cpu(grad, "grad");
+  check_dtype(grad, "grad", args.dtype);
+  check_shape(grad, "grad", {x.size(0), args.rows});
+  STD_TORCH_CHECK(needs.size() == 3, "finite_width: needs must have 3 entries");
+  const Tensor in = torch::stable::contiguous(x), out = torch::stable::contiguous(grad);
+  const int64_t batch = x.size(0);
+  std::vector<Tensor> result;
+  if (needs[0]) result.push_back(torch::stable::new_empty(in, {batch, args.columns}));
+  const size_t first_core = result.size();
+  if (needs[1]) {
+    for (const Tensor& core : args.cores) result.push_back(torch::stable::empty_like(core));
+  }
+  if (needs[2]) result.push_back(torch::stable::new_empty(in, {args.rows}));
+  if (batch == 0) {
+    for (Tensor& each : result) torch::stable::zero_(each);
+    return result;
+  }
+  if (args.dtype == ScalarType::BFloat16) {
+    std::vector<int64_t> sizes;
+    int64_t total = 0;
+    for (const Tensor& each : result) sizes.push_back(each.numel()), total += each.numel();
+    float* wide_x = tt::scratch<float>(Piece::wide_x, batch * args.columns);
+    float* wide_grad = tt::scratch<float>(Piece::wide_y, batch * args.rows);
+    float* room = tt::scratch<float>(Piece::wide_z, total);
+    widen(in.data_ptr(), batch * args.columns, wide_x);
+    widen(out.data_ptr(), batch * args.rows, wide_grad);
+    std::vector<float*> wide;
+    for (int64_t size : sizes) wide.push_back(room), room += size;
+    std::vector<float*> core_gradients;
+    for (size_t k = 0; needs[1] && k < args.cores.size(); ++k) core_gradients.push_back(wide[first_core + k]);
+    tt::linear_backward<float>(args.plan, args.shapes, batch, wide_grad, wide_x, args.wide_pointers(),
+                               needs[0] ? wide[0] : nullptr, core_gradients, needs[2] ? wide.back() : nullptr);
+    for (size_t k = 0; k < result.size(); ++k) narrow(wide[k], sizes[k], result[k].data_ptr());
+    return result;
+  }
+  auto compute = [&]<class T>(T) {
+    std::vector<T*> core_gradients;
+    for (size_t k = 0; needs[1] && k < args.cores.size(); ++k) {
+      core_gradients.push_back(result[first_core + k].mutable_data_ptr<T>());
+    }
+    tt::linear_backward<T>(args.plan, args.shapes, batch, out.const_data_ptr<T>(), in.const_data_ptr<T>(),
+                           args.pointers<T>(), needs[0] ? result[0].mutable_data_ptr<T>() : nullptr, core_gradients,
+                           needs[2] ? result.back().mutable_data_ptr<T>() : nullptr);
+  };
+  args.dtype == ScalarType::Float ? compute(float{}) : compute(double{});
+  return result;
+}
+
+}  // namespace
+}  // namespace finite_width
+
+STABLE_TORCH_LIBRARY_IMPL(finite_width, CPU, library) {
+  library.impl("tt_linear", TORCH_BOX(&finite_width::tt_linear_cpu));
+  library.impl("tt_linear_backward", TORCH_BOX(&finite_width::tt_linear_backward_cpu));
+}

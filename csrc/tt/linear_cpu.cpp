@@ -1,0 +1,208 @@
+// The Tensor-Train product and its gradients on the CPU.
+#include "tt/linear.h"
+
+#include <algorithm>
+
+#include "common/parallel.h"
+#include "gemm/gemm.h"
+#include "tt/halves.h"
+#include "tt/product.h"
+#include "tt/workspace.h"
+
+namespace finite_width::tt {
+namespace {
+
+// The two halves of a layer, merged, and arranged as the products read them.
+//
+// If the right half comes first, (s, q) are the input modes and (i, j) the output modes; if the left half comes
+// first, they are exchanged. Either way A is the left half and B the right half.
+template <class T>
+struct Layer {
+  Chain<T> left, right;
+  const T* merged_left;
+  const T* merged_right;
+  bool left_first;
+  Sizes n;
+  Axes inner, outer;  // the modes (s, q), and the modes (i, j)
+
+  Layer(const Plan& plan, const std::vector<CoreShape>& shapes, const std::vector<const T*>& cores)
+      : left_first(plan.left_first) {
+    left = {{shapes.begin(), shapes.begin() + plan.split}, {cores.begin(), cores.begin() + plan.split}, true};
+    right = {{shapes.begin() + plan.split, shapes.end()}, {cores.begin() + plan.split, cores.end()}, false};
+    merged_left = merge(left, scratch<T>(Piece::merged_left, merge_room(left)));
+    merged_right = merge(right, scratch<T>(Piece::merged_right, merge_room(right)));
+    int64_t m1 = 1, n1 = 1, m2 = 1, n2 = 1;
+    for (const CoreShape& core : left.shapes) m1 *= core.m, n1 *= core.n;
+    for (const CoreShape& core : right.shapes) m2 *= core.m, n2 *= core.n;
+    const int64_t rank = right.shapes.front().rank_left;
+    n = left_first ? Sizes{n1, m1, rank, m2, n2} : Sizes{m1, n1, rank, n2, m2};
+    inner = left_first ? Axes::m : Axes::n;
+    outer = left_first ? Axes::n : Axes::m;
+  }
+
+  int64_t a_size() const { return n.i * n.s * n.r; }
+  int64_t b_size() const { return n.q * n.r * n.j; }
+
+  const T* a() const { return arranged(left, {outer, inner, Axes::rank}, merged_left, Piece::half_a, a_size()); }
+  const T* a_transposed() const {
+    return arranged(left, {inner, Axes::rank, outer}, merged_left, Piece::half_a_transposed, a_size());
+  }
+  const T* b() const { return arranged(right, {inner, Axes::rank, outer}, merged_right, Piece::half_b, b_size()); }
+  const T* b_transposed() const {
+    return arranged(right, {Axes::rank, outer, inner}, merged_right, Piece::half_b_transposed, b_size());
+  }
+
+  static const T* arranged(const Chain<T>& chain, const Axes (&order)[3], const T* merged, Piece piece, int64_t size) {
+    T* to = scratch<T>(piece, size);
+    arrange(chain, order, merged, to);
+    return to;
+  }
+
+  // What `up` reads, what `down` reads, or what both read.
+  Halves<T> halves(bool up, bool down) const {
+    const bool rows = up && n.j == 1;
+    return {!rows || down ? a() : nullptr, rows ? a_transposed() : nullptr, up ? b() : nullptr,
+            down ? b_transposed() : nullptr};
+  }
+
+  // W as [(s q), (i j)].
+  const T* dense() const {
+    const T *a_half = a(), *b_half = b();
+    T* to = scratch<T>(Piece::dense, n.u() * n.v());
+    parallel_blocks(n.s, [&](int64_t s) {
+      for (int64_t q = 0; q < n.q; ++q) {
+        run(Product<T>{n.i, n.j, n.r, a_half + s * n.r, n.s * n.r, 1, b_half + q * n.r * n.j, n.j,
+                       to + (s * n.q + q) * n.v(), n.j});
+      }
+    });
+    return to;
+  }
+};
+
+// out [B, columns] = in [B, rows] W (+ bias), W [(s q), (i j)] or its transpose, whichever has `rows` rows.
+template <class T>
+void dense_product(const Sizes& n, bool transposed, int64_t batch, const T* in, const T* weight, const T* bias,
+                   T* out) {
+  const int64_t rows = transposed ? n.v() : n.u(), columns = transposed ? n.u() : n.v();
+  gemm<T>(batch, columns, rows, in, rows, 1, weight, transposed ? 1 : n.v(), transposed ? n.v() : 1, bias, out,
+          columns);
+}
+
+// The gradients of the halves from that of W: a_gradient [i, (s r)], b_gradient [q, (r j)].
+//   u [B, (s q)], v [B, (i j)]
+template <class T>
+void dense_gradients(const Layer<T>& layer, int64_t batch, const T* u, const T* v, T* a_gradient, T* b_gradient) {
+  const Sizes& n = layer.n;
+  T* weight = scratch<T>(Piece::dense_gradient, n.u() * n.v());  // [(s q), (i j)]
+  gemm<T>(n.u(), n.v(), batch, u, 1, n.u(), v, n.v(), 1, nullptr, weight, n.v());
+  const T* a = layer.a();
+  parallel_blocks(n.q, [&](int64_t q) {
+    Product<T> p{n.r, n.j, n.i, a, 1, n.s * n.r, weight + q * n.v(), n.j, b_gradient + q * n.r * n.j, n.j};
+    p.outer = n.s, p.a_outer = n.r, p.b_outer = n.q * n.v();
+    run(p);
+  });
+  // The right half as [q, j, r].
+  const T* b = Layer<T>::arranged(layer.right, {layer.inner, layer.outer, Axes::rank}, layer.merged_right,
+                                  Piece::half_b_transposed, layer.b_size());
+  parallel_blocks(n.s, [&](int64_t s) {
+    Product<T> p{n.i, n.r, n.j, weight + s * n.q * n.v(), n.j, 1, b, n.r, a_gradient + s * n.r, n.s * n.r};
+    p.outer = n.q, p.a_outer = n.v(), p.b_outer = n.j * n.r;
+    run(p);
+  });
+}
+
+// Sums over the rows in groups of 64, so that rounding errors grow with the number of groups alone.
+template <class T>
+void column_sums(int64_t batch, int64_t columns, const T* from, T* to) {
+  constexpr int64_t kColumns = 128, kRows = 64;
+  parallel_blocks((columns + kColumns - 1) / kColumns, [&](int64_t block) {
+    const int64_t begin = block * kColumns, count = std::min(kColumns, columns - begin);
+    T total[kColumns] = {};
+    for (int64_t row = 0; row < batch; row += kRows) {
+      T part[kColumns] = {};
+      for (int64_t k = row; k < std::min(row + kRows, batch); ++k) {
+        const T* line = from + k * columns + begin;
+        for (int64_t column = 0; column < count; ++column) part[column] += line[column];
+      }
+      for (int64_t column = 0; column < count; ++column) total[column] += part[column];
+    }
+    std::copy(total, total + count, to + begin);
+  });
+}
+
+}  // namespace
+
+template <class T>
+void linear(const Plan& plan, const std::vector<CoreShape>& shapes, int64_t batch, const T* x,
+            const std::vector<const T*>& cores, const T* bias, T* y) {
+  const Layer<T> layer(plan, shapes, cores);
+  if (plan.dense_forward) return dense_product(layer.n, plan.left_first, batch, x, layer.dense(), bias, y);
+  if (plan.left_first) return halves_down(layer.n, batch, layer.halves(false, true), x, bias, y);
+  halves_up(layer.n, batch, layer.halves(true, false), x, bias, y);
+}
+
+template <class T>
+void linear_backward(const Plan& plan, const std::vector<CoreShape>& shapes, int64_t batch, const T* grad, const T* x,
+                     const std::vector<const T*>& cores, T* x_gradient, const std::vector<T*>& core_gradients,
+                     T* bias_gradient) {
+  if (bias_gradient) {
+    int64_t rows = 1;
+    for (const CoreShape& core : shapes) rows *= core.m;
+    column_sums(batch, rows, grad, bias_gradient);
+  }
+  if (!x_gradient && core_gradients.empty()) return;
+  const Layer<T> layer(plan, shapes, cores);
+  const Sizes& n = layer.n;
+  const bool left_first = plan.left_first;
+  const bool fused_cores = !core_gradients.empty() && !plan.dense_core_grads;
+  const bool fused_input = x_gradient && !plan.dense_input_grad;
+  const T* u = left_first ? grad : x;
+  const T* v = left_first ? x : grad;
+  if (x_gradient && plan.dense_input_grad) {
+    dense_product<T>(n, !left_first, batch, grad, layer.dense(), nullptr, x_gradient);
+  }
+  if (fused_input && !fused_cores) {
+    if (left_first) {
+      halves_up<T>(n, batch, layer.halves(true, false), grad, nullptr, x_gradient);
+    } else {
+      halves_down<T>(n, batch, layer.halves(false, true), grad, nullptr, x_gradient);
+    }
+  }
+  if (core_gradients.empty()) return;
+  T* a_gradient = scratch<T>(Piece::a_gradient, layer.a_size());
+  T* b_gradient = scratch<T>(Piece::b_gradient, layer.b_size());
+  if (fused_cores) {
+    const bool up = fused_input && left_first, down = fused_input && !left_first;
+    Halves<T> halves{layer.a(), up && n.j == 1 ? layer.a_transposed() : nullptr, layer.b(),
+                     down ? layer.b_transposed() : nullptr};
+    halves_gradients<T>(n, batch, halves, u, v, a_gradient, b_gradient, up ? x_gradient : nullptr,
+                        down ? x_gradient : nullptr);
+  } else {
+    dense_gradients(layer, batch, u, v, a_gradient, b_gradient);
+  }
+  const auto split = core_gradients.begin() + plan.split;
+  auto finish = [&](const Chain<T>& chain, const Axes(&order)[3], const T* arranged, int64_t size, Piece piece,
+                    std::vector<T*> gradients) {
+    int64_t largest = 0;
+    for (const CoreShape& core : chain.shapes) largest += core.size();
+    T* room = scratch<T>(piece, size + 2 * merge_room(chain) + largest);
+    arrange_back(chain, order, arranged, room);
+    unmerge(chain, room, room + size, gradients);
+  };
+  const Axes fused_order[3] = {layer.inner, Axes::rank, layer.outer},
+             dense_order[3] = {layer.outer, layer.inner, Axes::rank};
+  finish(layer.left, fused_cores ? fused_order : dense_order, a_gradient, layer.a_size(), Piece::gradient_left,
+         {core_gradients.begin(), split});
+  finish(layer.right, fused_order, b_gradient, layer.b_size(), Piece::gradient_right, {split, core_gradients.end()});
+}
+
+#define FW_INSTANTIATE(T)                                                                                              \
+  template void linear<T>(const Plan&, const std::vector<CoreShape>&, int64_t, const T*, const std::vector<const T*>&, \
+                          const T*, T*);                                                                               \
+  template void linear_backward<T>(const Plan&, const std::vector<CoreShape>&, int64_t, const T*, const T*,            \
+                                   const std::vector<const T*>&, T*, const std::vector<T*>&, T*);
+FW_INSTANTIATE(float)
+FW_INSTANTIATE(double)
+#undef FW_INSTANTIATE
+
+}  // namespace finite_width::tt

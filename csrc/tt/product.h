@@ -1,0 +1,35 @@
+// A small matrix product in cache, as the Tensor-Train kernels use it: any strides, sums over an outer index too.
+#pragma once
+
+#include <cstdint>
+
+namespace finite_width::tt {
+
+// C[m, n] = init[m, n] + sum_o sum_k A[o, m, k] B[o, k, n]; the n are adjacent in B, C and init.
+//   a     element (o, m, k) at a[o * a_outer + m * a_row + k * a_inner]
+//   b     element (o, k, n) at b[o * b_outer + k * b_inner + n]
+//   c     element (m, n) at c[m * c_row + n]
+//   init  element (m, n) at init[m * init_row + n], or null for zero; init = c accumulates
+template <class T>
+struct Product {
+  int64_t rows, lanes, inner;
+  const T* a;
+  int64_t a_row, a_inner;
+  const T* b;
+  int64_t b_inner;
+  T* c;
+  int64_t c_row;
+  const T* init = nullptr;
+  int64_t init_row = 0;
+  int64_t outer = 1, a_outer = 0, b_outer = 0;
+};
+
+// On the calling thread.
+template <class T>
+void run(const Product<T>& product);
+
+// Cut by shape alone into blocks of rows and lanes, on all threads.
+template <class T>
+void run_parallel(const Product<T>& product);
+
+}  // namespace finite_width::tt

@@ -1,0 +1,41 @@
+// The small product on the CPU: dispatch, and its cut into blocks.
+#include "tt/product.h"
+
+#include <algorithm>
+
+#include "common/parallel.h"
+
+#define FW_KERNEL_FILE "tt/product_kernel.h"
+#include "common/foreach_isa.h"
+
+namespace finite_width::tt {
+
+template <class T>
+void run(const Product<T>& product) {
+  FW_DISPATCH(product_serial<T>)(product);
+}
+
+template <class T>
+void run_parallel(const Product<T>& product) {
+  constexpr int64_t kRows = 48, kLanes = 128, kSerial = 1 << 17;
+  if (product.rows * product.lanes * product.inner * product.outer <= kSerial) return run(product);
+  const int64_t row_blocks = (product.rows + kRows - 1) / kRows, lane_blocks = (product.lanes + kLanes - 1) / kLanes;
+  parallel_blocks(row_blocks * lane_blocks, [&](int64_t block) {
+    const int64_t row = block / lane_blocks * kRows, lane = block % lane_blocks * kLanes;
+    Product<T> part = product;
+    part.rows = std::min(kRows, product.rows - row);
+    part.lanes = std::min(kLanes, product.lanes - lane);
+    part.a += row * product.a_row;
+    part.b += lane;
+    part.c += row * product.c_row + lane;
+    if (part.init) part.init += row * product.init_row + lane;
+    run(part);
+  });
+}
+
+template void run<float>(const Product<float>&);
+template void run<double>(const Product<double>&);
+template void run_parallel<float>(const Product<float>&);
+template void run_parallel<double>(const Product<double>&);
+
+}  // namespace finite_width::tt

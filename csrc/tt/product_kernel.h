@@ -1,0 +1,141 @@
+// Register tiles of the small product (tt/product.h), once per instruction set.
+//
+// A tile is up to kRows rows by two vectors. Operands are read where they lie, without packing: they fit in the L1
+// and L2 caches, and each value of A is broadcast from memory for two fused multiply-adds.
+#include "common/simd.h"
+
+namespace finite_width::FW_ISA {
+
+// 24 accumulators of 32 registers, 12 of 16, 8 of 16 (where the multiply needs a register of its own).
+constexpr int kTileRows = FW_ISA_LEVEL == 2 ? 12 : FW_ISA_LEVEL == 1 ? 6 : 4;
+
+template <class T>
+inline __attribute__((always_inline)) simd::Vec<T> load_part(const T* from, int count) {
+#if FW_ISA_LEVEL == 2
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+  } else {
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from);
+  }
+#else
+  simd::Vec<T> value = {};
+  for (int lane = 0; lane < count; ++lane) value[lane] = from[lane];
+  return value;
+#endif
+}
+
+template <class T>
+inline __attribute__((always_inline)) void store_part(T* to, simd::Vec<T> value, int count) {
+#if FW_ISA_LEVEL == 2
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), value);
+  } else {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1), value);
+  }
+#else
+  for (int lane = 0; lane < count; ++lane) to[lane] = value[lane];
+#endif
+}
+
+// One tile of ROWS rows and VECTORS vectors, `last` lanes in the last of them.
+template <class T, int ROWS, int VECTORS, bool FULL>
+void product_tile(const tt::Product<T>& p, const T* a, const T* b, T* c, const T* init, int last) {
+  using Vec = simd::Vec<T>;
+  constexpr int kWidth = simd::kLanes<T>;
+  Vec sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      if (!init) {
+        sum[row][v] = Vec{};
+      } else if (FULL || v + 1 < VECTORS) {
+        sum[row][v] = simd::load(init + row * p.init_row + v * kWidth);
+      } else {
+        sum[row][v] = load_part(init + row * p.init_row + v * kWidth, last);
+      }
+    }
+  }
+  const int64_t row_step = p.a_row, a_step = p.a_inner, b_step = p.b_inner;
+  for (int64_t outer = 0; outer < p.outer; ++outer) {
+    // One pointer for three rows: two of them are reached with the index register.
+    const T* rows[(ROWS + 2) / 3];
+#pragma GCC unroll 8
+    for (int group = 0; group < (ROWS + 2) / 3; ++group) rows[group] = a + outer * p.a_outer + 3 * group * row_step;
+    const T* column = b + outer * p.b_outer;
+    for (int64_t k = 0; k < p.inner; ++k) {
+      Vec factor[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        if (FULL || v + 1 < VECTORS) {
+          factor[v] = simd::load(column + v * kWidth);
+        } else {
+          factor[v] = load_part(column + v * kWidth, last);
+        }
+      }
+#pragma GCC unroll 16
+      for (int row = 0; row < ROWS; ++row) {
+        // x - 0 is x for every x; x + 0 is not for -0, and would cost an instruction.
+        const Vec scale = rows[row / 3][(row % 3) * row_step] - Vec{};
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) sum[row][v] = simd::multiply_add<T>(scale, factor[v], sum[row][v]);
+      }
+#pragma GCC unroll 8
+      for (int group = 0; group < (ROWS + 2) / 3; ++group) rows[group] += a_step;
+      column += b_step;
+    }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      if (FULL || v + 1 < VECTORS) {
+        simd::store(c + row * p.c_row + v * kWidth, sum[row][v]);
+      } else {
+        store_part(c + row * p.c_row + v * kWidth, sum[row][v], last);
+      }
+    }
+  }
+}
+
+template <class T, int VECTORS, bool FULL, int ROWS = kTileRows>
+void product_rows(int rows, const tt::Product<T>& p, const T* a, const T* b, T* c, const T* init, int last) {
+  if (rows == ROWS) {
+    product_tile<T, ROWS, VECTORS, FULL>(p, a, b, c, init, last);
+  } else if constexpr (ROWS > 1) {
+    product_rows<T, VECTORS, FULL, ROWS - 1>(rows, p, a, b, c, init, last);
+  }
+}
+
+template <class T>
+void product_serial(const tt::Product<T>& p) {
+  constexpr int kWidth = simd::kLanes<T>;
+  // As few tiles of rows as possible, of equal height but for one row.
+  const int64_t tiles = (p.rows + kTileRows - 1) / kTileRows;
+  const int64_t height = tiles ? p.rows / tiles : 0, higher = tiles ? p.rows % tiles : 0;
+  for (int64_t lane = 0; lane < p.lanes; lane += 2 * kWidth) {
+    const int64_t left = p.lanes - lane;
+    const int last = left >= 2 * kWidth ? kWidth : static_cast<int>((left - 1) % kWidth) + 1;
+    for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+      const int rows = static_cast<int>(height + (tile < higher));
+      const T* a = p.a + row * p.a_row;
+      const T* b = p.b + lane;
+      T* c = p.c + row * p.c_row + lane;
+      const T* init = p.init ? p.init + row * p.init_row + lane : nullptr;
+      if (left > kWidth) {
+        if (last == kWidth) {
+          product_rows<T, 2, true>(rows, p, a, b, c, init, last);
+        } else {
+          product_rows<T, 2, false>(rows, p, a, b, c, init, last);
+        }
+      } else if (last == kWidth) {
+        product_rows<T, 1, true>(rows, p, a, b, c, init, last);
+      } else {
+        product_rows<T, 1, false>(rows, p, a, b, c, init, last);
+      }
+      row += rows;
+    }
+  }
+}
+
+}  // namespace finite_width::FW_ISA
