@@ -123,6 +123,11 @@ struct NoEpilogue {
   void operator()(int64_t, int, int64_t, int, T*, int64_t) const {}
 };
 
+// The default of multiply_block's `limit`: every column of every row.
+struct NoLimit {
+  int64_t operator()(int64_t) const { return INT64_MAX; }
+};
+
 // Scratch for the packed panels: thread_workspace slots 0 and 1. A caller that nests products keeps to others.
 template <class T>
 struct Panels {
@@ -138,9 +143,11 @@ inline int64_t smaller(int64_t a, int64_t b) {
 // out[(m - m0) * out_row + n - n0], and the epilogue gets (m, n) themselves. K == 0 gives zeros.
 //
 // `out` may be the result itself or scratch of [M, N]: partial sums over chunks of K stand there.
-template <class T, class Left, class Right, class Epilogue = NoEpilogue>
+// `limit(end)` is the end of the columns that any row m < end wants: for a symmetric product, whose upper triangle is
+// never computed. What lies beyond, in whole register tiles, is left alone, and epilogues get no more than the limit.
+template <class T, class Left, class Right, class Epilogue = NoEpilogue, class Limit = NoLimit>
 void multiply_block(const Left& a, const Right& b, int64_t m0, int64_t M, int64_t n0, int64_t N, int64_t K, T* out,
-                    int64_t out_row, const Epilogue& epilogue = {}) {
+                    int64_t out_row, const Epilogue& epilogue = {}, const Limit& limit = {}) {
   const Panels<T> panels;
   for (int64_t n = 0; n < N; n += kBlockColumns<T>) {
     const int64_t columns = smaller(kBlockColumns<T>, N - n);
@@ -152,13 +159,15 @@ void multiply_block(const Left& a, const Right& b, int64_t m0, int64_t M, int64_
       }
       for (int64_t m = 0; m < M; m += kTileRows<T>) {
         const int rows = static_cast<int>(smaller(kTileRows<T>, M - m));
+        const int64_t wanted = smaller(columns, limit(m0 + m + rows) - n0 - n);
+        if (wanted <= 0) continue;
         T* strip = out + m * out_row + n;
         a.pack_left(panels.left, m0 + m, rows, k, depth);
-        for (int64_t j = 0; j < columns; j += kTileColumns<T>) {
+        for (int64_t j = 0; j < wanted; j += kTileColumns<T>) {
           multiply_tile<T>(rows, static_cast<int>(smaller(kTileColumns<T>, columns - j)), depth, panels.left,
                            panels.right + j * depth, kTileColumns<T>, strip + j, out_row, k > 0);
         }
-        if (k + depth >= K) epilogue(m0 + m, rows, n0 + n, static_cast<int>(columns), strip, out_row);
+        if (k + depth >= K) epilogue(m0 + m, rows, n0 + n, static_cast<int>(wanted), strip, out_row);
       }
     }
   }

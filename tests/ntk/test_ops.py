@@ -10,8 +10,6 @@ from torch import Tensor
 from finite_width.ntk import ops
 from op_battery import OpCase, Sample, battery
 
-# Until an op has a kernel of its own, its reference runs, whose bits are torch's.
-NO_KERNEL_YET = {"threads": "no kernel yet: the bits of torch's own products may depend on the number of threads"}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -198,7 +196,6 @@ CASES = [
         call=ops.gram_accumulate,
         samples=gram_samples,
         tolerance=TOLERANCE,
-        opt_outs=NO_KERNEL_YET,
         bad=[
             (
                 (zeros(2, 2), zeros(2, 3), zeros(2, 4), zeros(2, 1, 5), zeros(2, 1, 5), 0.0, "trace"),
@@ -228,7 +225,6 @@ CASES = [
         call=ops.jacobian_accumulate,
         samples=jacobian_samples,
         tolerance=TOLERANCE,
-        opt_outs=NO_KERNEL_YET,
         bad=[
             ((zeros(2, 2), zeros(2, 1, 3), zeros(2, 1, 4), "trace"), ValueError, "j2 has 4 parameters"),
             ((zeros(2, 2).int(), zeros(2, 1, 3), zeros(2, 1, 3), "trace"), TypeError, "out must be float32"),
@@ -240,7 +236,6 @@ CASES = [
         call=ops.ghost_accumulate,
         samples=ghost_samples,
         tolerance=TOLERANCE,
-        opt_outs=NO_KERNEL_YET,
         bad=[
             (
                 (zeros(2, 2), zeros(2, 3, 4), zeros(2, 3, 4), zeros(2, 1, 5, 4), zeros(2, 1, 3, 4), 0.0, "trace"),
@@ -255,7 +250,6 @@ CASES = [
         call=ops.position_gradients,
         samples=position_samples,
         tolerance=TOLERANCE,
-        opt_outs=NO_KERNEL_YET,
         bad=[((zeros(2, 3, 4), zeros(2, 1, 4, 4)), ValueError, "d has 4 positions")],
     ),
     OpCase(
@@ -264,7 +258,6 @@ CASES = [
         call=ops.conv_gradients,
         samples=conv_samples,
         tolerance=TOLERANCE,
-        opt_outs=NO_KERNEL_YET,
         bad=[
             ((zeros(1, 2, 5), zeros(1, 1, 3, 5), [3], [1], [0], [1], 1), ValueError, "delta must have 3 positions"),
             ((zeros(1, 2, 5), zeros(1, 1, 3, 3), [3], [1, 1], [0], [1], 1), ValueError, "stride must have 1 entries"),

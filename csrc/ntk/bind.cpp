@@ -1,0 +1,216 @@
+// Registers the NTK kernels with torch's dispatcher.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/check.h"
+#include "ntk/ntk.h"
+
+namespace finite_width::ntk {
+namespace {
+
+// Calls run(T{}) with the T of a dtype, float or double.
+template <class Run>
+void with_type(const Tensor& like, const Run& run) {
+  if (like.scalar_type() == ScalarType::Float) {
+    run(float{});
+  } else {
+    run(double{});
+  }
+}
+
+void check_like(const Tensor& tensor, const char* name, const Tensor& other) {
+  check_cpu(tensor, name);
+  check_dtype(tensor, name, other.scalar_type());
+}
+
+bool same_memory(const Tensor& one, const Tensor& two) {
+  bool same = one.const_data_ptr() == two.const_data_ptr() && one.dim() == two.dim();
+  for (int64_t axis = 0; same && axis < one.dim(); ++axis) {
+    same = one.size(axis) == two.size(axis) && one.stride(axis) == two.stride(axis);
+  }
+  return same;
+}
+
+Contraction contraction_named(const std::string& compute) {
+  STD_TORCH_CHECK(compute == "full" || compute == "diagonal" || compute == "trace",
+                  "finite_width: compute must be full, diagonal or trace, got ", compute);
+  return compute == "full" ? Contraction::full : compute == "diagonal" ? Contraction::diagonal : Contraction::trace;
+}
+
+template <class T>
+Tile<T> tile_of(const Tensor& out, Contraction contraction) {
+  const bool full = contraction == Contraction::full;
+  return {out.mutable_data_ptr<T>(), out.stride(0), out.stride(1),
+          contraction == Contraction::trace ? 0 : out.stride(2), full ? out.stride(3) : 0};
+}
+
+void check_tile(const Tensor& out, int64_t rows, int64_t columns, int64_t outputs, Contraction contraction) {
+  check_cpu(out, "out");
+  check_float_or_double(out, "out");
+  if (contraction == Contraction::full) {
+    check_shape(out, "out", {rows, columns, outputs, outputs});
+  } else if (contraction == Contraction::diagonal) {
+    check_shape(out, "out", {rows, columns, outputs});
+  } else {
+    check_shape(out, "out", {rows, columns});
+  }
+}
+
+// Cotangents [rows, O, C] with adjacent channels, and for a trace with adjacent outputs too.
+Tensor cotangents(const Tensor& d, Contraction contraction) {
+  const bool adjacent = d.size(2) <= 1 || d.stride(2) == 1;
+  const bool outputs_adjacent = d.size(1) <= 1 || d.stride(1) == d.size(2);
+  return adjacent && (contraction != Contraction::trace || outputs_adjacent) ? d : torch::stable::contiguous(d);
+}
+
+// The kernel on cotangents [rows, O, C] and inputs [rows, I] or none.
+void accumulate(const Tensor& out, const Tensor* a1, const Tensor* a2, const Tensor& d1, const Tensor& d2,
+                int64_t positions1, int64_t positions2, double bias, Contraction contraction) {
+  const Tensor first = cotangents(d1, contraction);
+  const Tensor second = same_memory(d1, d2) ? first : cotangents(d2, contraction);
+  with_type(out, [&]<class T>(T) {
+    auto side = [](const Tensor& d, const Tensor* a, int64_t positions) {
+      return Side<T>{positions ? d.size(0) / positions : 0,
+                     positions,
+                     a ? a->const_data_ptr<T>() : nullptr,
+                     a ? a->stride(0) : 0,
+                     a ? a->stride(1) : 0,
+                     d.const_data_ptr<T>(),
+                     d.stride(0),
+                     d.stride(1)};
+    };
+    gram_accumulate<T>(side(first, a1, positions1), side(second, a2, positions2), a1 ? a1->size(1) : 0, d1.size(1),
+                       d1.size(2), contraction, a1 != nullptr, static_cast<T>(bias), tile_of<T>(out, contraction));
+  });
+}
+
+void gram_cpu(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tensor& d1, const Tensor& d2, double bias,
+              const std::string& compute) {
+  const Contraction contraction = contraction_named(compute);
+  check_dim(a1, "a1", 2);
+  check_shape(a2, "a2", {-1, a1.size(1)});
+  check_dim(d1, "d1", 3);
+  check_shape(d1, "d1", {a1.size(0), -1, -1});
+  check_shape(d2, "d2", {a2.size(0), d1.size(1), d1.size(2)});
+  check_tile(out, a1.size(0), a2.size(0), d1.size(1), contraction);
+  check_like(a1, "a1", out);
+  check_like(a2, "a2", out);
+  check_like(d1, "d1", out);
+  check_like(d2, "d2", out);
+  accumulate(out, &a1, &a2, d1, d2, 1, 1, bias, contraction);
+}
+
+void jacobian_cpu(const Tensor& out, const Tensor& j1, const Tensor& j2, const std::string& compute) {
+  const Contraction contraction = contraction_named(compute);
+  check_dim(j1, "j1", 3);
+  check_shape(j2, "j2", {-1, j1.size(1), j1.size(2)});
+  check_tile(out, j1.size(0), j2.size(0), j1.size(1), contraction);
+  check_like(j1, "j1", out);
+  check_like(j2, "j2", out);
+  accumulate(out, nullptr, nullptr, j1, j2, 1, 1, 0, contraction);
+}
+
+// [N, T, I] -> [N T, I], and [N, O, T, C] -> [N T, O, C].
+Tensor rows_of_inputs(const Tensor& a) {
+  return torch::stable::view(torch::stable::contiguous(a), {a.size(0) * a.size(1), a.size(2)});
+}
+
+Tensor rows_of_cotangents(const Tensor& d) {
+  return torch::stable::view(torch::stable::contiguous(torch::stable::transpose(d, 1, 2)),
+                             {d.size(0) * d.size(2), d.size(1), d.size(3)});
+}
+
+void ghost_cpu(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tensor& d1, const Tensor& d2, double bias,
+               const std::string& compute) {
+  const Contraction contraction = contraction_named(compute);
+  check_dim(a1, "a1", 3);
+  check_shape(a2, "a2", {-1, -1, a1.size(2)});
+  check_dim(d1, "d1", 4);
+  check_shape(d1, "d1", {a1.size(0), -1, a1.size(1), -1});
+  check_shape(d2, "d2", {a2.size(0), d1.size(1), a2.size(1), d1.size(3)});
+  check_tile(out, a1.size(0), a2.size(0), d1.size(1), contraction);
+  check_like(a1, "a1", out);
+  check_like(a2, "a2", out);
+  check_like(d1, "d1", out);
+  check_like(d2, "d2", out);
+  const bool same_inputs = same_memory(a1, a2), same_cotangents = same_memory(d1, d2);
+  const Tensor left = rows_of_inputs(a1), left_d = rows_of_cotangents(d1);
+  const Tensor right = same_inputs ? left : rows_of_inputs(a2);
+  const Tensor right_d = same_cotangents ? left_d : rows_of_cotangents(d2);
+  accumulate(out, &left, &right, left_d, right_d, a1.size(1), a2.size(1), bias, contraction);
+}
+
+Tensor position_cpu(const Tensor& a, const Tensor& d) {
+  check_cpu(a, "a");
+  check_float_or_double(a, "a");
+  check_dim(a, "a", 3);
+  check_dim(d, "d", 4);
+  check_shape(d, "d", {a.size(0), -1, a.size(1), -1});
+  check_like(d, "d", a);
+  const Tensor inputs = torch::stable::contiguous(a), deltas = torch::stable::contiguous(d);
+  const int64_t outputs = d.size(1), channels = d.size(3);
+  Tensor gradients = torch::stable::new_empty(d, {d.size(0), outputs, channels * a.size(2)});
+  with_type(a, [&]<class T>(T) {
+    position_gradients<T>(a.size(0), outputs, a.size(1), channels, a.size(2), inputs.const_data_ptr<T>(),
+                          deltas.const_data_ptr<T>(), gradients.mutable_data_ptr<T>());
+  });
+  return gradients;
+}
+
+Tensor conv_cpu(const Tensor& input, const Tensor& delta, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
+  const int64_t spatial = static_cast<int64_t>(kernel_size.size());
+  STD_TORCH_CHECK(spatial >= 1 && spatial <= kMaxAxes, "finite_width: kernel_size must have 1, 2 or 3 entries");
+  const size_t entries = kernel_size.size();
+  STD_TORCH_CHECK(stride.size() == entries && padding.size() == entries && dilation.size() == entries,
+                  "finite_width: stride, padding and dilation must have as many entries as kernel_size");
+  check_cpu(input, "input");
+  check_float_or_double(input, "input");
+  check_dim(input, "input", spatial + 2);
+  check_dim(delta, "delta", spatial + 3);
+  check_like(delta, "delta", input);
+  STD_TORCH_CHECK(delta.size(0) == input.size(0), "finite_width: delta must have as many rows as input");
+  STD_TORCH_CHECK(groups >= 1 && input.size(1) % groups == 0 && delta.size(2) % groups == 0,
+                  "finite_width: groups must divide the channels of input and delta");
+  Convolution shape{input.size(1), delta.size(2), groups,    {1, 1, 1}, {1, 1, 1},
+                    {1, 1, 1},     {1, 1, 1},     {0, 0, 0}, {1, 1, 1}};
+  int64_t weights = delta.size(2) * (input.size(1) / groups);
+  for (int64_t i = 0; i < spatial; ++i) {
+    const int64_t axis = kMaxAxes - spatial + i;
+    STD_TORCH_CHECK(kernel_size[i] >= 1 && stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
+                    "finite_width: kernel_size, stride and dilation must be positive, padding not negative");
+    shape.size[axis] = input.size(i + 2);
+    shape.positions[axis] = delta.size(i + 3);
+    shape.kernel[axis] = kernel_size[i];
+    shape.stride[axis] = stride[i];
+    shape.padding[axis] = padding[i];
+    shape.dilation[axis] = dilation[i];
+    const int64_t reach = dilation[i] * (kernel_size[i] - 1) + 1;
+    const int64_t room = input.size(i + 2) + 2 * padding[i] - reach;
+    STD_TORCH_CHECK((room >= 0 ? room / stride[i] + 1 : 0) == delta.size(i + 3), "finite_width: delta has ",
+                    delta.size(i + 3), " positions on spatial axis ", i, ", which does not fit input");
+    weights *= kernel_size[i];
+  }
+  const Tensor inputs = torch::stable::contiguous(input), deltas = torch::stable::contiguous(delta);
+  Tensor gradients = torch::stable::new_empty(delta, {delta.size(0), delta.size(1), weights});
+  with_type(input, [&]<class T>(T) {
+    conv_gradients<T>(delta.size(0), delta.size(1), shape, inputs.const_data_ptr<T>(), deltas.const_data_ptr<T>(),
+                      gradients.mutable_data_ptr<T>());
+  });
+  return gradients;
+}
+
+}  // namespace
+}  // namespace finite_width::ntk
+
+STABLE_TORCH_LIBRARY_IMPL(finite_width, CPU, library) {
+  library.impl("ntk_gram_accumulate", TORCH_BOX(&finite_width::ntk::gram_cpu));
+  library.impl("ntk_jacobian_accumulate", TORCH_BOX(&finite_width::ntk::jacobian_cpu));
+  library.impl("ntk_ghost_accumulate", TORCH_BOX(&finite_width::ntk::ghost_cpu));
+  library.impl("ntk_position_gradients", TORCH_BOX(&finite_width::ntk::position_cpu));
+  library.impl("ntk_conv_gradients", TORCH_BOX(&finite_width::ntk::conv_cpu));
+}

@@ -1,0 +1,29 @@
+// Per-example weight gradients on the CPU: picks the copy for the instruction set in force.
+#include "common/parallel.h"
+#include "common/workspace.h"
+#include "ntk/ntk.h"
+
+#define FW_KERNEL_FILE "ntk/gradients_kernel.h"
+#include "common/foreach_isa.h"
+
+namespace finite_width::ntk {
+
+template <class T>
+void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta, T* gradients) {
+  FW_DISPATCH(ntk::conv_gradients<T>)(N, O, shape, input, delta, gradients);
+}
+
+template <class T>
+void position_gradients(int64_t N, int64_t O, int64_t positions, int64_t C, int64_t I, const T* a, const T* d,
+                        T* gradients) {
+  FW_DISPATCH(ntk::position_gradients<T>)(N, O, positions, C, I, a, d, gradients);
+}
+
+#define FW_INSTANTIATE(T)                                                                        \
+  template void conv_gradients<T>(int64_t, int64_t, const Convolution&, const T*, const T*, T*); \
+  template void position_gradients<T>(int64_t, int64_t, int64_t, int64_t, int64_t, const T*, const T*, T*);
+FW_INSTANTIATE(float)
+FW_INSTANTIATE(double)
+#undef FW_INSTANTIATE
+
+}  // namespace finite_width::ntk

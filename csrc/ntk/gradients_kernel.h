@@ -1,0 +1,134 @@
+// Per-example weight gradients as products of packed panels; once per instruction set (gradients_cpu.cpp).
+#include "common/gemm_tile.h"
+
+namespace finite_width::FW_ISA::ntk {
+
+using finite_width::ntk::Convolution;
+using finite_width::ntk::kMaxAxes;
+
+namespace {
+
+// Rows of a product are cut so that there are about this many tasks a thread: enough to keep all of them busy.
+constexpr int64_t kTasksPerThread = 4;
+
+// The unfolded input of one example and group, as an operand: index (channel, tap), k over positions.
+template <class T>
+struct Unfolded {
+  const Convolution& shape;
+  const T* input;  // [Cin / groups, *S]
+  int64_t volume, taps, positions;
+
+  explicit Unfolded(const Convolution& convolution, const T* data)
+      : shape(convolution), input(data), volume(1), taps(1), positions(1) {
+    for (int axis = 0; axis < kMaxAxes; ++axis) {
+      volume *= shape.size[axis];
+      taps *= shape.kernel[axis];
+      positions *= shape.positions[axis];
+    }
+  }
+
+  // Rows of the unfold side by side in scratch, then transposed into the panel as a matrix is.
+  void pack_right(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
+    T* rows = thread_workspace<T>(3, tile::kTileColumns<T> * tile::kDepth);
+    for (int i = 0; i < count; ++i) copy_row(first + i, k, depth, rows + i * depth);
+    tile::pack_right<T>(rows, depth, 1, count, depth, panel);
+  }
+
+ private:
+  // The input under one tap of one channel, at positions [k, k + depth).
+  void copy_row(int64_t index, int64_t k, int64_t depth, T* to) const {
+    const int64_t *stride = shape.stride, *dilation = shape.dilation, *padding = shape.padding, *size = shape.size;
+    const int64_t tap = index % taps, across = shape.positions[2], down = shape.positions[1];
+    const int64_t offset0 = tap / (shape.kernel[1] * shape.kernel[2]) * dilation[0] - padding[0];
+    const int64_t offset1 = tap / shape.kernel[2] % shape.kernel[1] * dilation[1] - padding[1];
+    const int64_t offset2 = tap % shape.kernel[2] * dilation[2] - padding[2];
+    const T* channel = input + index / taps * volume;
+    // Positions along the last axis whose input lies inside: begin <= x < end.
+    const int64_t begin = tile::smaller(across, offset2 >= 0 ? 0 : (-offset2 + stride[2] - 1) / stride[2]);
+    const int64_t inside = size[2] - offset2 <= 0 ? 0 : (size[2] - offset2 + stride[2] - 1) / stride[2];
+    const int64_t end = tile::smaller(across, inside);
+    int64_t x = k % across, line = k / across;
+    for (int64_t left = depth; left > 0; ++line, x = 0) {
+      const int64_t count = tile::smaller(across - x, left);
+      const int64_t y = line % down * stride[1] + offset1, z = line / down * stride[0] + offset0;
+      if (y < 0 || y >= size[1] || z < 0 || z >= size[0] || begin >= end) {
+        for (int64_t i = 0; i < count; ++i) to[i] = T(0);
+      } else {
+        copy_line(channel + (z * size[1] + y) * size[2] + offset2, x, count, begin, end, to);
+      }
+      to += count;
+      left -= count;
+    }
+  }
+
+  void copy_line(const T* line, int64_t x, int64_t count, int64_t begin, int64_t end, T* to) const {
+    const int64_t last = x + count, from = begin > x ? begin : x, until = end < last ? end : last;
+    int64_t at = x;
+    for (; at < from && at < last; ++at) *to++ = T(0);
+    if (shape.stride[2] == 1) {
+      for (; at < until; ++at) *to++ = line[at];
+    } else {
+      for (; at < until; ++at) *to++ = line[at * shape.stride[2]];
+    }
+    for (; at < last; ++at) *to++ = T(0);
+  }
+};
+
+// Rows per task for `count` products of [rows, ...] each.
+template <class T>
+int64_t rows_per_task(int64_t count, int64_t rows) {
+  const int64_t wanted = num_threads() * kTasksPerThread;
+  const int64_t parts = num_threads() == 1 || count >= wanted ? 1 : (wanted + count - 1) / count;
+  const int64_t tiles = (rows + tile::kTileRows<T> - 1) / tile::kTileRows<T>;
+  return (tiles + parts - 1) / parts * tile::kTileRows<T>;
+}
+
+// Runs product(example, first row, rows) for the rows of every example.
+template <class T, class Product>
+void over_examples(int64_t count, int64_t rows, const Product& product) {
+  if (count == 0 || rows == 0) return;
+  const int64_t some = rows_per_task<T>(count, rows), parts = (rows + some - 1) / some;
+  parallel_blocks(count * parts, [&](int64_t task) {
+    const int64_t first = task % parts * some;
+    product(task / parts, first, tile::smaller(some, rows - first));
+  });
+}
+
+}  // namespace
+
+template <class T>
+void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta, T* gradients) {
+  const int64_t groups = shape.groups, channels = shape.channels_in / groups, filters = shape.channels_out / groups;
+  const Unfolded<T> sizes(shape, input);
+  const int64_t width = channels * sizes.taps, positions = sizes.positions;
+  if (width == 0) return;
+  // With one group the outputs and filters of an example are the rows of one product.
+  const int64_t products = groups == 1 ? 1 : O * groups, rows = groups == 1 ? O * filters : filters;
+  over_examples<T>(N * products, rows, [&](int64_t index, int64_t first, int64_t count) {
+    const int64_t n = index / products, o = groups == 1 ? 0 : index % products / groups, group = index % groups;
+    const int64_t row = (n * O + o) * shape.channels_out + group * filters;
+    const Unfolded<T> unfolded(shape, input + (n * shape.channels_in + group * channels) * sizes.volume);
+    tile::multiply_block<T>(tile::Strided<T>{delta + row * positions, positions, 1}, unfolded, first, count, 0, width,
+                            positions, gradients + (row + first) * width, width);
+  });
+}
+
+template <class T>
+void position_gradients(int64_t N, int64_t O, int64_t positions, int64_t C, int64_t I, const T* a, const T* d,
+                        T* gradients) {
+  if (I == 0) return;
+  over_examples<T>(N * O, C, [&](int64_t index, int64_t first, int64_t count) {
+    tile::multiply_block<T>(tile::Strided<T>{d + index * positions * C, 1, C},
+                            tile::Strided<T>{a + index / O * positions * I, 1, I}, first, count, 0, I, positions,
+                            gradients + (index * C + first) * I, I);
+  });
+}
+
+#define FW_INSTANTIATE(T)                                                                        \
+  template void conv_gradients<T>(int64_t, int64_t, const Convolution&, const T*, const T*, T*); \
+  template void position_gradients<T>(int64_t, int64_t, int64_t, int64_t, int64_t, const T*, const T*, T*);
+FW_INSTANTIATE(float)
+FW_INSTANTIATE(double)
+#undef FW_INSTANTIATE
+
+}  // namespace finite_width::FW_ISA::ntk
