@@ -6,8 +6,6 @@ namespace finite_width::FW_ISA::ntk {
 using finite_width::ntk::Convolution;
 using finite_width::ntk::kMaxAxes;
 
-namespace {
-
 // Rows of a product are cut so that there are about this many tasks a thread: enough to keep all of them busy.
 constexpr int64_t kTasksPerThread = 4;
 
@@ -93,8 +91,6 @@ void over_examples(int64_t count, int64_t rows, const Product& product) {
     product(task / parts, first, tile::smaller(some, rows - first));
   });
 }
-
-}  // namespace
 
 template <class T>
 void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta, T* gradients) {
