@@ -1,0 +1,205 @@
+"""The probe: a few rows show how the model uses its parameters, and that rows do not mix and nothing is random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import generic
+from .capture import Capture, Use
+from .contract import Batch, Target, flatten
+from .layout import Layout, candidates, confined
+from .plan import Entry, Plan, Planner, Sizes, block_rows, roles_of, row_axes, sweep_bytes
+from .sweep import compare, cotangents, last_use
+
+PROBE_ROWS = 4
+
+
+def _run(target: Target, batch: Batch, tensors: Sequence[Tensor]) -> tuple[Capture, Tensor]:
+    capture = Capture(target.parameters)
+    shapes = batch.describe()
+    try:
+        with capture:
+            raw = target.run(batch, tensors)
+    except RuntimeError as error:  # torch's own complaint, such as two shapes that do not fit
+        raise ValueError(f"model cannot take {batch.name} with shape {shapes}: {error}") from error
+    return capture, raw
+
+
+def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [value.clone().requires_grad_(value.is_floating_point()) for value in tensors]
+
+
+def _mixes(batch: Batch) -> ValueError:
+    return ValueError(
+        f"model: the output of one row of {batch.name} depends on other rows (batch statistics, attention or a "
+        "reduction over the batch axis), so its kernel is not defined row by row"
+    )
+
+
+def _layout(use: Use, delta: Tensor | None, rows: int, chosen: int) -> Layout | None:
+    """The layout in which the cotangent of the chosen rows stays within these rows; None where none fits."""
+    found = candidates(use.shape, rows, row_axes(use))
+    if delta is None:
+        return found[0] if found else None
+    delta = delta.reshape(use.shape)
+    ambiguous = len(found) > 1 and rows > 1
+    for layout in found:
+        if confined(delta, layout, rows, chosen, ambiguous):
+            return layout
+    return None
+
+
+def _vmaps(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Sequence[str], outputs: int) -> bool:
+    """Whether torch.func.vmap takes this model, tried on one row."""
+    try:
+        generic.vmapped(target, batch, [value[:1].clone() for value in tensors], names, outputs, 1)
+    except Exception:
+        return False
+    return True
+
+
+def make_plan(
+    target: Target, batch: Batch, sizes: Sizes, *, method: str, check: bool, separate: bool, loop: bool = False
+) -> Plan:
+    """Run a few rows and choose how each parameter's part of the kernel is computed.
+
+    Args:
+        sizes: the numbers of rows and what is computed; its `outputs` is filled in here.
+        separate: one entry per parameter, nothing fused.
+        loop: no structure: every Jacobian by a loop of torch.autograd.grad, for models whose graph changes with the
+            rows.
+
+    Raises:
+        ValueError: the model draws random numbers or mixes rows (with check=True), or cannot take the input.
+    """
+    rows = min(batch.rows, PROBE_ROWS)
+    chosen = max(1, rows // 2)
+    tensors = batch.take(0, rows)
+    leaves = _leaves(tensors)
+    state = torch.get_rng_state() if check else None
+    copies = [leaf.clone() for leaf in leaves]
+    capture, raw = _run(target, batch, copies)
+    if state is not None and not torch.equal(state, torch.get_rng_state()):
+        torch.set_rng_state(state)
+        raise ValueError(
+            "model draws random numbers in its forward (dropout, noise, sampling), so its kernel is not defined; "
+            "call model.eval() or remove them (check=False skips this test)"
+        )
+    flat = flatten(raw)
+    if flat.shape[1] == 0:
+        raise ValueError(f"the model's output must have at least one value per row, got {list(raw.shape)}")
+    sizes = replace(sizes, outputs=flat.shape[1])
+    uses = capture.uses
+    unrecognised = capture.unrecognised(raw)
+    layouts = _probe_rows(batch, uses, leaves, flat, rows, chosen, check)
+    if check:
+        _check_repeats(target, batch, tensors, flat.detach(), chosen)
+    names = list(target.parameters)
+    roles = roles_of(uses, names)
+    generic_names = [
+        name
+        for name in names
+        if name in unrecognised
+        or loop
+        or method == "jacobian"
+        or any(layouts[index] is None or uses[index].input._version != uses[index].version for index, _ in roles[name])
+    ]
+    last = last_use(uses, raw, rows)
+    if last is not None and layouts[last] != ("axis", 0):
+        last = None
+    roles = {name: own for name, own in roles.items() if name not in generic_names}
+    entries = Planner(target, uses, layouts, rows, sizes, not separate).entries(roles, last)
+    entries += _generic_entries(target, batch, tensors, generic_names, sizes, separate, loop)
+    structured = any(entry.roles for entry in entries)
+    touched = sweep_bytes(uses, sizes.outputs, rows, sizes.itemsize) if structured else 0
+    kept = sum(entry.row_bytes for entry in entries if not entry.roles)
+    return Plan(
+        outputs=sizes.outputs,
+        entries=entries,
+        signatures=[use.signature() for use in uses],
+        layouts=layouts,
+        unrecognised=unrecognised,
+        block=block_rows(touched + 2 * kept),
+        batched_backward=not structured or _batches(uses, flat),
+        last=last,
+        sweep_bytes=touched + kept,
+        copies_inputs=any(copy._version for copy in copies),
+        probe=flat.detach() if check else None,
+    )
+
+
+def _probe_rows(
+    batch: Batch, uses: list[Use], leaves: list[Tensor], flat: Tensor, rows: int, chosen: int, check: bool
+) -> list[Layout | None]:
+    """Where the rows lie in every use, by one backward of a cotangent on the first rows alone."""
+    floats = [leaf for leaf in leaves if leaf.requires_grad]
+    edges: list[Any] = [*(use.edge for use in uses), *floats]
+    if not flat.requires_grad or not edges:
+        return [None] * len(uses)
+    cotangent = torch.zeros_like(flat)
+    generator = torch.Generator(device=flat.device).manual_seed(0)
+    cotangent[:chosen].uniform_(0.5, 1.5, generator=generator)
+    found = torch.autograd.grad(flat, edges, cotangent, retain_graph=True, allow_unused=True)
+    deltas, gradients = found[: len(uses)], found[len(uses) :]
+    if check and any(value is not None and value[chosen:].any() for value in gradients):
+        raise _mixes(batch)
+    layouts = [_layout(use, delta, rows, chosen) for use, delta in zip(uses, deltas, strict=True)]
+    for use, layout in zip(uses, layouts, strict=True):
+        if check and layout is None and use.kind == "embedding" and not floats:
+            raise _mixes(batch)
+    return layouts
+
+
+def _check_repeats(target: Target, batch: Batch, tensors: Sequence[Tensor], expected: Tensor, chosen: int) -> None:
+    """Raise unless a second forward gives the same bits, and fewer rows nearly the same outputs."""
+    again = flatten(_run(target, batch, [value.clone() for value in tensors])[1]).detach()
+    if not torch.equal(torch.nan_to_num(again), torch.nan_to_num(expected)):
+        raise ValueError(
+            "model: two forwards of the same rows differ; it draws random numbers or keeps a state between calls "
+            "(check=False skips this test)"
+        )
+    with torch.no_grad():
+        try:
+            fewer = flatten(target.run(batch, [value[:chosen].clone() for value in tensors]))
+        except Exception:
+            if chosen == 1:
+                return  # a model that squeezes its batch axis away; two rows or more are fine
+            raise
+    compare(fewer, expected)
+
+
+def _batches(uses: list[Use], flat: Tensor) -> bool:
+    """Whether the backward of all outputs runs as one batched sweep."""
+    if flat.shape[1] == 1 or not uses:
+        return True
+    try:
+        cotangents(uses, flat, True)
+    except Exception:
+        return False
+    return True
+
+
+def _generic_entries(
+    target: Target,
+    batch: Batch,
+    tensors: Sequence[Tensor],
+    names: list[str],
+    sizes: Sizes,
+    separate: bool,
+    loop: bool,
+) -> list[Entry]:
+    if not names:
+        return []
+    method = "vmap" if not loop and _vmaps(target, batch, tensors, names, sizes.outputs) else "loop"
+    groups = [(name,) for name in names] if separate else [tuple(names)]
+    entries = []
+    for group in groups:
+        size = sum(target.width(name) for name in group)
+        flops = 2 * sizes.pairs * sizes.products * size
+        entries.append(Entry(method, group, [], 0.0, flops, sizes.outputs * size * sizes.itemsize))
+    return entries

@@ -1,0 +1,153 @@
+"""The kernel as a linear operator, never formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .contract import Inputs, preserved
+from .empirical import Problem, Walk, run
+from .plan import Plan
+from .products import Products, Vectors
+
+
+class NTKOperator:
+    """The empirical NTK as a matrix [N O, M O] that is applied without being formed: K v = J1 (J2ᵀ v).
+
+    Row n O + a stands for output a of row n. Each product costs one forward and backward over x2 and one over x1;
+    the memory is that of a few vectors of all parameters.
+
+    Args:
+        model: see `empirical_ntk`, as for all other arguments.
+
+    Attributes:
+        shape: (N O, M O).
+        outputs: O.
+        dtype: of the parameters.
+        device: of the parameters.
+
+    Raises:
+        ValueError: see `empirical_ntk`.
+        TypeError: see `empirical_ntk`.
+
+    Example:
+        >>> import torch, finite_width as fw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> x = torch.randn(5, 3)
+        >>> op = fw.ntk.NTKOperator(model, x)
+        >>> v = torch.randn(10)
+        >>> bool((op @ v - op.to_dense() @ v).norm() < 1e-4 * (op @ v).norm())
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x1: Inputs,
+        x2: Inputs | None = None,
+        *,
+        params: Mapping[str, Tensor] | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+        memory_budget: int | None = None,
+        progress: bool = False,
+        check: bool = True,
+    ) -> None:
+        self._problem = Problem(
+            model,
+            x1,
+            x2,
+            compute="full",
+            method="auto",
+            params=params,
+            output=output,
+            memory_budget=memory_budget,
+            progress=progress,
+            check=check,
+        )
+        with preserved(model):
+            self._plan: Plan = self._problem.plan()
+            plan = self._plan
+            self._products = Products(self._problem.target, self._problem.left, plan.outputs, plan.copies_inputs)
+        self._flipped = False
+
+    @property
+    def outputs(self) -> int:
+        return self._plan.outputs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._problem.target.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._problem.target.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        left, right = self._sides()
+        return left.rows * self.outputs, right.rows * self.outputs
+
+    @property
+    def T(self) -> NTKOperator:
+        """The transpose; shares everything with this operator."""
+        other = object.__new__(NTKOperator)
+        other.__dict__.update(self.__dict__)
+        other._flipped = not self._flipped
+        return other
+
+    def _sides(self) -> tuple[Any, Any]:
+        sides = (self._problem.left, self._problem.right)
+        return sides[::-1] if self._flipped else sides
+
+    def __matmul__(self, vector: Tensor) -> Tensor:
+        """K v for v [M O] or [M O, k]."""
+        left, right = self._sides()
+        rows, columns = self.shape
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"the vector must be a torch.Tensor, got {type(vector).__name__}")
+        if vector.dim() not in (1, 2) or vector.shape[0] != columns:
+            raise ValueError(f"the vector must have shape [{columns}] or [{columns}, k], got {list(vector.shape)}")
+        if vector.dtype != self.dtype:
+            raise TypeError(f"the vector has dtype {vector.dtype}, but the operator has {self.dtype}")
+        if vector.device != self.device:
+            raise ValueError(f"the vector is on {vector.device}, but the operator is on {self.device}")
+        cotangents = vector.detach().reshape(right.rows, self.outputs, -1).permute(2, 0, 1)
+        count = cotangents.shape[0]
+        if count == 0:
+            return vector.new_zeros(rows, 0)
+        with preserved(self._problem.target.model):
+            total: Vectors = {}
+            for begin, end in self._blocks(right):
+                pulled = self._products.pull(right, begin, end, cotangents[:, begin:end])
+                for name, value in pulled.items():
+                    total[name] = total[name] + value if name in total else value
+            parts = [self._products.push(left, begin, end, total) for begin, end in self._blocks(left)]
+        result = torch.cat(parts, 1).reshape(count, rows).t()
+        return result[:, 0] if vector.dim() == 1 else result
+
+    def _blocks(self, batch: Any) -> list[tuple[int, int]]:
+        return [(begin, min(begin + self._plan.block, batch.rows)) for begin in range(0, batch.rows, self._plan.block)]
+
+    def diagonal(self) -> Tensor:
+        """The main diagonal [min(N, M) O], by blocks of rows."""
+        problem, block = self._problem, self._plan.block
+        count = min(problem.left.rows, problem.right.rows)
+        parts = []
+        with preserved(problem.target.model):
+            for begin in range(0, count, block):
+                end = min(begin + block, count)
+                parts.append(Walk.pair(problem, self._plan, begin, end))
+        return torch.cat(parts).flatten()
+
+    def to_dense(self) -> Tensor:
+        """The matrix [N O, M O]."""
+        kernel = run(self._problem)
+        assert isinstance(kernel, Tensor)
+        matrix = kernel.permute(0, 2, 1, 3).reshape(kernel.shape[0] * self.outputs, kernel.shape[1] * self.outputs)
+        return matrix.t() if self._flipped else matrix
+
+    def __repr__(self) -> str:
+        return f"NTKOperator(shape={self.shape}, outputs={self.outputs}, dtype={self.dtype})"

@@ -1,0 +1,256 @@
+"""Chooses, per parameter and from shapes alone, how its part of the kernel is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .capture import Use
+from .contract import Target
+from .layout import Layout
+
+# Rows of one block: a power of two such that what a block's sweep touches stays near this many bytes. It depends on
+# shapes alone, so that the result has the same bits for any memory budget.
+BLOCK_BYTES = 64 << 20
+BLOCK_ROWS = 512
+# One tile of a convolution's Jacobian, over the rows of a block.
+TILE_BYTES = 16 << 20
+METHODS = ("auto", "structured", "jacobian", "products")
+
+Role = tuple[int, str]  # (index of the use, "weight" or "bias")
+
+
+@dataclass
+class Entry:
+    """How the parameters `names` are computed together."""
+
+    method: str  # "gram", "last", "ghost", "gradients", "tiles", "tokens", "vmap", "loop"
+    names: tuple[str, ...]
+    roles: list[Role]
+    bias: float = 0.0  # 1 where a bias is fused into "gram", "last" or "ghost"
+    flops: float = 0.0
+    row_bytes: int = 0  # what the factor keeps per row
+    cuts: list[int] = field(default_factory=list)  # of "tiles": the weight's rows [cuts[i], cuts[i + 1])
+    tile_bytes: int = 0  # of "tiles": one tile's Jacobian, per row of the batch
+
+
+@dataclass
+class Plan:
+    """The entries, and what every block must repeat for them to hold."""
+
+    outputs: int
+    entries: list[Entry]
+    signatures: list[tuple]
+    layouts: list[Layout | None]
+    unrecognised: set[str]  # parameters that the graph reaches
+    block: int  # rows of a block
+    batched_backward: bool  # one sweep for all outputs, or one for each
+    last: int | None  # the use whose output is the model's
+    sweep_bytes: int  # working memory of one block's forward and backward, per row
+    copies_inputs: bool  # the model writes its input in place
+    probe: Tensor | None = None  # the outputs of the first rows of the first batch, for comparison
+
+    @property
+    def generic(self) -> list[str]:
+        """The parameters whose Jacobian is computed by autograd."""
+        return [name for entry in self.entries if entry.method in ("vmap", "loop") for name in entry.names]
+
+    @property
+    def row_bytes(self) -> int:
+        """What a block keeps per row."""
+        return sum(entry.row_bytes for entry in self.entries)
+
+    @property
+    def needed(self) -> list[int]:
+        """The uses whose cotangents the entries ask for."""
+        wanted = {use for entry in self.entries if entry.method != "last" for use, _ in entry.roles}
+        return sorted(wanted)
+
+
+def positions(use: Use, layout: Layout, rows: int) -> int:
+    """T of a dense use or an embedding: how often each row passes through it."""
+    width = use.shape[-1]
+    return math.prod(use.shape) // (rows * width)
+
+
+def row_axes(use: Use) -> list[int]:
+    """The axes of the output that may hold the rows."""
+    axes = len(use.shape)
+    if use.kind == "dense":
+        return list(range(axes - 1))
+    if use.kind == "embedding":
+        return list(range(axes - 1))
+    if use.kind == "scale":
+        begin, end = use.options["axes"]
+        return [axis for axis in range(axes) if not begin <= axis < end]
+    return [0]
+
+
+def roles_of(uses: Sequence[Use], names: Sequence[str]) -> dict[str, list[Role]]:
+    roles: dict[str, list[Role]] = {name: [] for name in names}
+    for index, use in enumerate(uses):
+        if use.weight:
+            roles[use.weight].append((index, "weight"))
+        if use.bias:
+            roles[use.bias].append((index, "bias"))
+    return roles
+
+
+@dataclass
+class Sizes:
+    """What the cost model knows: numbers of rows, outputs, and which products are wanted."""
+
+    rows: int
+    columns: int
+    outputs: int
+    compute: str
+    itemsize: int
+    symmetric: bool
+
+    @property
+    def pairs(self) -> float:
+        return self.rows * (self.rows + 1) / 2 if self.symmetric else self.rows * self.columns
+
+    @property
+    def products(self) -> int:
+        """Inner products of cotangents per pair of rows."""
+        return self.outputs**2 if self.compute == "full" else self.outputs
+
+    @property
+    def sides(self) -> int:
+        return self.rows if self.symmetric else self.rows + self.columns
+
+
+class Planner:
+    """Turns the recorded uses into entries."""
+
+    def __init__(
+        self, target: Target, uses: list[Use], layouts: list[Layout | None], rows: int, sizes: Sizes, fuse: bool
+    ) -> None:
+        self.target, self.uses, self.layouts, self.rows, self.sizes, self.fuse = (
+            target,
+            uses,
+            layouts,
+            rows,
+            sizes,
+            fuse,
+        )
+
+    def entries(self, roles: dict[str, list[Role]], last: int | None) -> list[Entry]:
+        found: list[Entry] = []
+        fused: set[str] = set()
+        for name, own in roles.items():
+            if not own or name in fused:
+                continue
+            entry = self._entry(name, own, last)
+            partner = self._partner(entry, own, roles) if self.fuse else None
+            if partner:
+                fused.add(partner)
+                entry.names, entry.bias = (*entry.names, partner), 1.0
+                found = [other for other in found if partner not in other.names]
+            found.append(entry)
+        return found
+
+    def _partner(self, entry: Entry, own: list[Role], roles: dict[str, list[Role]]) -> str | None:
+        """The bias that has exactly the uses of this weight."""
+        if entry.method not in ("gram", "last", "ghost"):
+            return None
+        bias = self.uses[own[0][0]].bias
+        same = bias is not None and roles[bias] == [(index, "bias") for index, _ in own]
+        return bias if same else None
+
+    def _entry(self, name: str, own: list[Role], last: int | None) -> Entry:
+        kinds = {(self.uses[index].kind, role) for index, role in own}
+        if kinds == {("dense", "weight")} and len({self.uses[index].options["flipped"] for index, _ in own}) == 1:
+            return self._dense(name, own, last)
+        if kinds == {("embedding", "weight")}:
+            return self._tokens(name, own)
+        if kinds <= {("conv", "weight"), ("conv_transpose", "weight")}:
+            return self._conv(name, own)
+        return self._gradients(name, own)
+
+    def _positions(self, own: list[Role]) -> int:
+        return sum(positions(self.uses[index], self._layout(index), self.rows) for index, _ in own)
+
+    def _layout(self, index: int) -> Layout:
+        layout = self.layouts[index]
+        assert layout is not None
+        return layout
+
+    def _dense(self, name: str, own: list[Role], last: int | None) -> Entry:
+        sizes, first = self.sizes, self.uses[own[0][0]]
+        inputs, channels, times = first.input.shape[-1], first.shape[-1], self._positions(own)
+        if times == 1 and own[0][0] == last:
+            flops = 2 * sizes.pairs * inputs
+            return Entry("last", (name,), own, 0.0, flops, inputs * sizes.itemsize)
+        held = times * (inputs + sizes.outputs * channels)
+        if times == 1:
+            flops = 2 * sizes.pairs * (inputs + sizes.products * channels)
+            return Entry("gram", (name,), own, 0.0, flops, held * sizes.itemsize)
+        ghost = 2 * sizes.pairs * times**2 * (inputs + sizes.products * (channels + 1))
+        gradients = self._gradients(name, own)
+        if ghost < gradients.flops:
+            return Entry("ghost", (name,), own, 0.0, ghost, held * sizes.itemsize)
+        return gradients
+
+    def _tokens(self, name: str, own: list[Role]) -> Entry:
+        sizes, times = self.sizes, self._positions(own)
+        width = self.uses[own[0][0]].shape[-1]
+        flops = 2 * sizes.pairs * times**2 * sizes.products * width
+        return Entry("tokens", (name,), own, 0.0, flops, times * sizes.outputs * width * sizes.itemsize)
+
+    def _conv(self, name: str, own: list[Role]) -> Entry:
+        sizes, entry = self.sizes, self._gradients(name, own)
+        weight = self.target.parameters[name]
+        held = sum(
+            self.uses[index].input.numel() // self.rows
+            + sizes.outputs * (math.prod(self.uses[index].shape) // self.rows)
+            for index, _ in own
+        )
+        whole = sizes.outputs * weight.numel()
+        if whole <= held:
+            return entry  # the gradients are smaller than what they are made from: keep them instead
+        groups = math.lcm(*(self.uses[index].options["geometry"][-1] for index, _ in own))
+        unit = weight.shape[0] // groups if groups > 1 else 1
+        each = weight.numel() // weight.shape[0]
+        width = max(1, TILE_BYTES // (sizes.itemsize * sizes.outputs * each * 16))
+        step = max(unit, width // unit * unit)
+        entry.method, entry.row_bytes = "tiles", held * sizes.itemsize
+        entry.cuts = [*range(0, weight.shape[0], step), weight.shape[0]]
+        entry.tile_bytes = sizes.itemsize * sizes.outputs * min(step, weight.shape[0]) * each
+        return entry
+
+    def _gradients(self, name: str, own: list[Role]) -> Entry:
+        sizes, size = self.sizes, self.target.parameters[name].numel()
+        flops = 2 * sizes.pairs * sizes.products * size
+        for index, role in own:
+            use = self.uses[index]
+            spots = math.prod(use.shape) // self.rows
+            if role == "weight" and use.kind == "dense":
+                flops += 2 * sizes.sides * sizes.outputs * spots * use.input.shape[-1]
+            elif role == "weight" and use.kind == "conv":
+                flops += 2 * sizes.sides * sizes.outputs * spots * (size // use.shape[1])
+            elif role == "weight" and use.kind == "conv_transpose":
+                inputs = use.input.numel() // self.rows
+                flops += 2 * sizes.sides * sizes.outputs * inputs * (size // use.input.shape[1])
+            else:
+                flops += 2 * sizes.sides * sizes.outputs * spots
+        return Entry("gradients", (name,), own, 0.0, flops, sizes.outputs * size * sizes.itemsize)
+
+
+def block_rows(row_bytes: int) -> int:
+    """Rows of a block: a power of two."""
+    most = max(1, min(BLOCK_ROWS, BLOCK_BYTES // max(1, row_bytes)))
+    return 1 << (most.bit_length() - 1)
+
+
+def sweep_bytes(uses: Sequence[Use], outputs: int, rows: int, itemsize: int) -> int:
+    """Bytes per row that one block's forward and batched backward touch at once, as far as the uses tell."""
+    total = 0
+    for use in uses:
+        total += use.input.numel() * use.input.element_size() // rows
+        total += (2 + outputs) * (math.prod(use.shape) // rows) * itemsize
+    return total

@@ -1,0 +1,223 @@
+"""One forward and one batched backward over a block of rows: the factors that every entry of the plan keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import generic, ops
+from .capture import Capture, Use
+from .contract import Batch, Target, flatten
+from .factors import ConvInputs, Factor, Ghost, Gram, Jacobian, Last, Tiled, Tokens
+from .layout import Layout, by_rows
+from .plan import Entry, Plan
+
+
+class PlanMismatchError(Exception):
+    """A block used the parameters in another way than the rows that the plan was made from."""
+
+
+def cotangents(uses: Sequence[Use], flat: Tensor, batched: bool) -> list[Tensor]:
+    """δ [O, *output's shape] of each use: the cotangents of all outputs [n, O], in one backward sweep where batched."""
+    rows, outputs = flat.shape
+    edges = [use.edge for use in uses]
+    if not edges or flat.grad_fn is None:
+        return [flat.new_zeros(outputs, *use.shape) for use in uses]
+
+    def pull(cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(flat, edges, cotangent, retain_graph=True, allow_unused=True)
+
+    results: list[Tensor | None] = [None] * len(edges)
+    unit = torch.eye(outputs, dtype=flat.dtype, device=flat.device)[:, None, :].expand(outputs, rows, outputs)
+    if outputs == 1:
+        found = torch.autograd.grad(flat, edges, unit[0], allow_unused=True)
+        results = [None if value is None else value.unsqueeze(0) for value in found]
+    elif batched:
+        present: list[int] = []
+
+        def reached(cotangent: Tensor) -> tuple[Tensor, ...]:
+            values = pull(cotangent)
+            present[:] = [place for place, value in enumerate(values) if value is not None]
+            return (cotangent, *(value for value in values if value is not None))
+
+        stacked = torch.func.vmap(reached)(unit)[1:]
+        for place, value in zip(present, stacked, strict=True):
+            results[place] = value
+    else:
+        each = [pull(unit[index]) for index in range(outputs)]
+        for place, column in enumerate(zip(*each, strict=True)):
+            if column[0] is not None:
+                results[place] = torch.stack([value for value in column if value is not None])
+    return [
+        flat.new_zeros(outputs, *use.shape) if value is None else value.detach().reshape(outputs, *use.shape)
+        for use, value in zip(uses, results, strict=True)
+    ]
+
+
+def last_use(uses: Sequence[Use], raw: Tensor, rows: int) -> int | None:
+    """The dense use whose output is the model's output itself, if there is one."""
+    for index, use in enumerate(uses):
+        if use.kind == "dense" and raw.dim() == 2 and raw.grad_fn is use.edge.node and use.shape == raw.shape:
+            return index
+    return None
+
+
+class Rows:
+    """A use's input and cotangents, arranged by rows."""
+
+    def __init__(self, use: Use, layout: Layout, rows: int, delta: Tensor | None) -> None:
+        self.use, self.rows = use, rows
+        self.layout = layout
+        # [n, O, ...]
+        self.delta = None if delta is None else by_rows(delta, layout, rows, 1).transpose(0, 1)
+
+    @property
+    def d(self) -> Tensor:
+        assert self.delta is not None
+        return self.delta
+
+    def inputs(self) -> Tensor:
+        return by_rows(self.use.input, self.layout, self.rows)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """a [n, T, I] and d [n, O, T, C]."""
+        a, d = self.inputs(), self.d
+        return a.reshape(self.rows, -1, a.shape[-1]), d.reshape(*d.shape[:2], -1, d.shape[-1])
+
+    def conv(self) -> ConvInputs:
+        a, d = self.inputs(), self.d
+        if self.layout[0] == "axis":
+            a, d = a.unsqueeze(1), d.unsqueeze(2)
+        return ConvInputs(a, d, self.use.options["geometry"], self.use.kind == "conv_transpose")
+
+    def jacobian(self, role: str) -> Tensor:
+        """[n, O, P] of the use's weight or bias."""
+        kind, d = self.use.kind, self.d
+        if kind in ("conv", "conv_transpose"):
+            inputs = self.conv()
+            if role == "weight":
+                rows = inputs.a.shape[2] if inputs.transposed else inputs.d.shape[3]
+                return inputs.gradients(0, rows)
+            return inputs.d.flatten(4).sum((2, 4))
+        if kind == "dense":
+            a, d = self.dense()
+            if role == "bias":
+                return d.sum(2) if d.shape[2] != 1 else d[:, :, 0]
+            gradients = ops.position_gradients(a, d)
+            if self.use.options["flipped"]:
+                gradients = gradients.unflatten(2, (d.shape[3], a.shape[2])).transpose(2, 3).flatten(2)
+            return gradients
+        if kind == "embedding":
+            return self._embedding()
+        # A scale: behind the rows and the outputs stand the other axes in their order; those of the weight stay.
+        begin, end = self.use.options["axes"]
+        where, row_axis = self.layout
+        kept = {axis + 2 - (1 if where == "axis" and axis > row_axis else 0) for axis in range(begin, end)}
+        product = d if role == "bias" else d * self.inputs().unsqueeze(1)
+        summed = [axis for axis in range(2, d.dim()) if axis not in kept]
+        return (product.sum(summed) if summed else product).flatten(2)
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Tokens [n, T], -1 for padding, and d [n, O, T, D]."""
+        tokens = self.inputs().reshape(self.rows, -1)
+        padding = self.use.options["padding_idx"]
+        d = self.d.reshape(*self.d.shape[:2], tokens.shape[1], -1)
+        return (tokens.masked_fill(tokens == padding, -1) if padding >= 0 else tokens), d
+
+    def _embedding(self) -> Tensor:
+        tokens, d = self.tokens()
+        result = d.new_zeros(*d.shape[:2], self.use.options["size"], d.shape[3])
+        index = tokens.clamp(min=0)[:, None, :, None].expand_as(d)
+        return result.scatter_add_(2, index, d.masked_fill((tokens < 0)[:, None, :, None], 0)).flatten(2)
+
+
+def collect(target: Target, plan: Plan, batch: Batch, begin: int, end: int, check: bool = False) -> list[Factor]:
+    """The factors of rows [begin, end), one per entry of the plan.
+
+    Args:
+        check: compare the outputs with those of the rows that the plan was made from.
+
+    Raises:
+        PlanMismatchError: the block used the parameters in another way than the plan says.
+    """
+    rows, tensors = end - begin, batch.take(begin, end, plan.copies_inputs)
+    arranged: dict[int, Rows] = {}
+    if any(entry.roles for entry in plan.entries):
+        capture = Capture(target.parameters)
+        with capture:
+            raw = target.run(batch, tensors)
+        flat = flatten(raw)
+        uses = capture.uses
+        changed = any(use.input._version != use.version for use in uses)
+        if (
+            changed
+            or flat.shape[1] != plan.outputs
+            or [use.signature() for use in uses] != plan.signatures
+            or capture.unrecognised(raw) != plan.unrecognised
+            or last_use(uses, raw, rows) != plan.last
+        ):
+            raise PlanMismatchError
+        if check and plan.probe is not None:
+            compare(flat[: len(plan.probe)].detach(), plan.probe)
+        needed = plan.needed
+        deltas = cotangents([uses[index] for index in needed], flat, plan.batched_backward)
+        del raw, flat
+        for index in {index for entry in plan.entries for index, _ in entry.roles}:
+            layout = plan.layouts[index]
+            assert layout is not None
+            delta = deltas[needed.index(index)] if index in needed else None
+            arranged[index] = Rows(uses[index], layout, rows, delta)
+    columns = _generic(target, plan, batch, batch.take(begin, end, plan.copies_inputs))
+    return [_factor(entry, arranged, plan.outputs) if entry.roles else columns.pop(0) for entry in plan.entries]
+
+
+def _generic(target: Target, plan: Plan, batch: Batch, tensors: Sequence[Tensor]) -> list[Factor]:
+    """The Jacobians of the entries that autograd computes, in their order."""
+    entries = [entry for entry in plan.entries if not entry.roles]
+    names = [name for entry in entries for name in entry.names]
+    if not names:
+        return []
+    if entries[0].method == "vmap":
+        jacobian = generic.vmapped(target, batch, tensors, names, plan.outputs, plan.block)
+    else:
+        jacobian = generic.looped(target, batch, tensors, names, plan.outputs)
+    widths = [sum(target.width(name) for name in entry.names) for entry in entries]
+    return [Jacobian(part) for part in jacobian.split(widths, 2)]
+
+
+def _factor(entry: Entry, arranged: dict[int, Rows], outputs: int) -> Factor:
+    uses = [arranged[index] for index, _ in entry.roles]
+    if entry.method == "last":
+        return Last(uses[0].inputs().reshape(uses[0].rows, -1), outputs, entry.bias)
+    if entry.method in ("gram", "ghost"):
+        pairs = [use.dense() for use in uses]
+        a = torch.cat([a for a, _ in pairs], 1) if len(pairs) > 1 else pairs[0][0]
+        d = torch.cat([d for _, d in pairs], 2) if len(pairs) > 1 else pairs[0][1]
+        return Gram(a[:, 0], d[:, :, 0], entry.bias) if entry.method == "gram" else Ghost(a, d, entry.bias)
+    if entry.method == "tokens":
+        found = [use.tokens() for use in uses]
+        if len(found) == 1:
+            return Tokens(*found[0])
+        return Tokens(torch.cat([tokens for tokens, _ in found], 1), torch.cat([d for _, d in found], 2))
+    if entry.method == "tiles":
+        return Tiled([use.conv() for use in uses], entry.cuts)
+    total = arranged[entry.roles[0][0]].jacobian(entry.roles[0][1])
+    for index, role in entry.roles[1:]:
+        total = total + arranged[index].jacobian(role)
+    return Jacobian(total)
+
+
+def compare(found: Tensor, expected: Tensor) -> None:
+    """Raise where the same rows gave other outputs beside other rows: then the model mixes rows."""
+    rows = min(len(found), len(expected))
+    found, expected = found[:rows], expected[:rows]
+    tolerance = 1e-3 if found.dtype == torch.float32 else 1e-7
+    difference, scale = float((found - expected).norm()), float(expected.norm())
+    if difference > tolerance * max(scale, 1e-30):
+        raise ValueError(
+            "model: the outputs of the same rows change with the other rows of the batch (relative difference "
+            f"{difference / max(scale, 1e-30):.1e}); the model mixes rows, so its kernel is not defined row by row "
+            "(check=False skips this test)"
+        )
