@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .contract import Batch, Target, flatten
+
 
 def tensors_of(x: Any, name: str = "x") -> list[Tensor]:
     """The tensors of an input: a tensor, or a tuple, list or dict of tensors."""
@@ -58,19 +60,12 @@ def call_model(model: nn.Module, x: Any) -> Any:
     return model(*x) if isinstance(x, tuple | list) else model(x)
 
 
-def pick_output(result: Any, output: Callable[[Any], Tensor] | None) -> Tensor:
-    """The tensor that `output` picks from the model's result, or the result itself."""
-    picked = result if output is None else output(result)
-    if not isinstance(picked, Tensor):
-        raise TypeError(f"the model returned {type(picked).__name__}, not a tensor; pick one by output=...")
-    return picked
-
-
-def model_outputs(model: nn.Module, x: Any, output: Callable[[Any], Tensor] | None = None, rows: int = 1024) -> Tensor:
-    """The model's outputs [N, O] without gradient, `rows` rows at a time; `output` picks a tensor from its result."""
+def model_outputs(model: nn.Module, x: Any, output: Callable[[Any], Tensor] | None, rows: int = 1024) -> Tensor:
+    """The model's outputs [N, O] without gradient, `rows` rows at a time."""
+    target, batch = Target(model, None, output), Batch("x", x)
     with torch.no_grad():
-        blocks = [(pick_output(call_model(model, block), output), row_count(block)) for block in row_blocks(x, rows)]
-    return torch.cat([value.reshape(count, -1) for value, count in blocks])
+        starts = range(0, batch.rows, rows)
+        return torch.cat([flatten(target.run(batch, batch.take(start, start + rows))) for start in starts])
 
 
 def model_kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:

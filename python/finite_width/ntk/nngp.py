@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .._gemm import gemm
+from .contract import refuse_training_modules
 from .inputs import call_model, row_blocks, row_count
 
 # Rows of one forward pass: bounds the activations, whatever the number of inputs.
 _ROWS = 1024
-# Layers whose output depends on the mode.
-_MODES = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
 def nngp_kernel(
@@ -67,9 +66,7 @@ def nngp_kernel(
 def features(model: nn.Module, x: Any, *, layer: str | None = None, name: str = "x") -> Tensor:
     """The inputs [N, width] of the last linear layer, or of the layer with that qualified name, without gradient."""
     row_count(x, name)
-    for key, module in model.named_modules():
-        if module.training and isinstance(module, _MODES):
-            raise ValueError(f"{type(module).__name__} {key!r} is in train mode; call model.eval() first")
+    refuse_training_modules(model)
     if layer is None:
         watched: dict[str, nn.Module] = {k: each for k, each in model.named_modules() if isinstance(each, nn.Linear)}
         if not watched:

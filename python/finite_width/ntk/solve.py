@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import _check
+from .empirical import free_memory
 
 # Columns solved together: beyond this the small [s, s] problems of block CG cost more than they save.
 _BLOCK = 64
+# Columns that an operator takes at once: it may hold a vector of all parameters for each.
+_OPERATOR_COLUMNS = 16
 # Rows of a stored kernel converted to float64 at a time.
 _ROWS = 1024
 
@@ -177,18 +179,6 @@ def fits_dense(size: int, device: torch.device, memory_budget: int | None) -> bo
     return 2 * 8 * size * size <= budget
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device, as the system tells it."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    table = Path("/proc/meminfo")
-    if table.exists():
-        for line in table.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 8 << 30  # no way to ask: assume a small machine
-
-
 def check_ridge(name: str, ridge: Any) -> None:
     """Raise unless ridge is a finite number ≥ 0."""
     if isinstance(ridge, bool) or not isinstance(ridge, int | float):
@@ -214,7 +204,7 @@ def _check_square(K: Tensor | Operator) -> int:
 def _product(K: Tensor | Operator) -> Callable[[Tensor], Tensor]:
     """v [N, S] float64 -> K v, float64; a stored float32 kernel is converted row block by row block."""
     if not isinstance(K, Tensor):
-        return lambda v: (K @ v.to(K.dtype)).double()
+        return lambda v: torch.cat([(K @ part.to(K.dtype)).double() for part in v.split(_OPERATOR_COLUMNS, 1)], 1)
     if K.dtype == torch.float64:
         return lambda v: K @ v
     return lambda v: torch.cat([rows.double() @ v for rows in K.split(_ROWS)])
