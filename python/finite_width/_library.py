@@ -33,6 +33,11 @@ SCHEMAS: dict[str, str] = {
     "tt_linear": "(Tensor x, Tensor[] cores, Tensor? bias, int[] plan) -> Tensor",
     "tt_linear_backward": "(Tensor grad, Tensor x, Tensor[] cores, int[] plan, int[] needs) -> Tensor[]",
     # Path-SGD.
+    "path_sweep": "(Tensor(a!) weight, Tensor? grad, Tensor(b!)? momentum, Tensor(c!)? bias, Tensor? bias_grad, "
+    "Tensor(d!)? bias_momentum, Tensor from_old, Tensor from_new, Tensor(e!) across, Tensor(f!) fresh, "
+    "Tensor(g!) mass, bool forward, float p, float[] weight_rates, float[] bias_rates) -> ()",
+    "path_update": "(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum, Tensor mass, float exponent, float p, "
+    "float[] rates) -> ()",
     # Bayes.
 }
 

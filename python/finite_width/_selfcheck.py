@@ -16,6 +16,11 @@ def _randn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def _vector(size: int) -> Tensor:
+    """Positive float64 values and a last one of 0, as a path vector has."""
+    return torch.cat([_randn(size - 1).double().abs() + 0.5, torch.zeros(1, dtype=torch.float64)])
+
+
 # Op -> arguments of the raw op, in float32.
 EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "gemm": lambda: (_randn(33, 65), _randn(65, 17), _randn(17)),
@@ -38,6 +43,12 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(_randn(7, 18), _randn(7, 35), [_randn(1, 3, 5, 4), _randn(4, 6, 7, 1)]),
         *([1, 1, 0, 0, 0, 0], [1, 1, 1]),
     ),
+    "path_sweep": lambda: (
+        *(_randn(33, 65), _randn(65, 33).T.contiguous(), None, _randn(33), _randn(33), None),
+        *(_vector(66), _vector(66), _vector(34), _vector(34), torch.zeros(2, dtype=torch.float64), True, 2.0),
+        *((0.1, 0.0, 0.0, 1.0, 1.0), (0.1, 0.0, 0.0, 1.0, 1.0)),
+    ),
+    "path_update": lambda: (_randn(65), _randn(65), None, _vector(65), 0.0, 2.0, (0.1, 0.0, 0.0, 1.0, 1.0)),
 }
 
 

@@ -1,0 +1,221 @@
+// Path-SGD's sweeps on the CPU: factors 1/gamma per unit, fixed blocks, and the exponents of the path vectors.
+#include "pathsgd/sweep.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "common/parallel.h"
+
+#define FW_KERNEL_FILE "pathsgd/sweep_kernel.h"
+#include "common/foreach_isa.h"
+
+namespace finite_width::pathsgd {
+namespace {
+
+constexpr int64_t kForwardRows = 16;                      // a block of a forward sweep: whole rows
+constexpr int64_t kBackwardRows = 256, kTileCols = 1024;  // a tile of a backward sweep: its sums stay in L1
+constexpr int64_t kUpdateBlock = 1 << 15;                 // a block of the update alone
+constexpr double kLargest = std::numeric_limits<double>::max();
+
+double load(const double* from) {
+  return *from;
+}
+double load(const float* from) {
+  return *from;
+}
+double load(const Bf16* from) {
+  const uint32_t word = static_cast<uint32_t>(from->bits) << 16;
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+void store(double* to, double value) {
+  *to = value;
+}
+void store(float* to, double value) {
+  *to = static_cast<float>(value);
+}
+void store(Bf16* to, double value) {
+  const float rounded = static_cast<float>(value);
+  uint32_t word;
+  std::memcpy(&word, &rounded, sizeof word);
+  to->bits = static_cast<uint16_t>(rounded != rounded ? 0x7fc0u : (word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+}
+
+double power(double w, double p) {
+  const double magnitude = std::fabs(w);
+  return p == 2 ? w * w : p == 1 || std::isinf(p) ? magnitude : std::pow(magnitude, p);
+}
+
+// x 2^exponent for any exponent, also beyond an int.
+double scaled(double x, double exponent) {
+  return std::ldexp(x, static_cast<int>(std::clamp(exponent, -5000.0, 5000.0)));
+}
+
+// (x 2^exponent)^(-2/p): a unit's part of 1/gamma. A unit without paths has none, and takes no step.
+double inverse(double x, double exponent, double p) {
+  if (!(x > 0)) return 0;
+  double result;
+  if (p == 2) {
+    result = scaled(1 / x, -exponent);
+  } else if (p == 1 || std::isinf(p)) {
+    result = scaled(1 / (x * x), -2 * exponent);
+  } else {
+    result = std::pow(x, -2 / p) * std::exp2(-2 * exponent / p);
+  }
+  return std::isnan(result) ? 0 : std::min(result, kLargest);
+}
+
+// One scalar's update, with the same roundings as the vector code.
+template <class T>
+void update_one(T* param, const T* grad, T* momentum, double factor, const Rates& rates) {
+  const double direction = load(grad) * factor;
+  double step = direction;
+  if (momentum) {
+    store(momentum, std::fma(rates.momentum, load(momentum), direction));
+    step = load(momentum);
+    if (rates.nesterov) step = std::fma(rates.momentum, step, direction);
+  }
+  store(param, std::fma(-rates.lr, step, load(param) * rates.keep));
+}
+
+// Writes `values` 2^exponent as a path vector: the largest value is in [0.5, 1), the shared exponent stands last.
+void normalise(const double* values, int64_t count, double exponent, double* to) {
+  double largest = 0;
+  for (int64_t k = 0; k < count; ++k) largest = std::max(largest, values[k]);
+  int shift = 0;
+  if (largest > 0 && std::isfinite(largest)) std::frexp(largest, &shift);
+  for (int64_t k = 0; k < count; ++k) to[k] = std::ldexp(values[k], -shift);
+  to[count] = largest > 0 ? exponent + shift : 0;
+}
+
+int64_t blocks(int64_t count, int64_t size) {
+  return (count + size - 1) / size;
+}
+
+// Doubles that live as long as the thread, so that a step touches no fresh memory.
+double* workspace(int64_t count) {
+  thread_local std::vector<double> memory;
+  if (static_cast<int64_t>(memory.size()) < count) memory.resize(static_cast<size_t>(count));
+  return memory.data();
+}
+
+template <class T>
+void sweep_forward(const Sweep<T>& task) {
+  const int64_t rows = task.rows, cols = task.cols, padded = blocks(cols, 8) * 8;
+  double* in_factor = workspace(3 * padded + 3 * rows);
+  double *old_source = in_factor + padded, *new_source = old_source + padded;
+  double *out_factor = new_source + padded, *sum_old = out_factor + rows, *sum_new = sum_old + rows;
+  const double old_exponent = task.from_old[cols], new_exponent = task.from_new[cols];
+  for (int64_t i = 0; i < padded; ++i) {
+    in_factor[i] = i < cols ? inverse(task.from_old[i], 0, task.p) : 0;
+    old_source[i] = i < cols ? task.from_old[i] : 0;
+    new_source[i] = i < cols ? task.from_new[i] : 0;
+  }
+  for (int64_t j = 0; j < rows; ++j) {
+    out_factor[j] = task.weight_rates.sign * inverse(task.across[j], task.across[rows] + old_exponent, task.p);
+  }
+  const auto block = FW_DISPATCH(path_forward_block<T>);
+  parallel_blocks(blocks(rows, kForwardRows), [&](int64_t index) {
+    const int64_t begin = index * kForwardRows;
+    block(task, begin, std::min(begin + kForwardRows, rows), in_factor, out_factor, old_source, new_source, sum_old,
+          sum_new);
+  });
+  // Sums and bias meet at the larger of their exponents.
+  const double old_common = task.bias ? std::max(old_exponent, 0.0) : old_exponent;
+  const double new_common = task.bias ? std::max(new_exponent, 0.0) : new_exponent;
+  if (task.bias) {
+    auto join = [&](double sum, double sum_exponent, double bias_power, double common) {
+      const double a = scaled(sum, sum_exponent - common), b = scaled(bias_power, -common);
+      return std::isinf(task.p) ? std::max(a, b) : a + b;
+    };
+    for (int64_t j = 0; j < rows; ++j) {
+      sum_old[j] = join(sum_old[j], old_exponent, power(load(task.bias + j), task.p), old_common);
+      if (task.bias_grad) {
+        const double factor = task.bias_rates.sign * inverse(task.across[j], task.across[rows], task.p);
+        update_one(task.bias + j, task.bias_grad + j, task.bias_momentum ? task.bias_momentum + j : nullptr, factor,
+                   task.bias_rates);
+      }
+      sum_new[j] = join(sum_new[j], new_exponent, power(load(task.bias + j), task.p), new_common);
+    }
+  }
+  normalise(sum_old, rows, old_common, task.across);
+  normalise(sum_new, rows, new_common, task.fresh);
+  task.mass[0] = task.mass[1] = 0;
+}
+
+template <class T>
+void sweep_backward(const Sweep<T>& task) {
+  const int64_t rows = task.rows, cols = task.cols, padded = blocks(cols, 8) * 8;
+  const int64_t row_tiles = blocks(rows, kBackwardRows), col_tiles = blocks(cols, kTileCols);
+  double* in_factor = workspace(padded + rows + 2 * std::max<int64_t>(row_tiles, 1) * padded);
+  double *out_factor = in_factor + padded, *sums = out_factor + rows;
+  const double old_exponent = task.from_old[rows];
+  for (int64_t i = 0; i < padded; ++i) in_factor[i] = i < cols ? inverse(task.across[i], 0, task.p) : 0;
+  for (int64_t j = 0; j < rows; ++j) {
+    out_factor[j] = task.weight_rates.sign * inverse(task.from_old[j], task.across[cols] + old_exponent, task.p);
+  }
+  std::fill(sums, sums + 2 * std::max<int64_t>(row_tiles, 1) * padded, 0.0);
+  const auto tile = FW_DISPATCH(path_backward_tile<T>);
+  parallel_blocks(row_tiles * col_tiles, [&](int64_t index) {
+    const int64_t row_tile = index / col_tiles, begin = row_tile * kBackwardRows;
+    const int64_t col_begin = index % col_tiles * kTileCols;
+    double* sum_old = sums + 2 * row_tile * padded;
+    tile(task, begin, std::min(begin + kBackwardRows, rows), col_begin, std::min(col_begin + kTileCols, cols),
+         in_factor, out_factor, task.from_old, task.from_new, sum_old, sum_old + padded);
+  });
+  for (int64_t row_tile = 1; row_tile < row_tiles; ++row_tile) {
+    const double* more = sums + 2 * row_tile * padded;
+    for (int64_t i = 0; i < 2 * padded; ++i)
+      sums[i] = std::isinf(task.p) ? std::max(sums[i], more[i]) : sums[i] + more[i];
+  }
+  normalise(sums, cols, old_exponent, task.across);
+  normalise(sums + padded, cols, task.from_new[rows], task.fresh);
+  task.mass[0] = task.mass[1] = 0;
+  auto collect = [&](double& total, double value) {
+    total = std::isinf(task.p) ? std::max(total, value) : total + value;
+  };
+  for (int64_t j = 0; task.bias && j < rows; ++j) {
+    collect(task.mass[0], power(load(task.bias + j), task.p) * task.from_old[j]);
+    if (task.bias_grad) {
+      const double factor = task.bias_rates.sign * inverse(task.from_old[j], old_exponent, task.p);
+      update_one(task.bias + j, task.bias_grad + j, task.bias_momentum ? task.bias_momentum + j : nullptr, factor,
+                 task.bias_rates);
+    }
+    collect(task.mass[1], power(load(task.bias + j), task.p) * task.from_new[j]);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void sweep(const Sweep<T>& task) {
+  if (task.forward) {
+    sweep_forward(task);
+  } else {
+    sweep_backward(task);
+  }
+}
+
+template <class T>
+void update(int64_t count, T* param, const T* grad, T* momentum, const double* mass, double exponent, double p,
+            const Rates& rates) {
+  const double scale = std::exp2(-exponent / p);
+  const auto range = FW_DISPATCH(path_update_range<T>);
+  parallel_blocks(blocks(count, kUpdateBlock), [&](int64_t index) {
+    const int64_t begin = index * kUpdateBlock;
+    range(begin, std::min(begin + kUpdateBlock, count), param, grad, momentum, mass, scale, p, rates);
+  });
+}
+
+template void sweep<float>(const Sweep<float>&);
+template void sweep<double>(const Sweep<double>&);
+template void sweep<Bf16>(const Sweep<Bf16>&);
+template void update<float>(int64_t, float*, const float*, float*, const double*, double, double, const Rates&);
+template void update<double>(int64_t, double*, const double*, double*, const double*, double, double, const Rates&);
+template void update<Bf16>(int64_t, Bf16*, const Bf16*, Bf16*, const double*, double, double, const Rates&);
+
+}  // namespace finite_width::pathsgd

@@ -1,0 +1,359 @@
+// The inner loops of a Path-SGD sweep: eight double lanes on every instruction set, fused where it says fma.
+#include "common/simd.h"
+
+namespace finite_width::FW_ISA {
+
+using pathsgd::Bf16;
+using pathsgd::Rates;
+using pathsgd::Sweep;
+
+enum class Norm { one, two, any, infinity };
+enum class Rule { none, plain, momentum };
+
+constexpr int kParts = 8 / simd::kLanes<double>;
+typedef simd::Vec<double> Part;
+typedef float FloatPart __attribute__((vector_size(simd::kBytes / 2)));
+typedef int32_t IntPart __attribute__((vector_size(simd::kBytes / 2)));
+typedef uint32_t WordPart __attribute__((vector_size(simd::kBytes / 2)));
+typedef uint16_t HalfPart __attribute__((vector_size(simd::kBytes / 4)));
+
+// Eight neighbouring values, as doubles.
+struct Octet {
+  Part part[kParts];
+};
+
+#define FW_INLINE inline __attribute__((always_inline))
+
+FW_INLINE Part load_part(const double* from) {
+  return simd::load(from);
+}
+
+FW_INLINE Part load_part(const float* from) {
+  FloatPart value;
+  std::memcpy(&value, from, sizeof value);
+  return __builtin_convertvector(value, Part);
+}
+
+FW_INLINE Part load_part(const Bf16* from) {
+  HalfPart bits;
+  std::memcpy(&bits, from, sizeof bits);
+  const WordPart words = __builtin_convertvector(bits, WordPart) << 16;
+  return __builtin_convertvector((FloatPart)words, Part);
+}
+
+FW_INLINE void store_part(double* to, Part value) {
+  simd::store(to, value);
+}
+
+FW_INLINE void store_part(float* to, Part value) {
+  const FloatPart rounded = __builtin_convertvector(value, FloatPart);
+  std::memcpy(to, &rounded, sizeof rounded);
+}
+
+FW_INLINE void store_part(Bf16* to, Part value) {
+  const FloatPart rounded = __builtin_convertvector(value, FloatPart);
+  const WordPart words = (WordPart)rounded;
+  const WordPart nearest = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;  // ties to even
+  const IntPart nan = rounded != rounded;
+  const WordPart mask = (WordPart)nan;
+  const HalfPart bits = __builtin_convertvector((mask & 0x7fc0u) | (~mask & nearest), HalfPart);
+  std::memcpy(to, &bits, sizeof bits);
+}
+
+// A null pointer stays null.
+template <class T>
+FW_INLINE T* ahead(T* pointer, int64_t count) {
+  return pointer ? pointer + count : nullptr;
+}
+
+template <Norm N>
+FW_INLINE Part power(Part w, double p) {
+  if constexpr (N == Norm::two) {
+    return w * w;
+  } else {
+    Part magnitude = w < 0 ? -w : w;
+    if constexpr (N == Norm::any) {
+      for (int lane = 0; lane < simd::kLanes<double>; ++lane) magnitude[lane] = std::pow(magnitude[lane], p);
+    }
+    return magnitude;
+  }
+}
+
+// total + power * source, or the larger of the two at p = infinity.
+template <Norm N>
+FW_INLINE Part collect(Part power, Part source, Part total) {
+  if constexpr (N == Norm::infinity) {
+    const Part product = power * source;
+    return product > total ? product : total;
+  } else {
+    return simd::fma(power, source, total);
+  }
+}
+
+// The updated weights; `factor` is 1 / gamma with the sign. Momentum is rounded to its storage before it is used, so
+// that a resumed run continues with the same bits.
+template <class T, Rule R>
+FW_INLINE Part updated(Part w, const T* grad, T* momentum, Part factor, const Rates& rates) {
+  Part step = load_part(grad) * factor;
+  if constexpr (R == Rule::momentum) {
+    const Part mu = simd::broadcast(rates.momentum), direction = step;
+    store_part(momentum, simd::fma(mu, load_part(momentum), direction));
+    step = load_part(momentum);
+    if (rates.nesterov) step = simd::fma(mu, step, direction);
+  }
+  return simd::fma(simd::broadcast(-rates.lr), step, w * rates.keep);
+}
+
+// Updates eight weights at one place and returns the powers of the old and of the new ones.
+template <class T, Norm N, Rule R>
+FW_INLINE void edge(T* weight, const T* grad, T* momentum, Part in_factor, double out_factor, const Rates& rates,
+                    double p, Part& power_old, Part& power_new) {
+  const Part w = load_part(weight);
+  power_old = power<N>(w, p);
+  if constexpr (R == Rule::none) {
+    power_new = power_old;
+  } else {
+    store_part(weight, updated<T, R>(w, grad, momentum, in_factor * out_factor, rates));
+    power_new = power<N>(load_part(weight), p);
+  }
+}
+
+// A row's last columns, fewer than eight, in a buffer of eight with zeros behind.
+template <class T>
+struct Tail {
+  T weight[8] = {}, grad[8] = {}, momentum[8] = {};
+};
+
+// `Count` rows from `row` on: the sums over their columns, each in eight lanes.
+template <class T, Norm N, Rule R, int Count>
+void forward_rows(const Sweep<T>& task, int64_t row, const double* in_factor, const double* out_factor,
+                  const double* old_source, const double* new_source, double* sum_old, double* sum_new) {
+  constexpr int kLanes = simd::kLanes<double>;
+  Octet old_total[Count] = {}, new_total[Count] = {};
+  const int64_t cols = task.cols, whole = cols / 8 * 8, first = row * cols;
+  for (int64_t col = 0; col < whole; col += 8) {
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t at = col + part * kLanes;
+      const Part factor = simd::load(in_factor + at);
+      const Part from_old = simd::load(old_source + at), from_new = simd::load(new_source + at);
+#pragma GCC unroll 4
+      for (int r = 0; r < Count; ++r) {
+        const int64_t place = first + r * cols + at;
+        Part power_old, power_new;
+        edge<T, N, R>(task.weight + place, ahead(task.grad, place), ahead(task.momentum, place), factor,
+                      out_factor[row + r], task.weight_rates, task.p, power_old, power_new);
+        old_total[r].part[part] = collect<N>(power_old, from_old, old_total[r].part[part]);
+        new_total[r].part[part] = collect<N>(power_new, from_new, new_total[r].part[part]);
+      }
+    }
+  }
+  if (whole < cols) {
+    const size_t bytes = static_cast<size_t>(cols - whole) * sizeof(T);
+    for (int r = 0; r < Count; ++r) {
+      const int64_t place = first + r * cols + whole;
+      Tail<T> tail;
+      std::memcpy(tail.weight, task.weight + place, bytes);
+      if constexpr (R != Rule::none) std::memcpy(tail.grad, ahead(task.grad, place), bytes);
+      if constexpr (R == Rule::momentum) std::memcpy(tail.momentum, ahead(task.momentum, place), bytes);
+      for (int part = 0; part < kParts; ++part) {
+        const int at = part * kLanes;
+        Part power_old, power_new;
+        edge<T, N, R>(tail.weight + at, tail.grad + at, tail.momentum + at, simd::load(in_factor + whole + at),
+                      out_factor[row + r], task.weight_rates, task.p, power_old, power_new);
+        Part &old_sum = old_total[r].part[part], &new_sum = new_total[r].part[part];
+        old_sum = collect<N>(power_old, simd::load(old_source + whole + at), old_sum);
+        new_sum = collect<N>(power_new, simd::load(new_source + whole + at), new_sum);
+      }
+      if constexpr (R != Rule::none) std::memcpy(task.weight + place, tail.weight, bytes);
+      if constexpr (R == Rule::momentum) std::memcpy(ahead(task.momentum, place), tail.momentum, bytes);
+    }
+  }
+  for (int r = 0; r < Count; ++r) {
+    double lanes[2][8];
+    std::memcpy(lanes[0], &old_total[r], sizeof lanes[0]);
+    std::memcpy(lanes[1], &new_total[r], sizeof lanes[1]);
+    for (double* lane : {lanes[0], lanes[1]}) {
+      for (int width = 4; width; width /= 2) {
+        for (int k = 0; k < width; ++k) {
+          if constexpr (N == Norm::infinity) {
+            lane[k] = lane[k] > lane[k + width] ? lane[k] : lane[k + width];
+          } else {
+            lane[k] += lane[k + width];
+          }
+        }
+      }
+    }
+    sum_old[row + r] = lanes[0][0];
+    sum_new[row + r] = lanes[1][0];
+  }
+}
+
+template <class T, Norm N, Rule R>
+void forward_block(const Sweep<T>& task, int64_t begin, int64_t end, const double* in_factor, const double* out_factor,
+                   const double* old_source, const double* new_source, double* sum_old, double* sum_new) {
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) {
+    forward_rows<T, N, R, 4>(task, row, in_factor, out_factor, old_source, new_source, sum_old, sum_new);
+  }
+  for (; row < end; ++row) {
+    forward_rows<T, N, R, 1>(task, row, in_factor, out_factor, old_source, new_source, sum_old, sum_new);
+  }
+}
+
+// Adds `Count` rows to the column sums; each sum takes the rows in order.
+template <class T, Norm N, Rule R, int Count>
+void backward_rows(const Sweep<T>& task, int64_t row, int64_t col_begin, int64_t col_end, const double* in_factor,
+                   const double* out_factor, const double* old_source, const double* new_source, double* sum_old,
+                   double* sum_new) {
+  constexpr int kLanes = simd::kLanes<double>;
+  const int64_t cols = task.cols, whole = col_begin + (col_end - col_begin) / 8 * 8, first = row * cols;
+  for (int64_t at = col_begin; at < whole; at += kLanes) {
+    const Part factor = simd::load(in_factor + at);
+    Part old_sum = simd::load(sum_old + at), new_sum = simd::load(sum_new + at);
+#pragma GCC unroll 4
+    for (int r = 0; r < Count; ++r) {
+      const int64_t place = first + r * cols + at;
+      Part power_old, power_new;
+      edge<T, N, R>(task.weight + place, ahead(task.grad, place), ahead(task.momentum, place), factor,
+                    out_factor[row + r], task.weight_rates, task.p, power_old, power_new);
+      old_sum = collect<N>(power_old, simd::broadcast(old_source[row + r]), old_sum);
+      new_sum = collect<N>(power_new, simd::broadcast(new_source[row + r]), new_sum);
+    }
+    simd::store(sum_old + at, old_sum);
+    simd::store(sum_new + at, new_sum);
+  }
+  if (whole < col_end) {  // the sums have room for eight
+    const size_t bytes = static_cast<size_t>(col_end - whole) * sizeof(T);
+    for (int r = 0; r < Count; ++r) {
+      const int64_t place = first + r * cols + whole;
+      Tail<T> tail;
+      std::memcpy(tail.weight, task.weight + place, bytes);
+      if constexpr (R != Rule::none) std::memcpy(tail.grad, ahead(task.grad, place), bytes);
+      if constexpr (R == Rule::momentum) std::memcpy(tail.momentum, ahead(task.momentum, place), bytes);
+      for (int at = 0; at < 8; at += kLanes) {
+        Part power_old, power_new;
+        edge<T, N, R>(tail.weight + at, tail.grad + at, tail.momentum + at, simd::load(in_factor + whole + at),
+                      out_factor[row + r], task.weight_rates, task.p, power_old, power_new);
+        double *old_sum = sum_old + whole + at, *new_sum = sum_new + whole + at;
+        simd::store(old_sum, collect<N>(power_old, simd::broadcast(old_source[row + r]), simd::load(old_sum)));
+        simd::store(new_sum, collect<N>(power_new, simd::broadcast(new_source[row + r]), simd::load(new_sum)));
+      }
+      if constexpr (R != Rule::none) std::memcpy(task.weight + place, tail.weight, bytes);
+      if constexpr (R == Rule::momentum) std::memcpy(ahead(task.momentum, place), tail.momentum, bytes);
+    }
+  }
+}
+
+template <class T, Norm N, Rule R>
+void backward_tile(const Sweep<T>& task, int64_t begin, int64_t end, int64_t col_begin, int64_t col_end,
+                   const double* in_factor, const double* out_factor, const double* old_source,
+                   const double* new_source, double* sum_old, double* sum_new) {
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) {
+    backward_rows<T, N, R, 4>(task, row, col_begin, col_end, in_factor, out_factor, old_source, new_source, sum_old,
+                              sum_new);
+  }
+  for (; row < end; ++row) {
+    backward_rows<T, N, R, 1>(task, row, col_begin, col_end, in_factor, out_factor, old_source, new_source, sum_old,
+                              sum_new);
+  }
+}
+
+// A block of the update alone. (g s) s with s = mass^(-1/p) stays in range where g s^2 would pass through infinity.
+template <class T, Rule R>
+void update_range(int64_t begin, int64_t end, T* param, const T* grad, T* momentum, const double* mass, double scale,
+                  double p, const Rates& rates) {
+  for (int64_t at = begin; at < end; at += simd::kLanes<double>) {
+    const int64_t count = end - at < simd::kLanes<double> ? end - at : simd::kLanes<double>;
+    T w[8] = {}, g[8] = {}, m[8] = {};
+    double known[8] = {};
+    const bool full = count == simd::kLanes<double>;
+    if (!full) {
+      std::memcpy(w, param + at, count * sizeof(T));
+      std::memcpy(g, grad + at, count * sizeof(T));
+      std::memcpy(known, mass + at, count * sizeof(double));
+      if constexpr (R == Rule::momentum) std::memcpy(m, momentum + at, count * sizeof(T));
+    }
+    T *to = full ? param + at : w, *buffer = full && R == Rule::momentum ? momentum + at : m;
+    Part from = simd::load(full ? mass + at : known);
+    if (p == 1) {
+      from = scale / from;
+    } else {
+      for (int lane = 0; lane < simd::kLanes<double>; ++lane) {
+        from[lane] = p == 2 ? scale / std::sqrt(from[lane]) : scale * std::pow(from[lane], -1 / p);
+      }
+    }
+    // No path, no step: also where 1 / mass leaves the range.
+    from = from <= 1.7976931348623157e308 ? from : Part{};
+    const Part w_now = load_part(to);
+    const Part direction = load_part(full ? grad + at : g) * from * from * rates.sign;
+    Part step = direction;
+    if constexpr (R == Rule::momentum) {
+      const Part mu = simd::broadcast(rates.momentum);
+      store_part(buffer, simd::fma(mu, load_part(buffer), direction));
+      step = load_part(buffer);
+      if (rates.nesterov) step = simd::fma(mu, step, direction);
+    }
+    store_part(to, simd::fma(simd::broadcast(-rates.lr), step, w_now * rates.keep));
+    if (!full) {
+      std::memcpy(param + at, w, count * sizeof(T));
+      if constexpr (R == Rule::momentum) std::memcpy(momentum + at, m, count * sizeof(T));
+    }
+  }
+}
+
+// The variant for a norm and a rule.
+template <class T, class Run>
+FW_INLINE void choose(double p, const T* grad, const T* momentum, const Run& run) {
+  auto with_rule = [&]<Norm N>(std::integral_constant<Norm, N>) {
+    if (!grad) {
+      run.template operator()<N, Rule::none>();
+    } else if (!momentum) {
+      run.template operator()<N, Rule::plain>();
+    } else {
+      run.template operator()<N, Rule::momentum>();
+    }
+  };
+  if (p == 1) {
+    with_rule(std::integral_constant<Norm, Norm::one>());
+  } else if (p == 2) {
+    with_rule(std::integral_constant<Norm, Norm::two>());
+  } else if (std::isinf(p)) {
+    with_rule(std::integral_constant<Norm, Norm::infinity>());
+  } else {
+    with_rule(std::integral_constant<Norm, Norm::any>());
+  }
+}
+
+template <class T>
+void path_forward_block(const Sweep<T>& task, int64_t begin, int64_t end, const double* in_factor,
+                        const double* out_factor, const double* old_source, const double* new_source, double* sum_old,
+                        double* sum_new) {
+  choose(task.p, task.grad, task.momentum, [&]<Norm N, Rule R>() {
+    forward_block<T, N, R>(task, begin, end, in_factor, out_factor, old_source, new_source, sum_old, sum_new);
+  });
+}
+
+template <class T>
+void path_backward_tile(const Sweep<T>& task, int64_t begin, int64_t end, int64_t col_begin, int64_t col_end,
+                        const double* in_factor, const double* out_factor, const double* old_source,
+                        const double* new_source, double* sum_old, double* sum_new) {
+  choose(task.p, task.grad, task.momentum, [&]<Norm N, Rule R>() {
+    backward_tile<T, N, R>(task, begin, end, col_begin, col_end, in_factor, out_factor, old_source, new_source, sum_old,
+                           sum_new);
+  });
+}
+
+template <class T>
+void path_update_range(int64_t begin, int64_t end, T* param, const T* grad, T* momentum, const double* mass,
+                       double scale, double p, const Rates& rates) {
+  if (momentum) {
+    update_range<T, Rule::momentum>(begin, end, param, grad, momentum, mass, scale, p, rates);
+  } else {
+    update_range<T, Rule::plain>(begin, end, param, grad, momentum, mass, scale, p, rates);
+  }
+}
+
+#undef FW_INLINE
+
+}  // namespace finite_width::FW_ISA

@@ -1,0 +1,285 @@
+"""Chains of Linear, BatchNorm and ReLU-like layers: the path vectors F and B, and sweeps that update on the way.
+
+F_l = |W_l|^p F_{l−1} + |b_l|^p and B_{l−1} = |W_l|^pᵀ B_l. A step in forward order knows B from the step before and
+carries F of the old weights (for γ) and of the new ones (for the next step, which then runs backward): three passes
+over weight-sized arrays, as plain SGD makes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import reference
+from .ops import UNCHANGED, path_sweep
+from .structure import IDENTITY_FUNCTIONS, IDENTITY_METHODS, IDENTITY_MODULES, Structure, Walk, attribute
+
+Rates = tuple[float, float, float, float, float]
+# What a sweep needs of a parameter: gradient, momentum buffer, rates; None leaves the parameter as it is.
+Supply = Callable[[Tensor], tuple[Tensor, Tensor | None, Rates] | None]
+
+
+@dataclass(eq=False)
+class Dense:
+    """A Linear layer: every input unit to every output unit, and a bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.weight.shape[1], self.weight.shape[0]
+
+
+@dataclass(eq=False)
+class Norm:
+    """A BatchNorm: one edge w/σ per unit, and a bias edge: b with a batch's σ, b − μ w/σ with running statistics."""
+
+    module: Any
+    weight: Tensor | None = field(init=False)
+    bias: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weight, self.bias = self.module.weight, self.module.bias
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.module.num_features, self.module.num_features
+
+
+def find_chain(structure: Structure) -> list[Dense | Norm] | None:
+    """The layers of a chain from input to output, or None where the structure is another."""
+    if structure.input_shape is None:
+        return None
+    stages: list[Dense | Norm] = []
+    last = None
+    for node in structure.graph.nodes:
+        if node.op == "placeholder":
+            if node.users:
+                last = node
+            continue
+        if node.op == "get_attr":
+            continue
+        if node.op == "output":
+            if node.args[0] is not last or not stages:
+                return None
+            break
+        target: Any = node.target
+        module = structure.module.get_submodule(target) if node.op == "call_module" else None
+        auxiliary = target in ("size", "dim", getattr) or (target is operator.getitem and node.args[0] is not last)
+        before_first = not stages and (
+            isinstance(module, nn.Flatten) or target in (torch.flatten, torch.reshape, "flatten", "view", "reshape")
+        )
+        if auxiliary:
+            continue
+        if not node.args or node.args[0] is not last:
+            return None
+        if isinstance(module, nn.Linear):
+            stages.append(Dense(module.weight, module.bias))
+        elif isinstance(module, nn.BatchNorm1d):
+            stages.append(Norm(module))
+        elif target is F.linear:
+            tensors = [attribute(structure.module, str(arg.target)) for arg in node.all_input_nodes[1:]]
+            if not all(isinstance(tensor, nn.Parameter) for tensor in tensors) or node.kwargs.get("weight") is not None:
+                return None
+            stages.append(Dense(tensors[0], tensors[1] if len(tensors) > 1 else None))
+        elif not (isinstance(module, IDENTITY_MODULES) or target in IDENTITY_FUNCTIONS
+                  or (node.op == "call_method" and target in IDENTITY_METHODS) or before_first):  # fmt: skip
+            return None
+        last = node
+    if not _joined(stages) or _shape_at_first_layer(structure) != (1, stages[0].sizes[0]):
+        return None
+    return stages
+
+
+def _joined(stages: list[Dense | Norm]) -> bool:
+    """Whether the layers' sizes fit and no parameter stands in two of them."""
+    parameters = [id(p) for stage in stages for p in (stage.weight, stage.bias) if p is not None]
+    fits = all(a.sizes[1] == b.sizes[0] for a, b in pairwise(stages))
+    return fits and len(set(parameters)) == len(parameters)
+
+
+class _Reached(Exception):
+    """Carries the shape with which a layer was reached."""
+
+
+class _FirstLayer(Walk):
+    """Runs real shapes up to the first layer."""
+
+    def reshape(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    def linear(self, x: Any, weight: Tensor, bias: Tensor | None) -> Any:
+        raise _Reached(tuple(x.shape))
+
+    def batchnorm(self, x: Any, module: Any) -> Any:
+        raise _Reached(tuple(x.shape))
+
+
+def _shape_at_first_layer(structure: Structure) -> Any:
+    assert structure.input_shape is not None
+    try:
+        _FirstLayer(structure).run(torch.zeros(1, *structure.input_shape))
+    except _Reached as reached:
+        return reached.args[0]
+    except RuntimeError as error:
+        raise ValueError(f"input_shape {structure.input_shape} does not fit the model: {error}") from error
+    return None
+
+
+def total(pairs: list[tuple[float, float]], p: float) -> tuple[float, float]:
+    """Σ value · 2^exponent (the maximum at p = ∞) as one such pair."""
+    live = [(value, exponent) for value, exponent in pairs if value > 0]
+    if not live:
+        return 0.0, 0.0
+    top = max(exponent for _, exponent in live)
+    terms = [math.ldexp(value, int(max(exponent - top, -5000))) for value, exponent in live]
+    return (max(terms) if math.isinf(p) else math.fsum(terms)), top
+
+
+def agree(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two such sums are the same up to rounding."""
+    (a, a_exponent), (b, b_exponent) = one, other
+    if not (a > 0 and b > 0):
+        return a == b
+    return abs(math.log2(a) - math.log2(b) + (a_exponent - b_exponent)) < 1e-7
+
+
+class PathVectors:
+    """F and B of a chain: 16 bytes a unit.
+
+    `forward[l]` and `backward[l]` belong to the units between layers l − 1 and l. After a forward sweep `forward` is
+    of the weights as they are, after a backward sweep `backward` is; the other one served as scratch.
+    """
+
+    def __init__(self, stages: list[Dense | Norm], p: float) -> None:
+        self.stages, self.p = stages, p
+        device = next(t.device for stage in stages for t in (stage.weight, stage.bias) if t is not None)
+        sizes = [stages[0].sizes[0], *(stage.sizes[1] for stage in stages)]
+
+        def vectors() -> list[Tensor]:
+            return [torch.zeros(size + 1, dtype=torch.float64, device=device) for size in sizes]
+
+        self.forward, self.backward = vectors(), vectors()
+        self.mass = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def nbytes(self) -> int:
+        """Bytes held between steps."""
+        return sum(vector.nbytes for vector in (*self.forward, *self.backward))
+
+    def sweep(
+        self, forward: bool, supply: Supply, sigma: dict[Any, Tensor] | None = None
+    ) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Run through the layers and update what `supply` gives a gradient for.
+
+        Args:
+            forward: the direction; the other direction's vectors must be of the weights as they are.
+            supply: parameter -> (gradient, momentum, rates), or None to leave it.
+            sigma: BatchNorm module -> the batch's standard deviation [units]; running statistics where it has none.
+
+        Returns:
+            Φ of the old and of the new weights, each as (value, exponent).
+        """
+        carried, known = (self.forward, self.backward) if forward else (self.backward, self.forward)
+        start, end = (0, len(self.stages)) if forward else (len(self.stages), 0)
+        for vector in (carried[start], known[end]):
+            vector.fill_(1.0)
+            vector[-1] = 0.0
+        old = new = carried[start]
+        masses: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+        order = range(len(self.stages)) if forward else range(len(self.stages) - 1, -1, -1)
+        for index in order:
+            stage = self.stages[index]
+            side = index + 1 if forward else index
+            exponents = float(old[-1]), float(new[-1])
+            step = self._dense if isinstance(stage, Dense) else self._norm
+            step(stage, old, new, known[side], carried[side], forward, supply, (sigma or {}))  # type: ignore[arg-type]
+            for which, value, exponent in zip(masses, self.mass.tolist(), exponents, strict=True):
+                which.append((value, exponent))
+            old, new = known[side], carried[side]
+        for which, vector in zip(masses, (old, new), strict=True):
+            values = vector[:-1]
+            which.append((float(values.max() if math.isinf(self.p) else values.sum()), float(vector[-1])))
+        return total(masses[0], self.p), total(masses[1], self.p)
+
+    def step_with(
+        self, forward: list[Tensor], backward: list[Tensor], supply: Supply, sigma: dict[Any, Tensor]
+    ) -> None:
+        """Update with given F and B, which stay as they are."""
+        for index, stage in enumerate(self.stages):
+            across = backward[index + 1].clone()
+            step = self._dense if isinstance(stage, Dense) else self._norm
+            into, fresh = forward[index], torch.empty_like(across)
+            step(stage, into, into, across, fresh, True, supply, sigma)  # type: ignore[arg-type]
+
+    def _dense(
+        self, stage: Dense, old: Tensor, new: Tensor, across: Tensor, fresh: Tensor, forward: bool, supply: Supply,
+        sigma: dict[Any, Tensor],
+    ) -> None:  # fmt: skip
+        weight = supply(stage.weight)
+        bias = None if stage.bias is None else supply(stage.bias)
+        path_sweep(
+            stage.weight.detach(), weight and weight[0], weight and weight[1],
+            None if stage.bias is None else stage.bias.detach(), bias and bias[0], bias and bias[1],
+            old, new, across, fresh, self.mass, forward, self.p,
+            weight[2] if weight else UNCHANGED, bias[2] if bias else UNCHANGED,
+        )  # fmt: skip
+
+    def _norm(
+        self, stage: Norm, old: Tensor, new: Tensor, across: Tensor, fresh: Tensor, forward: bool, supply: Supply,
+        sigma: dict[Any, Tensor],
+    ) -> None:  # fmt: skip
+        """The same for one edge per unit, in plain torch: these vectors are small."""
+        p = self.p
+        known = across.clone()
+        out, into = (known, old) if forward else (old, known)
+        deviation, mean = norm_statistics(stage.module, sigma)
+        inverse = reference.power(1 / deviation, p)
+        before = norm_edges(stage.weight, stage.bias, deviation, mean, p)
+        factor = reference.factor(into[:-1] * inverse, 0.0, p) * reference.factor(out[:-1], out[-1] + into[-1], p)
+        for param, gamma in ((stage.weight, factor), (stage.bias, reference.factor(out[:-1], out[-1], p))):
+            given = None if param is None else supply(param)
+            if param is not None and given is not None:
+                reference.apply_step(param.detach(), given[0], given[1], gamma, given[2])
+        after = norm_edges(stage.weight, stage.bias, deviation, mean, p)
+        self.mass.zero_()
+        pairs = ((old.clone(), before, across), (new.clone(), after, fresh))
+        for index, (vector, (scale, extra), target) in enumerate(pairs):
+            values, exponent = vector[:-1] * scale, vector[-1]
+            if forward:
+                common = exponent.clamp_min(0.0)
+                values, extra = torch.ldexp(values, exponent - common), torch.ldexp(extra, -common)
+                values, exponent = torch.maximum(values, extra) if math.isinf(p) else values + extra, common
+            else:
+                mass = extra * vector[:-1]
+                self.mass[index] = mass.max() if math.isinf(p) else mass.sum()
+            target.copy_(reference.normalised(values, exponent))
+
+
+def norm_statistics(module: Any, sigma: dict[Any, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """σ and μ of a BatchNorm in float64; with a batch's σ the mean is part of the batch, and None."""
+    if module in sigma:
+        return sigma[module].to(torch.float64), None
+    if module.running_var is None:
+        raise ValueError("a BatchNorm without running statistics has paths only in a training step, with its batch's σ")
+    return (module.running_var.to(torch.float64) + module.eps).sqrt(), module.running_mean.to(torch.float64)
+
+
+def norm_edges(
+    weight: Tensor | None, bias: Tensor | None, deviation: Tensor, mean: Tensor | None, p: float
+) -> tuple[Tensor, Tensor]:
+    """|w/σ|^p and the bias edge's |b − μ w/σ|^p (|b|^p with a batch's σ)."""
+    scale = (1 / deviation) if weight is None else weight.to(torch.float64) / deviation
+    shift = torch.zeros_like(scale) if bias is None else bias.to(torch.float64)
+    return power(scale, p), power(shift if mean is None else shift - mean * scale, p)
+
+
+power = reference.power

@@ -1,0 +1,347 @@
+"""The |w|^p network: Φ = Σ over paths of Π|w_e|^p, as the output of the network on a ones input with |w|^p for w.
+
+γ(w) = (∂Φ/∂|w|^p)^(2/p) then takes one backward pass. Everything is in float64 with batch 1; values that leave
+2^±200 are rescaled by a power of two, which their exponent remembers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import reference
+from .chain import norm_statistics
+from .structure import Structure, Walk, path_weights
+
+_RANGE = 200  # binary exponents that are left as they are
+
+
+class Scaled(NamedTuple):
+    """value · 2^exponent."""
+
+    value: Tensor
+    exponent: int = 0
+
+    def to_exponent(self, exponent: int) -> Tensor:
+        if exponent == self.exponent:
+            return self.value
+        return self.value * math.ldexp(1.0, max(self.exponent - exponent, -1074))
+
+
+def powered(param: Tensor, p: float) -> Tensor:
+    """|w|^p in float64, differentiable."""
+    w = param.to(torch.float64)
+    if p == 2:
+        return w * w
+    return w.abs() if p == 1 or math.isinf(p) else w.abs() ** p
+
+
+class PathSum(Walk):
+    """Sums paths.
+
+    Args:
+        structure: the traced module.
+        p: at least 1; inf, where maxima stand for sums, for Linear layers alone.
+        power: parameter -> |w|^p.
+        sigma: BatchNorm module -> the batch's standard deviation; running statistics where it has none.
+        rescale: whether to keep values in range (not possible under torch.func transforms).
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        p: float,
+        power: Callable[[Tensor], Tensor],
+        sigma: dict[Any, Tensor] | None = None,
+        rescale: bool = True,
+    ) -> None:
+        super().__init__(structure)
+        self.p, self.power, self.sigma, self.rescale = p, power, sigma or {}, rescale
+
+    def total(self) -> Scaled:
+        """Φ."""
+        if self.structure.input_shape is None:
+            raise ValueError(
+                "input_shape is needed: the shape of one input without the batch axis, such as (3, 32, 32)"
+            )
+        device = next(self.structure.module.parameters()).device
+        ones = torch.ones((1, *self.structure.input_shape), dtype=torch.float64, device=device)
+        output = self.run(Scaled(ones))
+        while not isinstance(output, Scaled):
+            if not isinstance(output, (tuple, list)) or len(output) != 1:
+                raise ValueError("model must return one tensor; wrap it to return the one that is trained on")
+            output = output[0]
+        value = output.value
+        return Scaled(value.max() if math.isinf(self.p) else value.sum(), output.exponent)
+
+    def _in_range(self, x: Scaled) -> Scaled:
+        if not self.rescale or x.value.numel() == 0:
+            return x
+        shift = math.frexp(float(x.value.detach().abs().max()))[1]
+        if abs(shift) <= _RANGE:
+            return x
+        return Scaled(x.value * math.ldexp(1.0, -shift), x.exponent + shift)
+
+    def _finite(self, what: str) -> None:
+        if math.isinf(self.p):
+            raise ValueError(f"p = ∞ is defined here for Linear layers alone, and the model has {what}")
+
+    def _affine(self, x: Scaled, bias: Tensor | None, apply: Callable[[Tensor, Tensor | None], Tensor]) -> Scaled:
+        """A map that is linear in (x, bias): the bias enters at the exponent of x."""
+        if bias is None:
+            return self._in_range(Scaled(apply(x.value, None), x.exponent))
+        exponent = max(x.exponent, 0)
+        edge = Scaled(self.power(bias)).to_exponent(exponent)
+        return self._in_range(Scaled(apply(x.to_exponent(exponent), edge), exponent))
+
+    def reshape(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if isinstance(args[0], Scaled):
+            if function is getattr:
+                return getattr(args[0].value, args[1])
+            result = function(args[0].value, *args[1:], **kwargs)
+            return Scaled(result, args[0].exponent) if isinstance(result, Tensor) else result
+        return function(*args, **kwargs)
+
+    def add(self, x: Scaled, y: Scaled) -> Scaled:
+        if not (isinstance(x, Scaled) and isinstance(y, Scaled)):
+            raise ValueError("adding a constant or a parameter to an activation is not supported; use a layer's bias")
+        exponent = max(x.exponent, y.exponent)
+        one, other = x.to_exponent(exponent), y.to_exponent(exponent)
+        return Scaled(torch.maximum(one, other) if math.isinf(self.p) else one + other, exponent)
+
+    def cat(self, values: list[Scaled], dim: int) -> Scaled:
+        exponent = max(value.exponent for value in values)
+        return Scaled(torch.cat([value.to_exponent(exponent) for value in values], dim), exponent)
+
+    def reduce(self, how: str, x: Scaled, dims: tuple[int, ...], keepdim: bool) -> Scaled:
+        self._finite(how)
+        count = math.prod(x.value.shape[dim] for dim in dims) if how == "mean" else 1
+        return Scaled(x.value.sum(dims, keepdim) * float(count) ** -self.p, x.exponent)
+
+    def linear(self, x: Scaled, weight: Tensor, bias: Tensor | None) -> Scaled:
+        edges = self.power(weight)
+        if not math.isinf(self.p):
+            return self._affine(x, bias, lambda value, edge: F.linear(value, edges, edge))
+
+        def largest(value: Tensor, edge: Tensor | None) -> Tensor:
+            best = (value.unsqueeze(-2) * edges).amax(-1)
+            return best if edge is None else torch.maximum(best, edge)
+
+        return self._affine(x, bias, largest)
+
+    def convolution(
+        self, x: Scaled, weight: Tensor, bias: Tensor | None, function: Any, settings: dict[str, Any]
+    ) -> Scaled:
+        self._finite("a convolution")
+        edges = self.power(weight)
+        return self._affine(x, bias, lambda value, edge: function(value, edges, edge, **settings))
+
+    def batchnorm(self, x: Scaled, module: Any) -> Scaled:
+        deviation, mean = norm_statistics(module, self.sigma)
+        shape = (-1, *[1] * (x.value.dim() - 2))
+        scale = reference.power(1 / deviation, self.p)
+        if module.weight is not None:
+            scale = scale * self.power(module.weight)
+        exponent = x.exponent
+        if mean is None and module.bias is None:
+            return self._in_range(Scaled(x.value * scale.view(shape), exponent))
+        exponent = max(exponent, 0)
+        if mean is None:
+            edge = self.power(module.bias)
+        else:  # one edge b − μ w/σ; its path counts for b, whose part of it has slope 1
+            edge = self._folded_bias(module, deviation, mean)
+        edge = Scaled(edge).to_exponent(exponent).view(shape)
+        value = x.to_exponent(exponent) * scale.view(shape)
+        return self._in_range(Scaled(torch.maximum(value, edge) if math.isinf(self.p) else value + edge, exponent))
+
+    def _folded_bias(self, module: Any, deviation: Tensor, mean: Tensor) -> Tensor:
+        weight = torch.ones_like(mean) if module.weight is None else module.weight.to(torch.float64)
+        bias = torch.zeros_like(mean) if module.bias is None else module.bias.to(torch.float64)
+        edge = powered(bias - mean * weight / deviation, self.p)
+        if module.bias is None:
+            return edge
+        # With |b|^p given as a leaf (for γ), the edge moves with it at slope 1, as an edge of its own does.
+        leaf = self.power(module.bias)
+        if leaf.requires_grad and leaf.is_leaf:
+            return edge.detach() + (leaf - leaf.detach())
+        return edge
+
+    def _pool(self, x: Tensor, module: Any) -> Tensor:
+        """Sums over the windows of a pooling layer."""
+        dims = x.dim() - 2
+        settings = [_tuple(getattr(module, name), dims) for name in ("kernel_size", "stride", "padding")]
+        if dims == 1:
+            widened: list[tuple[int, ...]] = [
+                (fill, setting[0]) for fill, setting in zip((1, 1, 0), settings, strict=True)
+            ]
+            return self._window_sums(x.unsqueeze(2), widened, module.ceil_mode).squeeze(2)
+        return self._window_sums(x, settings, module.ceil_mode)
+
+    @staticmethod
+    def _window_sums(x: Tensor, settings: list[tuple[int, ...]], ceil_mode: bool) -> Tensor:
+        size, stride, padding = settings
+        if x.dim() == 4:
+            return F.avg_pool2d(x, size, stride, padding, ceil_mode, True, 1)
+        return F.avg_pool3d(x, size, stride, padding, ceil_mode, True, 1)
+
+    def max_pool(self, x: Scaled, module: Any) -> Scaled:
+        self._finite("pooling")
+        if module.return_indices:
+            raise ValueError("a max pool that returns its indices is not supported")
+        return Scaled(self._pool(x.value, module), x.exponent)
+
+    def average_pool(self, x: Scaled, module: Any) -> Scaled:
+        self._finite("pooling")
+        ones = torch.ones_like(x.value[:, :1])
+        divisor = self._pool(ones, module) / module(ones)  # what torch divides each window by
+        return Scaled(self._pool(x.value, module) * divisor**-self.p, x.exponent)
+
+    def adaptive_average(self, x: Scaled, module: Any, p: float | None = None) -> Scaled:
+        self._finite("pooling")
+        averaged = module(x.value)
+        value = averaged
+        dims = x.value.dim() - 2
+        for axis, (size, pieces) in enumerate(zip(x.value.shape[2:], averaged.shape[2:], strict=True)):
+            counts = [-(-(k + 1) * size // pieces) - k * size // pieces for k in range(pieces)]
+            window = torch.tensor(counts, dtype=torch.float64, device=value.device)
+            value = value * (window ** (1 - (self.p if p is None else p))).view(-1, *[1] * (dims - 1 - axis))
+        return Scaled(value, x.exponent)
+
+    def adaptive_max(self, x: Scaled, module: Any) -> Scaled:
+        kinds = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+        return self.adaptive_average(x, kinds[x.value.dim() - 2](module.output_size), p=0.0)
+
+    def rnn(self, x: Scaled, module: nn.RNN) -> tuple[Scaled, Scaled]:
+        self._finite("an RNN")
+        batch_axis = 0 if module.batch_first else 1
+        sequence = [Scaled(step, x.exponent) for step in x.value.unbind(1 - batch_axis)]
+        finals = []
+        for layer in range(module.num_layers):
+            sides = []
+            for suffix in ("", "_reverse") if module.bidirectional else ("",):
+                states = self._recurrence(sequence[::-1] if suffix else sequence, module, f"_l{layer}{suffix}")
+                finals.append(states[-1])
+                sides.append(states[::-1] if suffix else states)
+            sequence = [self.cat(list(both), -1) for both in zip(*sides, strict=True)]
+        return self._stack(sequence, 1 - batch_axis), self._stack(finals, 0)
+
+    def _recurrence(self, sequence: list[Scaled], module: nn.RNN, name: str) -> list[Scaled]:
+        into, along = (self.power(getattr(module, f"weight_{side}{name}")) for side in ("ih", "hh"))
+        biases = [self.power(getattr(module, f"bias_{side}{name}")) for side in ("ih", "hh")] if module.bias else []
+        states: list[Scaled] = []
+        for step in sequence:
+            state = Scaled(F.linear(step.value, into), step.exponent)
+            if states:
+                state = self.add(state, Scaled(F.linear(states[-1].value, along), states[-1].exponent))
+            for bias in biases:
+                state = self.add(state, Scaled(bias.expand_as(state.value)))
+            states.append(self._in_range(state))
+        return states
+
+    def _stack(self, values: list[Scaled], dim: int) -> Scaled:
+        exponent = max(value.exponent for value in values)
+        return Scaled(torch.stack([value.to_exponent(exponent) for value in values], dim), exponent)
+
+    def protocol(self, x: Scaled, module: nn.Module) -> Scaled:
+        self._finite(f"a {type(module).__name__}")
+        names = path_weights(module) or ()
+        edges = {name: self.power(module.get_parameter(name)) for name in names}
+
+        def apply(value: Tensor) -> Tensor:
+            result: Tensor = torch.func.functional_call(module, edges, (value,))
+            return result
+
+        if x.exponent == 0:
+            return self._in_range(Scaled(apply(x.value)))
+        constant = apply(torch.zeros_like(x.value))  # what a bias adds
+        exponent = max(x.exponent, 0)
+        value = (apply(x.value) - constant) * math.ldexp(1.0, max(x.exponent - exponent, -1074))
+        return self._in_range(Scaled(value + Scaled(constant).to_exponent(exponent), exponent))
+
+
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value)
+
+
+class Masses(NamedTuple):
+    """∂Φ/∂|w|^p of every parameter, each up to 2^exponent, and Φ."""
+
+    of: dict[Tensor, Tensor]
+    exponent: int
+    total: Scaled
+
+
+def masses(structure: Structure, p: float, sigma: dict[Any, Tensor] | None = None, shared: str = "kappa1") -> Masses:
+    """(γ^(p/2) of every parameter, from one forward and one backward pass of the |w|^p network.
+
+    shared="kappa" adds κ2 = |w|^p ∂²Φ/∂(|w|^p)² for weights that a path passes more than once.
+    """
+    leaves: dict[Tensor, Tensor] = {}
+
+    def power(param: Tensor) -> Tensor:
+        if param not in leaves:
+            leaves[param] = powered(param.detach(), p).detach().requires_grad_()
+        return leaves[param]
+
+    with torch.enable_grad():
+        total = PathSum(structure, p, power, sigma).total()
+        params, edges = list(leaves), list(leaves.values())
+        if not total.value.requires_grad:
+            raise ValueError("model has no parameter between its input and its output, hence no paths")
+        found = torch.autograd.grad(total.value, edges, allow_unused=True)
+    gradients = {
+        param: torch.zeros_like(edge) if gradient is None else gradient
+        for param, edge, gradient in zip(params, edges, found, strict=True)
+    }
+    if shared == "kappa":
+        for param in gradients:
+            if _recurs(structure, param):
+                second = _second_derivative(structure, p, param, sigma, total.exponent)
+                gradients[param] = gradients[param] + leaves[param].detach() * second
+    return Masses(gradients, total.exponent, Scaled(total.value.detach(), total.exponent))
+
+
+def _recurs(structure: Structure, param: Tensor) -> bool:
+    """Whether a path can pass the parameter more than once: recurrent weights, and layers that are called twice."""
+    for module in structure.module.modules():
+        if isinstance(module, nn.RNN) and any(param is p for n, p in module.named_parameters() if "weight_hh" in n):
+            return True
+    calls = 0
+    for node in structure.graph.nodes:
+        if node.op == "call_module":
+            module = structure.module.get_submodule(str(node.target))
+            calls += any(param is each for each in module.parameters())
+        elif node.op == "get_attr":
+            calls += len(node.users) if structure.module.get_parameter(str(node.target)) is param else 0
+    return calls > 1
+
+
+def _second_derivative(
+    structure: Structure, p: float, param: Tensor, sigma: dict[Any, Tensor] | None, exponent: int, chunk: int = 64
+) -> Tensor:
+    """∂²Φ/∂(|w|^p)² for every element, up to 2^exponent: one Hessian-vector product per element, in chunks."""
+    point = powered(param.detach(), p)
+
+    def slope(edge: Tensor) -> Tensor:
+        def value(edge: Tensor) -> Tensor:
+            def power(other: Tensor) -> Tensor:
+                return edge if other is param else powered(other.detach(), p)
+
+            total = PathSum(structure, p, power, sigma, rescale=False).total()
+            return total.value * math.ldexp(1.0, -exponent)
+
+        gradient: Tensor = torch.func.grad(value)(edge)
+        return gradient
+
+    def diagonal(index: Tensor) -> Tensor:
+        tangent = F.one_hot(index, point.numel()).to(point.dtype).view_as(point)
+        curvature: Tensor = torch.func.jvp(slope, (point,), (tangent,))[1]
+        return (curvature * tangent).sum()
+
+    indices = torch.arange(point.numel(), device=point.device)
+    return torch.cat([torch.func.vmap(diagonal)(part) for part in indices.split(chunk)]).view_as(point)

@@ -1,0 +1,185 @@
+"""Path-SGD's ops: one dense layer of a step, and the update alone; both write their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _check, _library
+from . import reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+UNCHANGED = (0.0, 0.0, 0.0, 1.0, 1.0)  # lr, momentum, nesterov, keep, sign
+
+
+def _fake(*args: Any) -> None:
+    return None
+
+
+_sweep = _library.register("path_sweep", reference.path_sweep, _fake)
+_update = _library.register("path_update", reference.path_update, _fake)
+
+
+def _companion(name: str, value: Tensor | None, of: str, param: Tensor) -> None:
+    if value is None:
+        return
+    _check.is_tensor(name, value)
+    _check.like(name, value, of, param)
+    if value.shape != param.shape:
+        raise ValueError(f"{name} must have shape {list(param.shape)}, as {of} has, got {list(value.shape)}")
+
+
+def _vector(name: str, value: Tensor, units: int, like: Tensor) -> None:
+    _check.is_tensor(name, value)
+    _check.is_float(name, value, (torch.float64,))
+    if value.shape != (units + 1,):
+        raise ValueError(
+            f"{name} must have shape [{units + 1}], one value per unit and the exponent, got {list(value.shape)}"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, but weight is on {like.device}; move one of them")
+
+
+def _rates(name: str, rates: Sequence[float]) -> list[float]:
+    if len(rates) != 5:
+        raise ValueError(f"{name} must hold lr, momentum, nesterov, keep and sign, got {len(rates)} numbers")
+    return [float(rate) for rate in rates]
+
+
+def path_sweep(
+    weight: Tensor,
+    grad: Tensor | None,
+    momentum: Tensor | None,
+    bias: Tensor | None,
+    bias_grad: Tensor | None,
+    bias_momentum: Tensor | None,
+    from_old: Tensor,
+    from_new: Tensor,
+    across: Tensor,
+    fresh: Tensor,
+    mass: Tensor,
+    forward: bool,
+    p: float = 2.0,
+    weight_rates: Sequence[float] = UNCHANGED,
+    bias_rates: Sequence[float] = UNCHANGED,
+) -> None:
+    """One dense layer of a Path-SGD step in one read: w ← keep·w − lr·g/γ, and the path vectors of old and new w.
+
+    γ(W)[j, i] = (F[i] B[j])^(2/p), γ(b)[j] = B[j]^(2/p). Forward, F' = |W|^p F + |b|^p is carried and B is known;
+    backward, B' = |W|^pᵀ B is carried and F is known. A path vector of n units is float64 [n + 1]: the values and,
+    last, the power of two they share.
+
+    Args:
+        weight: [rows, cols], float32, float64 or bfloat16; written where grad is given.
+        grad, momentum: [rows, cols] in the same dtype, or None; momentum is written.
+        bias, bias_grad, bias_momentum: [rows], or None.
+        from_old, from_new: the carried vector, of the old and of the new weights, on the side where the sweep enters:
+            [cols + 1] forward, [rows + 1] backward.
+        across: [rows + 1] forward, [cols + 1] backward. In: the known vector. Out: the carried vector, old weights.
+        fresh: the same size. Out: the carried vector, new weights.
+        mass: [2]. Out: Σ_j |b_j|^p B_j of old and new weights after a backward sweep, zeros after a forward one.
+        forward: the direction.
+        p: at least 1; inf takes maxima for sums.
+        weight_rates, bias_rates: (lr, momentum, nesterov, keep, sign): keep multiplies the weight (decoupled decay),
+            sign is −1 to maximise.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
+    """
+    _check.is_tensor("weight", weight)
+    _check.is_float("weight", weight, DTYPES)
+    _check.has_dim("weight", weight, 2, "[rows, cols]")
+    rows, cols = weight.shape
+    _companion("grad", grad, "weight", weight)
+    _companion("momentum", momentum, "weight", weight)
+    if bias is not None:
+        _check.is_tensor("bias", bias)
+        _check.like("bias", bias, "weight", weight)
+        if bias.shape != (rows,):
+            raise ValueError(f"bias must have shape [{rows}], got {list(bias.shape)}")
+        _companion("bias_grad", bias_grad, "bias", bias)
+        _companion("bias_momentum", bias_momentum, "bias", bias)
+    for name, vector, units in (
+        ("from_old", from_old, cols if forward else rows),
+        ("from_new", from_new, cols if forward else rows),
+        ("across", across, rows if forward else cols),
+        ("fresh", fresh, rows if forward else cols),
+        ("mass", mass, 1),
+    ):
+        _vector(name, vector, units, weight)
+    if not p >= 1:
+        raise ValueError(f"p must be at least 1, got {p}")
+    written = [weight, momentum, bias, bias_momentum, across, fresh, mass]
+    dense = [None if each is None else each.contiguous() for each in written]
+    w, m, b, bm, a, f, s = dense
+    _sweep(
+        w,
+        _dense(grad),
+        m,
+        b,
+        _dense(bias_grad if bias is not None else None),
+        bm if bias is not None else None,
+        from_old.contiguous(),
+        from_new.contiguous(),
+        a,
+        f,
+        s,
+        forward,
+        float(p),
+        _rates("weight_rates", weight_rates),
+        _rates("bias_rates", bias_rates),
+    )
+    _write_back(written, dense)
+
+
+def path_update(
+    param: Tensor,
+    grad: Tensor,
+    momentum: Tensor | None,
+    mass: Tensor,
+    exponent: float = 0.0,
+    p: float = 2.0,
+    rates: Sequence[float] = UNCHANGED,
+) -> None:
+    """The update alone: w ← keep·w − lr·g/γ with γ = (mass · 2^exponent)^(2/p); no step where mass is 0.
+
+    Args:
+        param: any shape, float32, float64 or bfloat16; written.
+        grad, momentum: like param; momentum may be None, and is written.
+        mass: float64, of param's shape: ∂Φ/∂|w|^p, up to the exponent.
+        exponent: the power of two that multiplies mass.
+        p: at least 1, finite.
+        rates: (lr, momentum, nesterov, keep, sign).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
+    """
+    _check.is_tensor("param", param)
+    _check.is_float("param", param, DTYPES)
+    _check.is_tensor("grad", grad)
+    _companion("grad", grad, "param", param)
+    _companion("momentum", momentum, "param", param)
+    _check.is_tensor("mass", mass)
+    _check.is_float("mass", mass, (torch.float64,))
+    if mass.shape != param.shape:
+        raise ValueError(f"mass must have shape {list(param.shape)}, as param has, got {list(mass.shape)}")
+    if not 1 <= p < float("inf"):
+        raise ValueError(f"p must be at least 1 and finite, got {p}")
+    written = [param, momentum]
+    dense = [None if each is None else each.contiguous() for each in written]
+    _update(dense[0], grad.contiguous(), dense[1], mass.contiguous(), float(exponent), float(p), _rates("rates", rates))
+    _write_back(written, dense)
+
+
+def _dense(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.contiguous()
+
+
+def _write_back(written: Sequence[Tensor | None], dense: Sequence[Tensor | None]) -> None:
+    """Copies what the op wrote into arguments that were not contiguous."""
+    for target, source in zip(written, dense, strict=True):
+        if target is not None and source is not None and target is not source:
+            target.copy_(source)

@@ -1,0 +1,429 @@
+"""Path-SGD as a torch.optim.Optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import _check
+from .chain import PathVectors, agree, find_chain
+from .network import Masses, masses
+from .ops import DTYPES, path_update
+from .structure import BATCHNORMS, trace
+
+Given = tuple[Tensor, Tensor | None, tuple[float, float, float, float, float]]
+
+
+class PathSGD(Optimizer):
+    """Stochastic gradient descent in the geometry of paths, which rescaling hidden units does not change.
+
+    w_e ← w_e − lr · g_e / γ_p(w, e),   γ_p(w, e) = (Σ over input-output paths through e of Π_{e' ≠ e} |w_e'|^p)^(2/p).
+
+    Chains of Linear, BatchNorm and ReLU-like layers cost as many passes over the weights as plain SGD; other
+    structures take one batch-1 pass of the |w|^p network per step. Dropout is the identity in γ. An edge without a
+    path has no step. Momentum acts on g/γ, and weight decay is decoupled (w ← (1 − lr · weight_decay) w): both keep
+    the invariance, which gradient clipping by the global norm or an L2 term in the loss would break.
+
+    Args:
+        model: what is trained; it tells the structure. In DistributedDataParallel, pass the wrapped module.
+        lr: learning rate, at least 0; a one-element tensor is read at each step.
+        params: parameters or parameter groups as in torch.optim, all inside model; all of model's if left out. The
+            others are frozen, and still carry paths.
+        p: 1, 2 or any p ≥ 1; inf for chains.
+        momentum, nesterov: as in torch.optim.SGD without dampening.
+        weight_decay: decoupled decay.
+        update_every: γ is kept for this many steps.
+        input_shape: one input's shape without the batch axis; inferred where the first layer is a Linear.
+        shared: "kappa1", or "kappa", which adds κ2 for weights that a path passes more than once (recurrent ones).
+        batchnorm: "batch": BatchNorm in training mode counts with σ of the batches that fed the step;
+            "running": with its running statistics.
+        maximize: ascend.
+        master_weights: keep a float32 copy of bfloat16 parameters, which takes the updates.
+        foreach, fused, capturable, differentiable: as torch.optim names them; the step is always fused, and the last
+            two are refused.
+
+    Raises:
+        TypeError, ValueError: values that make no sense, an operation without paths (with the module's qualified
+            name), a parameter outside model, input_shape missing where it is needed.
+
+    Source: Neyshabur, Salakhutdinov, Srebro, "Path-SGD: Path-Normalized Optimization in Deep Neural Networks" (2015),
+    equation 8; shared weights: Neyshabur et al., "Path-Normalized Optimization of Recurrent Neural Networks with ReLU
+    Activations" (2016).
+
+    Example:
+        >>> import torch, finite_width as fw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> optimizer = fw.pathsgd.PathSGD(model, lr=0.01, momentum=0.9)
+        >>> model(torch.ones(2, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        *,
+        params: Iterable[Any] | None = None,
+        p: float = 2,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        update_every: int = 1,
+        input_shape: Sequence[int] | None = None,
+        shared: str = "kappa1",
+        batchnorm: str = "batch",
+        maximize: bool = False,
+        master_weights: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        if not p >= 1:
+            raise ValueError(f"p must be at least 1, got {p}")
+        _check.positive_int("update_every", update_every)
+        _check.one_of("shared", shared, ("kappa1", "kappa"))
+        _check.one_of("batchnorm", batchnorm, ("batch", "running"))
+        for name, value in (("capturable", capturable), ("differentiable", differentiable), ("foreach", foreach)):
+            if value:
+                raise ValueError(f"{name}=True is not supported by PathSGD; leave it out (the step is always fused)")
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}")
+        self._structure = trace(model, input_shape)
+        named = self._structure.module.named_parameters()
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
+        self._p, self._update_every, self._shared = float(p), update_every, shared
+        self._batchnorm, self._master_weights = batchnorm, master_weights
+        self._stages = find_chain(self._structure)
+        if self._stages is None and math.isinf(p):
+            raise ValueError("p = ∞ is defined for chains of Linear layers alone; use p = 1 or 2 for this model")
+        if self._stages is None and self._structure.input_shape is None:
+            raise ValueError(
+                "input_shape is needed for this model: one input's shape without the batch axis, such as (3, 32, 32)"
+            )
+        self._vectors = None if self._stages is None else PathVectors(self._stages, self._p)
+        self._steps = 0
+        self._forget()
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(self._structure.module.parameters() if params is None else params, defaults)
+        if self._vectors is None:
+            masses(self._structure, self._p, self._probe(), shared)  # a structure that cannot run fails here, by name
+        self._batches = _BatchDeviations(
+            [m for m in self._structure.module.modules() if isinstance(m, BATCHNORMS)] if batchnorm == "batch" else [],
+            distributed=isinstance(model, nn.parallel.DistributedDataParallel),
+        )
+
+    def _probe(self) -> dict[Any, Tensor]:
+        """σ = 1 for every BatchNorm."""
+        norms = [m for m in self._structure.module.modules() if isinstance(m, BATCHNORMS)]
+        return {m: torch.ones(m.num_features, device=next(iter(self._names)).device) for m in norms}
+
+    def __repr__(self) -> str:
+        how = "chain, fused sweeps" if self._vectors else "|w|^p network"
+        text = super().__repr__()
+        return f"{text[:-2]}\n    p: {self._p:g}, update_every: {self._update_every}, structure: {how}\n)"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, whose parameters must be inside the model."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr must be at least 0 and finite, got {lr}")
+        if not 0 <= momentum < math.inf:
+            raise ValueError(f"momentum must be at least 0 and finite, got {momentum}")
+        if not 0 <= decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0 and finite, got {decay}")
+        if group["nesterov"] and momentum <= 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        for parameter in group["params"]:
+            if parameter not in self._names:
+                raise ValueError(f"params holds a parameter of shape {list(parameter.shape)} that is not inside model")
+            if parameter.dtype not in DTYPES:
+                raise TypeError(f"{self._names[parameter]} must be float32, float64 or bfloat16, got {parameter.dtype}")
+
+    def refresh(self) -> None:
+        """Rebuild F and B from the weights as they are now (after edits that the optimizer cannot see)."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self._ready = False  # whether the vectors that the next sweep needs are of the weights as they are
+        self._total: tuple[float, float] = (0.0, 0.0)  # Φ as the last sweep left it
+        self._seen: list[tuple[int, int]] = []
+        self._kept: Any = None  # with update_every > 1: what γ is computed from
+        self._age = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step.
+
+        Args:
+            closure: recomputes the loss and its gradients.
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            RuntimeError: a sparse gradient; a BatchNorm in training mode that saw no batch since the last step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        given = self._gradients()
+        if not given:
+            return loss
+        sigma = self._batches.deviations()
+        with _uninterrupted():
+            if self._update_every > 1:
+                self._step_with_kept(given, sigma)
+            elif self._vectors is None:
+                self._apply(masses(self._structure, self._p, sigma, self._shared), given)
+            elif sigma:
+                self._vectors.sweep(True, _nothing, sigma)
+                self._vectors.sweep(False, given.get, sigma)
+            else:
+                self._alternate(given)
+            self._steps += 1
+            self._publish(given)
+            self._batches.clear()
+        return loss
+
+    def _alternate(self, given: dict[Tensor, Given]) -> None:
+        """The three-pass step: forward and backward sweeps in turn, each with what the one before has left."""
+        assert self._vectors is not None
+        forward = self._steps % 2 == 0
+        if not self._ready or self._seen != self._versions():
+            _, self._total = self._vectors.sweep(not forward, _nothing)
+        self._ready = False
+        old, new = self._vectors.sweep(forward, given.get)
+        self._ready = agree(old, self._total)
+        if not self._ready:
+            warnings.warn(
+                "weights changed outside the optimizer without a trace (a write through .data): this step used the γ "
+                "of the weights before, the next one recomputes; call refresh() after such writes",
+                stacklevel=4,
+            )
+        self._total = new
+
+    def _step_with_kept(self, given: dict[Tensor, Given], sigma: dict[Any, Tensor]) -> None:
+        if self._kept is None or self._age >= self._update_every:
+            self._age = 0
+            if self._vectors is None:
+                self._kept = masses(self._structure, self._p, sigma, self._shared)
+            else:
+                self._vectors.sweep(True, _nothing, sigma)
+                forward = [vector.clone() for vector in self._vectors.forward]
+                self._vectors.sweep(False, _nothing, sigma)
+                self._kept = (forward, [vector.clone() for vector in self._vectors.backward], dict(sigma))
+        self._age += 1
+        if self._vectors is None:
+            self._apply(self._kept, given)
+        else:
+            forward, backward, kept_sigma = self._kept
+            self._vectors.step_with(forward, backward, given.get, kept_sigma)
+
+    def _apply(self, found: Masses, given: dict[Tensor, Given]) -> None:
+        for parameter, (grad, momentum, rates) in given.items():
+            target = self._target(parameter)
+            mass = found.of.get(parameter)
+            mass = torch.zeros_like(target, dtype=torch.float64) if mass is None else mass
+            path_update(target.detach(), grad, momentum, mass, float(found.exponent), self._p, rates)
+
+    def _target(self, parameter: Tensor) -> Tensor:
+        """What takes the updates: the parameter, or its float32 copy."""
+        state = self.state.get(parameter, {})
+        master: Tensor = state.get("master_weight", parameter)
+        return master
+
+    def _gradients(self) -> dict[Tensor, Given]:
+        """Parameter -> gradient, momentum buffer, rates; checked before anything is written."""
+        rows = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+        rows = [(group, parameter) for group, parameter in rows if parameter.grad is not None]
+        for _, parameter in rows:
+            if parameter.grad.layout != torch.strided:
+                raise RuntimeError(f"PathSGD does not support sparse gradients; {self._names[parameter]} has one")
+        given: dict[Tensor, Given] = {}
+        for group, parameter in rows:
+            state, grad = self.state[parameter], parameter.grad
+            if self._master_weights and parameter.dtype == torch.bfloat16:
+                if "master_weight" not in state:
+                    state["master_weight"] = parameter.detach().float()
+                grad = grad.float()
+            lr, momentum = float(group["lr"]), float(group["momentum"])
+            buffer = None
+            if momentum:
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(self._target(parameter).detach())
+                buffer = state["momentum_buffer"]
+            sign = -1.0 if group["maximize"] else 1.0
+            keep = 1 - lr * float(group["weight_decay"])
+            given[parameter] = (grad, buffer, (lr, momentum, float(group["nesterov"]), keep, sign))
+        return given
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(parameter.data_ptr(), parameter._version) for parameter in self._names]
+
+    def _publish(self, given: dict[Tensor, Given]) -> None:
+        """Tell autograd that the parameters changed, and remember them as they are."""
+        for parameter in given:
+            torch.autograd.graph.increment_version(parameter)
+        self._seen = self._versions()
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state, and under "path" what a bit-for-bit continuation needs."""
+        state = super().state_dict()
+        state["path"] = {
+            "structure": self._structure.fingerprint(),
+            "p": self._p,
+            "steps": self._steps,
+            "age": self._age,
+            "kept": self._kept_state(),
+            "batches": self._batches.state(self._structure.module),
+        }
+        return state
+
+    def _kept_state(self) -> Any:
+        if self._kept is None:
+            return None
+        if isinstance(self._kept, Masses):
+            of = {self._names[parameter]: mass for parameter, mass in self._kept.of.items()}
+            return {"masses": of, "exponent": self._kept.exponent, "total": tuple(self._kept.total)}
+        forward, backward, sigma = self._kept
+        names = {module: name for name, module in self._structure.module.named_modules()}
+        return {"forward": forward, "backward": backward, "sigma": {names[m]: each for m, each in sigma.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where a saved optimizer stood; raises ValueError, before any change, for another structure."""
+        path = state_dict.get("path")
+        if path is None:
+            raise ValueError('state_dict has no entry "path": it was not made by PathSGD.state_dict()')
+        if path["structure"] != self._structure.fingerprint():
+            raise ValueError("state_dict belongs to a model of another structure (operations or parameter shapes)")
+        if path["p"] != self._p:
+            raise ValueError(f"state_dict was made with p = {path['p']:g}, this optimizer has p = {self._p:g}")
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, own, strict=True):  # torch has cast these to the parameter's dtype
+            raw = state_dict["state"].get(index, {})
+            if "master_weight" in raw:
+                for name in ("master_weight", "momentum_buffer"):
+                    if raw.get(name) is not None:
+                        self.state[parameter][name] = raw[name].to(parameter.device).clone()
+        self._forget()
+        self._steps, self._age = path["steps"], path["age"]
+        self._kept = self._kept_from(path["kept"])
+        self._batches.load(path["batches"], self._structure.module)
+
+    def _kept_from(self, saved: Any) -> Any:
+        if saved is None:
+            return None
+        device = next(iter(self._names)).device
+        if "masses" in saved:
+            from .network import Scaled
+
+            parameters = {name: parameter for parameter, name in self._names.items()}
+            of = {parameters[name]: mass.to(device).clone() for name, mass in saved["masses"].items()}
+            return Masses(of, saved["exponent"], Scaled(*saved["total"]))
+        vectors = [[vector.to(device).clone() for vector in saved[side]] for side in ("forward", "backward")]
+        module = self._structure.module
+        return (*vectors, {module.get_submodule(name): s.to(device).clone() for name, s in saved["sigma"].items()})
+
+
+def _nothing(parameter: Tensor) -> None:
+    return None
+
+
+class _BatchDeviations:
+    """Records σ = sqrt(var + eps) of what BatchNorms see in training mode, averaged over the forwards of a step."""
+
+    def __init__(self, modules: Sequence[Any], distributed: bool) -> None:
+        self.modules, self.distributed = list(modules), distributed
+        self.sums: dict[Any, Tensor] = {}
+        self.counts: dict[Any, int] = {}
+        for module in self.modules:
+            module.register_forward_pre_hook(self.record)
+
+    def record(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        """The forward pre-hook."""
+        if not (_uses_batch(module) and torch.is_grad_enabled()):
+            return
+        x = inputs[0].detach()
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        deviation = (x.to(torch.float64).var(axes, unbiased=False) + module.eps).sqrt()
+        self.sums[module] = self.sums[module] + deviation if module in self.sums else deviation
+        self.counts[module] = self.counts.get(module, 0) + 1
+
+    def deviations(self) -> dict[Any, Tensor]:
+        """BatchNorm in training mode -> its σ."""
+        found = {}
+        for module in self.modules:
+            if not _uses_batch(module):
+                continue
+            if module not in self.sums:
+                raise RuntimeError(
+                    "a BatchNorm in training mode saw no batch since the last step; run a forward with "
+                    "gradients first, call eval() on it, or use batchnorm='running'"
+                )
+            found[module] = self.sums[module] / self.counts[module]
+            if self.distributed:
+                torch.distributed.all_reduce(found[module])
+                found[module] /= torch.distributed.get_world_size()
+        return found
+
+    def clear(self) -> None:
+        self.sums, self.counts = {}, {}
+
+    def state(self, root: nn.Module) -> dict[str, tuple[Tensor, int]]:
+        names = {module: name for name, module in root.named_modules()}
+        return {names[module]: (total, self.counts[module]) for module, total in self.sums.items()}
+
+    def load(self, state: dict[str, tuple[Tensor, int]], root: nn.Module) -> None:
+        self.sums = {root.get_submodule(name): total.clone() for name, (total, _) in state.items()}
+        self.counts = {root.get_submodule(name): count for name, (_, count) in state.items()}
+
+
+def _uses_batch(module: Any) -> bool:
+    return bool(module.training or module.running_var is None)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the step is over, so that no network is left half updated."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    pending: list[Any] = []
+    if not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pending:
+            before(*pending[0])
