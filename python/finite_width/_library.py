@@ -39,6 +39,19 @@ SCHEMAS: dict[str, str] = {
     "path_update": "(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum, Tensor mass, float exponent, float p, "
     "float[] rates) -> ()",
     # Bayes.
+    "bayes_noise": "(Tensor like, Tensor seed, int sample, int stream) -> Tensor",
+    "bayes_sample": "(Tensor mu, Tensor rho, Tensor seed, Tensor? prior_mean, float? prior_std, int stream, bool centred)"
+    " -> (Tensor, Tensor)",
+    "bayes_sample_backward": "(Tensor? grad, Tensor? grad_kl, Tensor mu, Tensor rho, Tensor? seed, Tensor? prior_mean,"
+    " float? prior_std, int stream, bool centred) -> (Tensor, Tensor)",
+    "bayes_kl": "(Tensor mu, Tensor rho, Tensor? prior_mean, float prior_std) -> Tensor",
+    "bayes_linear": "(Tensor x, Tensor weight_mu, Tensor weight_rho, Tensor? bias_mu, Tensor? bias_rho, Tensor seed,"
+    " Tensor? weight_prior_mean, Tensor? bias_prior_mean, float? prior_std) -> (Tensor, Tensor)",
+    "bayes_linear_backward": "(Tensor grad_y, Tensor? grad_kl, Tensor x, Tensor weight_mu, Tensor weight_rho,"
+    " Tensor? bias_mu, Tensor? bias_rho, Tensor seed, Tensor? weight_prior_mean, Tensor? bias_prior_mean,"
+    " float? prior_std, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bayes_linear_samples": "(Tensor x, Tensor weight_mu, Tensor weight_rho, Tensor? bias_mu, Tensor? bias_rho,"
+    " Tensor seed, int first, SymInt samples) -> Tensor",
 }
 
 _LIBRARY = torch.library.Library("finite_width", "DEF")

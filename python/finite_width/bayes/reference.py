@@ -1,0 +1,218 @@
+"""The variational ops in plain torch: W = μ + softplus(ρ) ∘ ε, its KL, and the gradients of both."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+class Softplus(NamedTuple):
+    """σ = softplus(ρ), log σ, σ' and σ'/σ; each finite for every finite ρ, since nothing divides by σ."""
+
+    sigma: Tensor
+    log_sigma: Tensor
+    derivative: Tensor
+    derivative_over_sigma: Tensor
+
+
+def softplus(rho: Tensor) -> Softplus:
+    """With e = exp(-|ρ|): σ = e s for ρ < 0 and σ = s for ρ >= 0, where s >= ln 2; so log σ = min(ρ, 0) + log s."""
+    e = torch.exp(-rho.abs())
+    negative = rho < 0
+    small = e < 1e-5
+    safe = torch.where(small, 1.0, e)
+    q = torch.where(small, 1 - e / 2 + e * e / 3, torch.log1p(safe) / safe)  # log1p(e) / e
+    sigma = -F.logsigmoid(-rho)
+    s = torch.where(negative, q, sigma)
+    log_sigma = torch.where(negative, rho, 0.0) + torch.log(s)
+    return Softplus(sigma, log_sigma, torch.sigmoid(rho), 1 / ((1 + e) * s))
+
+
+def philox(block: Tensor, seed: Tensor, sample: int, stream: int) -> list[Tensor]:
+    """Philox4x32-10 of counters (block low, block high, sample, stream): four int64 tensors of 32-bit words."""
+    c0, c1 = block & _WORD, block >> 32
+    c2, c3 = torch.full_like(block, sample), torch.full_like(block, stream)
+    key0, key1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64; the high half survives the sign
+        c0 = ((product1 >> 32) & _WORD) ^ c1 ^ key0
+        c2 = ((product0 >> 32) & _WORD) ^ c3 ^ key1
+        c1, c3 = product1 & _WORD, product0 & _WORD
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return [c0, c1, c2, c3]
+
+
+def box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Two words -> two normals, as csrc/bayes/gaussian_math.h numbers them."""
+    radius = torch.sqrt(-2 * torch.log((x.double() + 0.5) * 2.0**-32))
+    quadrant, low = y >> 30, y & 0x3FFFFFFF
+    quarter_turns = quadrant + torch.where(low >= 0x20000000, low - 0x40000000, low).double() * 2.0**-30
+    angle = quarter_turns * (math.pi / 2)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def noise(like: Tensor, seed: Tensor, sample: int, stream: int) -> Tensor:
+    """Normals of the shape and dtype of `like`; float32 noise in every dtype (csrc/common/philox.h says which)."""
+    count = like.numel()
+    block = torch.arange((count + 63) // 64 * 16, device=like.device)
+    words = philox(block, seed.reshape(()), sample, stream)
+    normals = torch.stack([*box_muller(words[0], words[1]), *box_muller(words[2], words[3])])
+    flat = normals.reshape(4, -1, 16).transpose(0, 1).reshape(-1)[:count]
+    return flat.reshape(like.shape).to(torch.float32).to(like.dtype)
+
+
+def transform(
+    mu: Tensor, rho: Tensor, normal: Tensor, prior_mean: Tensor | None, prior_std: float | None, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """W = μ + σ ε (σ ε where centred), and KL(N(μ, σ²) || N(prior_mean, prior_std²)) (0 without a prior_std)."""
+    parts = softplus(rho)
+    weight = parts.sigma * normal if centred else mu + parts.sigma * normal
+    if prior_std is None:
+        return weight, mu.new_zeros(())
+    distance = mu if prior_mean is None else mu - prior_mean
+    spread = parts.sigma * parts.sigma + distance * distance
+    terms = math.log(prior_std) - 0.5 + spread * (0.5 / prior_std**2) - parts.log_sigma
+    return weight, terms.sum(dtype=torch.float64).to(mu.dtype)
+
+
+def transform_backward(
+    grad: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor,
+    rho: Tensor,
+    normal: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_std: float | None,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """∂μ = ∂W + ∂kl (μ - prior_mean)/σp²;  ∂ρ = (∂W ε + ∂kl σ/σp²) σ' - ∂kl σ'/σ."""
+    parts = softplus(rho)
+    grad_mu, grad_rho = torch.zeros_like(mu), torch.zeros_like(rho)
+    if grad is not None:
+        assert normal is not None
+        grad_mu = grad_mu if centred else grad_mu + grad
+        grad_rho = grad_rho + grad * normal * parts.derivative
+    if grad_kl is not None and prior_std is not None:
+        distance = mu if prior_mean is None else mu - prior_mean
+        grad_mu = grad_mu + grad_kl * distance / prior_std**2
+        kl_rho = parts.sigma * parts.derivative / prior_std**2 - parts.derivative_over_sigma
+        grad_rho = grad_rho + grad_kl * kl_rho
+    return grad_mu, grad_rho
+
+
+def sample(
+    mu: Tensor,
+    rho: Tensor,
+    seed: Tensor,
+    prior_mean: Tensor | None,
+    prior_std: float | None,
+    stream: int,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """One sample of W, and the KL."""
+    return transform(mu, rho, noise(mu, seed, 0, stream), prior_mean, prior_std, centred)
+
+
+def sample_backward(
+    grad: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor,
+    rho: Tensor,
+    seed: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_std: float | None,
+    stream: int,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """∂μ and ∂ρ from ∂W (None: 0) and ∂kl (None: 0)."""
+    normal = None if grad is None or seed is None else noise(mu, seed, 0, stream)
+    return transform_backward(grad, grad_kl, mu, rho, normal, prior_mean, prior_std, centred)
+
+
+def kl(mu: Tensor, rho: Tensor, prior_mean: Tensor | None, prior_std: float) -> Tensor:
+    """KL(N(μ, σ²) || N(prior_mean, prior_std²)), summed."""
+    return transform(mu, rho, torch.zeros_like(mu), prior_mean, prior_std, False)[1]
+
+
+def linear(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    seed: Tensor,
+    weight_prior_mean: Tensor | None,
+    bias_prior_mean: Tensor | None,
+    prior_std: float | None,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + b with one sample of W (stream 0) and b (stream 1), and the KL of both."""
+    weight, total = sample(weight_mu, weight_rho, seed, weight_prior_mean, prior_std, 0, False)
+    y = x @ weight.mT
+    if bias_mu is not None and bias_rho is not None:
+        bias, bias_kl = sample(bias_mu, bias_rho, seed, bias_prior_mean, prior_std, 1, False)
+        y, total = y + bias, total + bias_kl
+    return y, total
+
+
+def linear_backward(
+    grad_y: Tensor,
+    grad_kl: Tensor | None,
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    seed: Tensor,
+    weight_prior_mean: Tensor | None,
+    bias_prior_mean: Tensor | None,
+    prior_std: float | None,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """∂x, ∂weight_mu, ∂weight_rho, ∂bias_mu, ∂bias_rho; empty tensors where there is no bias, or x needs none."""
+    normal = noise(weight_mu, seed, 0, 0)
+    weight = transform(weight_mu, weight_rho, normal, None, None, False)[0]
+    grad_x = grad_y @ weight if needs_x else x.new_empty(0)
+    grad_mu, grad_rho = transform_backward(
+        grad_y.mT @ x, grad_kl, weight_mu, weight_rho, normal, weight_prior_mean, prior_std, False
+    )
+    if bias_mu is None or bias_rho is None:
+        return grad_x, grad_mu, grad_rho, x.new_empty(0), x.new_empty(0)
+    grad_bias = transform_backward(
+        grad_y.sum(0),
+        grad_kl,
+        bias_mu,
+        bias_rho,
+        noise(bias_mu, seed, 0, 1),
+        bias_prior_mean,
+        prior_std,
+        False,
+    )
+    return grad_x, grad_mu, grad_rho, *grad_bias
+
+
+def linear_samples(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    seed: Tensor,
+    first: int,
+    samples: int,
+) -> Tensor:
+    """y[s] = x[s] W_sᵀ + b_s for the samples first, first + 1, ... of W; x [samples or 1, batch, in]."""
+    sigma = softplus(weight_rho).sigma
+    outputs = []
+    for s in range(samples):
+        weight = weight_mu + sigma * noise(weight_mu, seed, first + s, 0)
+        y = x[s if x.shape[0] > 1 else 0] @ weight.mT
+        if bias_mu is not None and bias_rho is not None:
+            y = y + bias_mu + softplus(bias_rho).sigma * noise(bias_mu, seed, first + s, 1)
+        outputs.append(y)
+    return torch.stack(outputs)
