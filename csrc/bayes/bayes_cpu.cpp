@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "bayes/scalar.h"
-#include "bayes/workspace.h"
 #include "common/parallel.h"
+#include "common/workspace.h"
 #include "gemm/gemm.h"
 
 #define FW_KERNEL_FILE "bayes/bayes_kernel.h"
@@ -21,6 +21,9 @@ namespace {
 
 constexpr int64_t kBlock = 256 * kNoiseGroup;         // elements per task
 constexpr int64_t kPanelElements = int64_t{1} << 21;  // 8 MB of float: W or ∂W of one panel stays in the last cache
+
+// Scratch; the GEMM called in between has slots 0 and 1.
+constexpr int kBiasSlot = 2, kPanelSlot = 3, kProductSlot = 4;
 
 int64_t blocks_of(int64_t count) {
   return (count + kBlock - 1) / kBlock;
@@ -112,13 +115,13 @@ double linear(const LinearLayer<T>& layer, int64_t batch, const T* x, int64_t x_
   const int64_t in = layer.in, out = layer.out, rows = panel_rows(in, out);
   const bool has_bias = layer.bias.mu != nullptr;
   double kl = 0;
-  T* const bias = workspace<T>(Workspace::bias, has_bias ? out : 0);
+  T* const bias = thread_workspace<T>(kBiasSlot, has_bias ? out : 0);
   if (has_bias) {
     Span<T> span = layer.bias;
     span.weight = bias;
     kl += sample(span, {layer.seed, layer.sample, 1});
   }
-  T* const panel = workspace<T>(Workspace::panel, rows * in);
+  T* const panel = thread_workspace<T>(kPanelSlot, rows * in);
   for (int64_t row = 0; row < out; row += rows) {
     const int64_t height = std::min(rows, out - row);
     Span<T> span = part_of(layer.weight, row * in, height * in);
@@ -134,15 +137,15 @@ void linear_backward(const LinearLayer<T>& layer, int64_t batch, const T* x, int
                      const T* grad_y, int64_t grad_row, int64_t grad_col, T grad_kl, const LinearGradients<T>& to) {
   const int64_t in = layer.in, out = layer.out, rows = panel_rows(in, out);
   if (layer.bias.mu) {
-    T* const grad_bias = workspace<T>(Workspace::bias, out);
+    T* const grad_bias = thread_workspace<T>(kBiasSlot, out);
     std::fill(grad_bias, grad_bias + out, T(0));
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t o = 0; o < out; ++o) grad_bias[o] += grad_y[b * grad_row + o * grad_col];
     }
     sample_backward(layer.bias, {layer.seed, layer.sample, 1}, grad_kl, grad_bias, to.bias_mu, to.bias_rho);
   }
-  T* const panel = workspace<T>(Workspace::panel, rows * in);
-  T* const partial = workspace<T>(Workspace::product, to.x && rows < out ? batch * in : 0);
+  T* const panel = thread_workspace<T>(kPanelSlot, rows * in);
+  T* const partial = thread_workspace<T>(kProductSlot, to.x && rows < out ? batch * in : 0);
   for (int64_t row = 0; row < out; row += rows) {
     const int64_t height = std::min(rows, out - row), offset = row * in;
     const T* const grad_panel = grad_y + row * grad_col;
@@ -171,7 +174,7 @@ void small_batch_samples(const LinearLayer<float>& layer, int64_t samples, int64
   const int64_t in = layer.in, out = layer.out, width = (batch + kNoiseLanes - 1) / kNoiseLanes * kNoiseLanes;
   const int64_t inputs = shared ? 1 : samples, panels = (out + kNoiseGroup - 1) / kNoiseGroup;
   // x of each sample as columns [in, width], padded with zeros to whole vectors.
-  float* const columns = workspace<float>(Workspace::product, inputs * in * width);
+  float* const columns = thread_workspace<float>(kProductSlot, inputs * in * width);
   parallel_blocks(inputs, [&](int64_t s) {
     float* const to = columns + s * in * width;
     const float* const from = x + s * batch * in;
@@ -179,7 +182,7 @@ void small_batch_samples(const LinearLayer<float>& layer, int64_t samples, int64
       for (int64_t b = 0; b < width; ++b) to[k * width + b] = b < batch ? from[b * in + k] : 0.0f;
     }
   });
-  float* const bias = workspace<float>(Workspace::bias, layer.bias.mu ? samples * out : 0);
+  float* const bias = thread_workspace<float>(kBiasSlot, layer.bias.mu ? samples * out : 0);
   for (int64_t s = 0; s < (layer.bias.mu ? samples : 0); ++s) {
     Span<float> span = layer.bias;
     span.weight = bias + s * out;
@@ -187,7 +190,7 @@ void small_batch_samples(const LinearLayer<float>& layer, int64_t samples, int64
   }
   parallel_blocks(panels, [&](int64_t panel) {
     const int64_t row = panel * kNoiseGroup, height = std::min(kNoiseGroup, out - row), size = height * in;
-    float* const sigma = workspace<float>(Workspace::panel, 2 * size);
+    float* const sigma = thread_workspace<float>(kPanelSlot, 2 * size);
     const Span<float> span = part_of(layer.weight, row * in, size);
     FW_DISPATCH(sigma_span)(span.rho, size, sigma);
     for (int64_t s = 0; s < samples; ++s) {

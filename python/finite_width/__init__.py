@@ -1,8 +1,8 @@
 """Finite-width networks in PyTorch: exact NTK, Tensor-Train layers, Path-SGD and variational Bayesian layers."""
 
 from . import _gemm as _gemm
-from . import ntk, pathsgd, tt
+from . import bayes, ntk, pathsgd, tt
 from ._library import VERSION as __version__
 from ._library import build_info, has_kernels, reference_only
 
-__all__ = ["__version__", "build_info", "has_kernels", "ntk", "pathsgd", "reference_only", "tt"]
+__all__ = ["__version__", "bayes", "build_info", "has_kernels", "ntk", "pathsgd", "reference_only", "tt"]

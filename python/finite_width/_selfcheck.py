@@ -49,6 +49,25 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *((0.1, 0.0, 0.0, 1.0, 1.0), (0.1, 0.0, 0.0, 1.0, 1.0)),
     ),
     "path_update": lambda: (_randn(65), _randn(65), None, _vector(65), 0.0, 2.0, (0.1, 0.0, 0.0, 1.0, 1.0)),
+    "bayes_noise": lambda: (torch.empty(3, 67), torch.tensor(5), 2, 1),
+    "bayes_sample": lambda: (_randn(3, 67), _randn(3, 67), torch.tensor(5), _randn(67, 3).mT, 0.5, 0, False),
+    "bayes_sample_backward": lambda: (
+        *(_randn(3, 67), torch.tensor(0.5), _randn(3, 67), _randn(3, 67), torch.tensor(5)),
+        *(None, 0.5, 0, False),
+    ),
+    "bayes_kl": lambda: (_randn(3, 67), _randn(3, 67), None, 0.5),
+    "bayes_linear": lambda: (
+        *(_randn(7, 35), _randn(18, 35), _randn(18, 35), _randn(18), _randn(18), torch.tensor(5)),
+        *(None, None, 0.5),
+    ),
+    "bayes_linear_backward": lambda: (
+        *(_randn(7, 18), torch.tensor(0.5), _randn(7, 35), _randn(18, 35), _randn(18, 35), _randn(18), _randn(18)),
+        *(torch.tensor(5), None, None, 0.5, True),
+    ),
+    "bayes_linear_samples": lambda: (
+        *(_randn(1, 7, 35), _randn(18, 35), _randn(18, 35), _randn(18), _randn(18), torch.tensor(5)),
+        *(0, 3),
+    ),
 }
 
 

@@ -59,8 +59,7 @@ _linear_samples_op = _library.register(
 def _loop(call: Callable[..., Any], info: Any, in_dims: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
     """The vmap rule that calls once per row of the batch and stacks the results."""
     columns = [
-        arg.unbind(dim) if dim is not None else (arg,) * info.batch_size
-        for arg, dim in zip(args, in_dims, strict=True)
+        arg.unbind(dim) if dim is not None else (arg,) * info.batch_size for arg, dim in zip(args, in_dims, strict=True)
     ]
     rows = [call(*row) for row in zip(*columns, strict=True)]
     if isinstance(rows[0], Tensor):
@@ -198,10 +197,9 @@ class _Linear(torch.autograd.Function):
         prior_std, needs = ctx.prior_std, ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 5
         if torch.is_grad_enabled():  # to be differentiated again: plain torch around the same noise
-            normal = None if grad_y is None else _noise_op(weight_mu, seed, 0, 0)
-            grad_weight = None
+            normal = grad_weight = None
             if grad_y is not None:
-                grad_weight = grad_y.mT @ x
+                normal, grad_weight = _noise_op(weight_mu, seed, 0, 0), grad_y.mT @ x
                 if needs[0]:
                     grads[0] = grad_y @ (weight_mu + reference.softplus(weight_rho).sigma * normal)
             grads[1:3] = reference.transform_backward(

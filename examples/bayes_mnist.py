@@ -1,0 +1,191 @@
+"""A 784-400-400-10 network on MNIST, variational against deterministic: error of the mean network and of the average
+of sampled networks, calibration, and how the uncertainty grows on rotated digits.
+
+    FINITE_WIDTH_DATA=... python examples/bayes_mnist.py          (about 20 minutes on two cores)
+    python examples/bayes_mnist.py --quick                        (scikit-learn's digits, seconds)
+
+Writes out/bayes_mnist.png and out/bayes_mnist.json. Both networks train with Adam, the variational one on the negative
+ELBO with a Gaussian prior (Blundell et al., "Weight uncertainty in neural networks", ICML 2015, section 5.1).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import finite_width as fw
+from command import arguments, save_figures
+from data import Data, mnist_or_digits
+
+BATCH = 128
+
+
+def network(inputs: int, width: int, variational: bool, prior_std: float, init_std: float) -> nn.Sequential:
+    def layer(wide_in: int, wide_out: int) -> nn.Module:
+        if not variational:
+            return nn.Linear(wide_in, wide_out)
+        prior = fw.bayes.GaussianPrior(std=prior_std)
+        return fw.bayes.BayesLinear(wide_in, wide_out, prior=prior, init_std=init_std)
+
+    return nn.Sequential(layer(inputs, width), nn.ReLU(), layer(width, width), nn.ReLU(), layer(width, 10))
+
+
+def train(model: nn.Module, data: Data, epochs: int, rate: float, generator: torch.Generator) -> dict[str, Any]:
+    """Adam with the learning rate falling to 0 along a cosine; the negative ELBO where the model is variational."""
+    variational = any(isinstance(module, fw.bayes.BayesLinear) for module in model.modules())
+    size = len(data.x_train)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    steps = epochs * -(-size // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    history = []
+    started = time.perf_counter()
+    for epoch in tqdm(range(epochs), desc="variational" if variational else "deterministic"):
+        total = 0.0
+        for rows in torch.randperm(size, generator=generator).split(BATCH):
+            loss = F.cross_entropy(model(data.x_train[rows]), data.y_train[rows])
+            total += float(loss.detach()) * len(rows)
+            if variational:
+                loss = fw.bayes.negative_elbo(loss, fw.bayes.kl(model), num_data=size, reduction="mean")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        row = {"epoch": epoch + 1, "train_nll": total / size, "seconds": time.perf_counter() - started}
+        if variational:
+            with torch.no_grad():
+                row["kl_per_example"] = float(fw.bayes.kl(model)) / size
+        history.append(row)
+        tqdm.write(str(row))
+    return {"epochs": epochs, "learning_rate": rate, "batch": BATCH, "history": history}
+
+
+@torch.no_grad()
+def probabilities(model: nn.Module, x: Tensor, samples: int) -> Tensor:
+    """[N, 10]: of the deterministic or mean network (samples=0), or averaged over sampled networks."""
+    if samples:
+        return torch.cat([fw.bayes.predict(model, part, samples=samples, link="softmax").mean for part in x.split(500)])
+    return torch.softmax(model(x), -1)
+
+
+def scores(p: Tensor, labels: Tensor) -> dict[str, float]:
+    return {
+        "error_percent": 100 * float((p.argmax(1) != labels).double().mean()),
+        "ece": fw.bayes.ece(p, labels),
+        "nll": fw.bayes.nll(p, labels),
+        "brier": fw.bayes.brier(p, labels),
+    }
+
+
+def rotate(x: Tensor, degrees: float) -> Tensor:
+    """Square images [N, side²] turned about their centre."""
+    side = round(x.shape[1] ** 0.5)
+    angle = torch.deg2rad(torch.tensor(degrees))
+    turn = torch.tensor([[angle.cos(), -angle.sin(), 0.0], [angle.sin(), angle.cos(), 0.0]])
+    grid = F.affine_grid(turn.expand(len(x), 2, 3), [len(x), 1, side, side], align_corners=False)
+    return F.grid_sample(x.reshape(-1, 1, side, side), grid, align_corners=False).flatten(1)
+
+
+def draw(path: Any, figures: dict[str, Any], reliability: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    colours = {"deterministic": "tab:grey", "mean network": "tab:blue", "10 samples": "tab:red"}
+    left.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
+    for name, (confidence, accuracy) in reliability.items():
+        label = f"{name}: {figures[name]['error_percent']:.2f} % error, ECE {figures[name]['ece']:.4f}"
+        left.plot(confidence, accuracy, marker="o", color=colours[name], label=label)
+    left.set(xlabel="confidence", ylabel="accuracy", title=f"{figures['data']}: reliability on the test set")
+    left.legend()
+    turned = figures["rotation"]
+    right.plot(turned["degrees"], turned["deterministic_entropy"], color="tab:grey", label="entropy, deterministic")
+    right.plot(turned["degrees"], turned["entropy"], color="tab:red", label="entropy, 10 samples")
+    right.plot(
+        turned["degrees"], turned["mutual_information"], color="tab:red", linestyle="--", label="from the weights"
+    )
+    right.set(xlabel="rotation of the test digits (degrees)", ylabel="nats, mean over images")
+    right.set_title("Uncertainty away from the training data")
+    right.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=130)
+
+
+def reliability_curve(p: Tensor, labels: Tensor, bins: int = 10) -> tuple[list[float], list[float]]:
+    """Mean confidence and accuracy in bins of equal width that hold at least ten examples."""
+    confidence, choice = p.max(1)
+    index = (confidence * bins).long().clamp_max(bins - 1)
+    pairs = [
+        (float(confidence[index == b].mean()), float((choice == labels)[index == b].double().mean()))
+        for b in range(bins)
+        if int((index == b).sum()) >= 10
+    ]
+    return [c for c, _ in pairs], [a for _, a in pairs]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--prior-std", type=float, default=0.1)
+    parser.add_argument("--init-std", type=float, default=0.02)
+    options = parser.parse_args()
+    if options.quick:
+        from data import digits
+
+        data, width, epochs = digits(), 64, 30
+    else:
+        data, width, epochs = mnist_or_digits(options.data), 400, options.epochs
+    data = data.flat()
+    data = data._replace(**{name: getattr(data, name).to(options.device) for name in data._fields[1:]})
+    inputs = data.x_train.shape[1]
+
+    models = {}
+    figures: dict[str, Any] = {"data": data.name, "seed": options.seed, "widths": [inputs, width, width, 10]}
+    figures |= {"prior_std": options.prior_std, "init_std": options.init_std}
+    for name, variational in (("variational", True), ("deterministic", False)):
+        torch.manual_seed(options.seed)
+        model = network(inputs, width, variational, options.prior_std, options.init_std).to(options.device)
+        generator = torch.Generator().manual_seed(options.seed)
+        figures[f"{name}_training"] = train(model, data, epochs, options.learning_rate, generator)
+        models[name] = model
+
+    model = models["variational"]
+    predictions = {"deterministic": probabilities(models["deterministic"], data.x_test, 0)}
+    with fw.bayes.mean_mode(model):
+        predictions["mean network"] = probabilities(model, data.x_test, 0)
+    predictions["10 samples"] = probabilities(model, data.x_test, 10)
+    reliability = {}
+    for name, p in predictions.items():
+        figures[name] = scores(p, data.y_test)
+        reliability[name] = reliability_curve(p, data.y_test)
+        print(name, figures[name])
+
+    rotation: dict[str, list[float]] = {
+        "degrees": [],
+        "deterministic_entropy": [],
+        "entropy": [],
+        "mutual_information": [],
+    }
+    for degrees in range(0, 181, 15):
+        turned = rotate(data.x_test[:1000], degrees)
+        sampled = fw.bayes.predict(model, turned, samples=10, link="softmax")
+        rotation["degrees"].append(degrees)
+        plain = fw.bayes.predictive_entropy(probabilities(models["deterministic"], turned, 0))
+        rotation["deterministic_entropy"].append(float(plain.mean()))
+        rotation["entropy"].append(float(fw.bayes.predictive_entropy(sampled.mean).mean()))
+        rotation["mutual_information"].append(float(fw.bayes.mutual_information(sampled.samples).mean()))
+    figures["rotation"] = rotation
+    save_figures(options.out / "bayes_mnist.json", figures)
+    draw(options.out / "bayes_mnist.png", figures, reliability)
+    print(f"written: {options.out / 'bayes_mnist.json'}, {options.out / 'bayes_mnist.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Turns the layers of an ordinary model into variational ones, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .. import _check
+from .conv import BayesConv1d, BayesConv2d, BayesConv3d
+from .layers import ESTIMATORS, BayesLayer, BayesLinear
+from .mean import swap
+from .priors import GaussianPrior, MopedPrior, check_prior
+
+_CONVOLUTIONS: dict[type, Any] = {nn.Conv1d: BayesConv1d, nn.Conv2d: BayesConv2d, nn.Conv3d: BayesConv3d}
+# Kept as they are without a word: their few parameters are customarily not random.
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.PReLU,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module of the report."""
+
+    name: str
+    module: str
+    shape: str
+    result: str  # "converted" or "kept"
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` did, module by module; prints as a table."""
+
+    rows: list[Row]
+
+    @property
+    def converted(self) -> list[str]:
+        """Names of the layers that are variational now."""
+        return [row.name for row in self.rows if row.result == "converted"]
+
+    @property
+    def left_alone(self) -> list[str]:
+        """Names of the modules with weights that are as they were."""
+        return [row.name for row in self.rows if row.result == "kept"]
+
+    def __str__(self) -> str:
+        table = [("name", "module", "weight", "result", "why"), *((*vars(row).values(),) for row in self.rows)]
+        widths = [max(len(str(line[column])) for line in table) for column in range(5)]
+        lines = [
+            "  ".join(str(text).ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        ]
+        return "\n".join(lines)
+
+
+def _reason_to_keep(module: nn.Module, users: dict[int, int]) -> str | None:
+    """Why a module with weights is left alone; None where it can be converted."""
+    kind = type(module)
+    if kind is not nn.Linear and kind not in _CONVOLUTIONS:
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            return "recurrent layers are not converted"
+        if isinstance(module, nn.MultiheadAttention):
+            return "attention is not converted"
+        if isinstance(module, _NORMS):
+            return "normalisation stays deterministic"
+        return f"{kind.__name__} is not converted"
+    if parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is parametrised; remove that first"
+    if users[id(module.weight)] > 1:
+        return "its weight is shared with another module"
+    if module.weight.dtype not in (torch.float32, torch.float64):
+        return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}, not float32 or float64"
+    if module.weight.is_meta:
+        return "its weight holds no data (meta device)"
+    return None
+
+
+def _variational(module: Any, prior: Any, init: str, estimator: str) -> BayesLayer:
+    common = {
+        "bias": module.bias is not None,
+        "prior": prior,
+        "estimator": estimator,
+        "device": module.weight.device,
+        "dtype": module.weight.dtype,
+    }
+    layer: BayesLayer
+    if type(module) is nn.Linear:
+        layer = BayesLinear(module.in_features, module.out_features, **common)
+    else:
+        layer = _CONVOLUTIONS[type(module)](
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            module.padding_mode,
+            **common,
+        )
+    if init == "moped":
+        delta = prior.delta if isinstance(prior, MopedPrior) else MopedPrior.delta
+        layer.set_posterior(module.weight, module.bias, delta)
+    for name in ("weight", "bias"):
+        old = getattr(module, name)
+        for part in ("mu", "rho"):
+            if old is not None:
+                getattr(layer, f"{name}_{part}").requires_grad_(old.requires_grad)
+    return layer.train(module.training)
+
+
+def convert(
+    model: nn.Module,
+    *,
+    prior: Any = None,
+    init: str = "default",
+    estimator: str = "weight",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    strict: bool = False,
+) -> ConversionReport:
+    """Make the nn.Linear and nn.Conv1d/2d/3d layers of a model variational, in place.
+
+    Args:
+        model: the module; its children are replaced. Make its optimizer afterwards: the parameters are new.
+        prior: for all layers; default GaussianPrior(std=1), and MopedPrior() with init="moped".
+        init: "default": fresh means; "moped": the means are the present (trained) weights, σ = 0.1 |w| (or the
+            prior's delta).
+        estimator: "weight", "flipout" or "local".
+        include, exclude: names of modules, with * and ? as wildcards; only included ones are converted, excluded
+            ones never.
+        strict: raise where a module with weights has no variational form (LSTM, GRU, attention, ...), instead of
+            naming it in the report.
+
+    Returns:
+        ConversionReport: one row per module that holds weights; prints as a table.
+
+    Raises:
+        ValueError: nothing to convert, an unknown init or estimator, a weight with NaN, strict with a module that
+            cannot be converted. The model is then as it was.
+        TypeError: something that is not a prior.
+
+    Source: init="moped": Krishnan et al., AAAI 2020.
+
+    Example:
+        >>> import torch, finite_width as fw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+        >>> print(fw.bayes.convert(model, init="moped"))
+        name  module  weight  result     why
+        0     Linear  [4, 3]  converted
+        2     Linear  [1, 4]  converted
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check.one_of("init", init, ("default", "moped"))
+    _check.one_of("estimator", estimator, ESTIMATORS)
+    if prior is None:
+        prior = MopedPrior() if init == "moped" else GaussianPrior()
+    check_prior(prior)
+    if type(model) is nn.Linear or type(model) in _CONVOLUTIONS:
+        raise ValueError(
+            f"model is itself a {type(model).__name__}: wrap it in nn.Sequential, so that it can be replaced"
+        )
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{name} must be a sequence of names, got the string {patterns!r}; write [{patterns!r}]")
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+
+    rows: list[Row] = []
+    replacements: dict[nn.Module, nn.Module] = {}
+    inside_kept: list[str] = []  # prefixes of modules that use their children's weights themselves
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside_kept) or isinstance(module, BayesLayer):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            inside_kept.append(f"{name}.")
+        weights = [p for p in module._parameters.values() if p is not None]
+        if not weights and not parametrize.is_parametrized(module):
+            continue
+        reason = _reason_to_keep(module, users)
+        if reason is not None and strict and not isinstance(module, _NORMS):
+            raise ValueError(f"{name} ({type(module).__name__}): {reason}; exclude it, or leave strict out")
+        if reason is None and include is not None and not any(fnmatch(name, pattern) for pattern in include):
+            reason = "not included"
+        if exclude is not None and any(fnmatch(name, pattern) for pattern in exclude):
+            reason = "excluded"
+        weight = module._parameters.get("weight")
+        shape = "-" if weight is None else str(list(weight.shape))
+        rows.append(Row(name, type(module).__name__, shape, "kept" if reason else "converted", reason or ""))
+        if reason is None:
+            for parameter_name, value in module.named_parameters(name, recurse=False):
+                if init == "moped" and not bool(torch.isfinite(value).all()):
+                    raise ValueError(f"{parameter_name} has NaN or infinite values; train the model again first")
+            replacements[module] = _variational(module, prior, init, estimator)
+    if not replacements:
+        kept = ", ".join(f"{row.name} ({row.reason})" for row in rows) or "it holds no weights"
+        raise ValueError(f"model has no layer to convert: {kept}")
+    swap(model, replacements)
+    return ConversionReport(rows)

@@ -1,0 +1,421 @@
+"""What the variational layers share, and the linear one: parameters, noise, estimators, the fused KL."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _check
+from .._gemm import gemm
+from . import ops, reference
+from .priors import GaussianPrior, MopedPrior, check_prior
+
+ESTIMATORS = ("weight", "flipout", "local")
+# Counter words of the noise: which tensor of a layer it is for.
+WEIGHT, BIAS, OUTPUT, SIGN_IN, SIGN_OUT = range(5)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh Philox key, from torch's default generator, with the rank folded in where processes train together."""
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # An odd constant, so that equal seeds on two ranks give unequal keys; int64 wraps around.
+        offset = torch.distributed.get_rank() * 0x9E3779B97F4A7C15 % 2**64
+        seed = seed + (offset - 2**64 if offset >= 2**63 else offset)
+    return seed
+
+
+def inverse_softplus(sigma: Tensor) -> Tensor:
+    """ρ with softplus(ρ) = σ, for σ > 0."""
+    return sigma + torch.log(-torch.expm1(-sigma))
+
+
+class _Used:
+    """Whether a graph has been run backward. Held by the graph's hooks, so it must not hold the graph."""
+
+    value = False
+
+    def mark(self, *_: Any) -> None:
+        self.value = True
+
+
+class _Last:
+    """What the last forward left for kl(): valid while nothing has changed and its graph is unused.
+
+    Copies and pickles are empty: it holds tensors of a graph.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.result: Any = None
+        self.state: Any = None
+        self.used = _Used()
+
+    def put(self, result: Any, nodes: list[Tensor], state: Any) -> None:
+        self.result, self.state, self.used = result, state, _Used()
+        for tensor in nodes:
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_hook(self.used.mark)
+
+    def get(self, state: Any) -> Any:
+        if self.result is None or self.used.value or len(state) != len(self.state):
+            return None
+        pairs = zip(state, self.state, strict=True)
+        return self.result if all(a is b or (type(a) is int and a == b) for a, b in pairs) else None
+
+    def __deepcopy__(self, memo: Any) -> _Last:
+        return _Last()
+
+    def __reduce__(self) -> Any:
+        return _Last, ()
+
+
+class BayesLayer(nn.Module):
+    """What every variational layer has: `weight_mu`, `weight_rho`, `bias_mu`, `bias_rho`, a prior and an estimator."""
+
+    weight_mu: nn.Parameter
+    weight_rho: nn.Parameter
+    bias_mu: nn.Parameter | None
+    bias_rho: nn.Parameter | None
+    weight_prior_mean: Tensor | None
+    bias_prior_mean: Tensor | None
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        bias: bool,
+        prior: Any,
+        estimator: str,
+        init_std: float | None,
+        device: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        _check.one_of("estimator", estimator, ESTIMATORS)
+        prior = GaussianPrior() if prior is None else prior
+        check_prior(prior)
+        if init_std is not None and not (init_std > 0 and math.isfinite(init_std)):
+            raise ValueError(f"init_std must be positive and finite, got {init_std}")
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be float32 or float64 (for bfloat16 compute, use autocast), got {dtype}")
+        self.prior, self.estimator = prior, estimator
+        self.fan_in = math.prod(weight_shape[1:])
+        self.init_std = init_std or 0.1 / math.sqrt(max(self.fan_in, 1))
+        options = {"device": device, "dtype": dtype}
+        self.weight_mu = nn.Parameter(torch.empty(weight_shape, **options))
+        self.weight_rho = nn.Parameter(torch.empty(weight_shape, **options))
+        for name in ("bias_mu", "bias_rho"):
+            self.register_parameter(name, nn.Parameter(torch.empty(weight_shape[0], **options)) if bias else None)
+        self.register_buffer("weight_prior_mean", None)
+        self.register_buffer("bias_prior_mean", None)
+        self._last = _Last()
+        self._mean_mode = 0
+        self._prediction: Any = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh means as torch's own layers draw them, σ = init_std everywhere, and the prior's mean."""
+        bound = 1 / math.sqrt(self.fan_in) if self.fan_in else 0.0
+        rho = float(inverse_softplus(torch.tensor(self.init_std, dtype=torch.float64)))
+        with torch.no_grad():
+            for mu, each in ((self.weight_mu, self.weight_rho), (self.bias_mu, self.bias_rho)):
+                if mu is not None and each is not None:
+                    mu.uniform_(-bound, bound)
+                    each.fill_(rho)
+        self._reset_prior_mean()
+
+    def set_posterior(self, weight: Tensor, bias: Tensor | None, delta: float) -> None:
+        """Mean = the given weights, σ = delta |weight|; the prior's mean follows where the prior asks for it.
+
+        σ has a floor of a thousandth of delta times the tensor's root mean square, so that zeros can move.
+        """
+        with torch.no_grad():
+            for value, mu, rho in (
+                (weight, self.weight_mu, self.weight_rho),
+                (bias, self.bias_mu, self.bias_rho),
+            ):
+                if value is None or mu is None or rho is None:
+                    continue
+                mu.copy_(value)
+                size = value.abs().to(torch.float64)
+                floor = max(1e-3 * float(size.square().mean().sqrt()), 1e-12) if value.numel() else 1.0
+                rho.copy_(inverse_softplus(delta * size.clamp_min(floor)))
+        self._reset_prior_mean()
+
+    def _reset_prior_mean(self) -> None:
+        for name in ("weight", "bias"):
+            mu = getattr(self, f"{name}_mu")
+            mean = None
+            if mu is not None and isinstance(self.prior, MopedPrior):
+                mean = mu.detach().clone()
+            elif mu is not None and isinstance(self.prior, GaussianPrior) and self.prior.mean != 0:
+                mean = torch.full_like(mu.detach(), self.prior.mean)
+            setattr(self, f"{name}_prior_mean", mean)
+
+    @property
+    def prior_std(self) -> float | None:
+        """σp of a Gaussian prior; None for one whose KL is estimated."""
+        return float(self.prior.std) if isinstance(self.prior, GaussianPrior | MopedPrior) else None
+
+    def distributions(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """(μ, ρ, prior mean) of the weight, and of the bias where there is one."""
+        result: list[tuple[Tensor, Tensor, Tensor | None]] = [(self.weight_mu, self.weight_rho, self.weight_prior_mean)]
+        if self.bias_mu is not None and self.bias_rho is not None:
+            result.append((self.bias_mu, self.bias_rho, self.bias_prior_mean))
+        return result
+
+    def weight_std(self) -> Tensor:
+        """σ = softplus(ρ) of the weight."""
+        return reference.softplus(self.weight_rho).sigma
+
+    # The KL that a forward computed on the way.
+
+    def _keep(self, result: Any, nodes: list[Tensor]) -> None:
+        """Remember what forward made for kl(), where it can be used later."""
+        if torch.compiler.is_compiling():
+            return
+        in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint's second forward
+        if in_backward or torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled():
+            self._last.clear()
+        else:
+            self._last.put(result, nodes, self._state())
+
+    def _state(self) -> list[Any]:
+        """What must not have changed for the last forward's KL to be that of now."""
+        state: list[Any] = [self.prior, int(torch.is_grad_enabled())]
+        for triple in self.distributions():
+            for tensor in triple:
+                state.append(tensor)
+                if tensor is not None:
+                    version = -1 if tensor.is_inference() else tensor._version
+                    state += [version, tensor.data_ptr(), int(tensor.requires_grad)]
+        return state
+
+    def _kept(self) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or torch.is_inference_mode_enabled()
+        ):
+            return None
+        return self._last.get(self._state())
+
+    def kl(self) -> Tensor:
+        """KL(q || p) of this layer's weights now: fused into the last forward where that still holds, else computed."""
+        kept = self._kept()
+        if self.prior_std is None:
+            return self._sampled_kl(kept)
+        if kept is not None:
+            result: Tensor = kept
+            return result
+        total = None
+        for mu, rho, mean in self.distributions():
+            part = ops.kl(mu, rho, mean, self.prior_std)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def _sampled_kl(self, kept: Any) -> Tensor:
+        """Σ log q(W) - log p(W) at the weights of the last forward, or at fresh ones; log q from ε itself."""
+        seed, weights = kept or (draw_seed(self.weight_mu.device), None)
+        total = self.weight_mu.new_zeros(())
+        for stream, (mu, rho, _) in enumerate(self.distributions()):
+            normal = ops.noise(mu, seed, 0, stream)
+            weight = weights[stream] if weights else ops.sample(mu, rho, seed, stream=stream)[0]
+            log_q = -0.5 * normal * normal - reference.softplus(rho).log_sigma - 0.5 * math.log(2 * math.pi)
+            difference = log_q.sum(dtype=torch.float64) - self.prior.log_prob(weight).sum(dtype=torch.float64)
+            total = total + difference.to(mu.dtype)
+        return total
+
+    def _sampled(self, seed: Tensor) -> list[Tensor | None]:
+        """One sample of weight and bias; keeps the KL, or what it can be estimated from."""
+        pairs = [
+            ops.sample(mu, rho, seed, mean, self.prior_std, stream)
+            for stream, (mu, rho, mean) in enumerate(self.distributions())
+        ]
+        weights = [weight for weight, _ in pairs]
+        if self.prior_std is None:
+            self._keep((seed, weights), weights)
+        else:
+            self._keep(torch.stack([kl for _, kl in pairs]).sum(), weights)
+        return [*weights, None][:2]
+
+    def _perturbation(self, seed: Tensor) -> list[Tensor | None]:
+        """σ ε of weight and bias, for flipout; keeps the KL."""
+        pairs = [
+            ops.sample(mu, rho, seed, mean, self.prior_std, stream, True)
+            for stream, (mu, rho, mean) in enumerate(self.distributions())
+        ]
+        if self.prior_std is not None:
+            self._keep(torch.stack([kl for _, kl in pairs]).sum(), [weight for weight, _ in pairs])
+        return [*(weight for weight, _ in pairs), None][:2]
+
+    def mean_layer(self) -> nn.Module:
+        """torch's own layer of the mean network, with copies of μ."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"prior={self.prior}, estimator={self.estimator!r}"
+
+
+def signs(like: Tensor, seed: Tensor, stream: int) -> Tensor:
+    """±1 with equal odds, of the shape of `like`."""
+    return torch.where(ops.noise(like.detach(), seed, 0, stream) < 0, -1.0, 1.0).to(like.dtype)
+
+
+def perturb(mean: Tensor, variance: Tensor, seed: Tensor) -> Tensor:
+    """mean + √variance ε: local reparametrisation. A variance of 0 stays 0, with gradient 0."""
+    deviation = torch.sqrt(variance.clamp_min(1e-30))
+    noise = ops.noise(mean.detach().contiguous(), seed, 0, OUTPUT)
+    return mean + torch.where(variance > 1e-30, deviation, 0.0) * noise
+
+
+class BayesLinear(BayesLayer):
+    """A linear layer with a Gaussian over each weight: y = x Wᵀ + b, W ~ N(μ, σ²), σ = softplus(ρ).
+
+    Each call draws fresh noise, in training and in evaluation mode; `mean_mode` gives the mean network.
+
+    Args:
+        in_features, out_features: sizes.
+        bias: whether there is a bias (with a distribution of its own).
+        prior: GaussianPrior (default: std 1), ScaleMixturePrior, MopedPrior or an object with log_prob(weight).
+        estimator: "weight": one sample of W for the batch, fused with the KL (the cheapest); "flipout": one sample,
+            its sign flipped at random for each example (less gradient noise, two products); "local": samples y
+            itself (least gradient noise, two products).
+        init_std: σ at the start; default 0.1 / √in_features.
+        device, dtype: of the parameters; float32 or float64.
+
+    Raises:
+        ValueError: sizes < 1, init_std <= 0, an unknown estimator.
+        TypeError: something that is not a prior, another dtype.
+
+    Source: Blundell et al. 2015 ("weight"); Wen et al. 2018 (flipout); Kingma et al. 2015 (local).
+
+    Example:
+        >>> import torch, finite_width as fw
+        >>> layer = fw.bayes.BayesLinear(3, 2)
+        >>> layer(torch.ones(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        prior: Any = None,
+        estimator: str = "weight",
+        init_std: float | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check.positive_int("in_features", in_features)
+        _check.positive_int("out_features", out_features)
+        super().__init__((out_features, in_features), bias, prior, estimator, init_std, device, dtype)
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        _check.is_tensor("x", x)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have shape [..., {self.in_features}], got {list(x.shape)}")
+        if self._mean_mode:
+            return F.linear(x, self.weight_mu, self.bias_mu)
+        if self._prediction is not None:
+            return self._predict(x)
+        rows = x.reshape(-1, self.in_features)
+        # Under autocast torch's own product takes x and W to the lower precision; μ, ρ and the KL stay float32.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        seed = draw_seed(x.device)
+        if self.estimator == "weight":
+            if autocast or self.prior_std is None:
+                weight, bias = self._sampled(seed)
+                y = _product(rows, weight, bias, autocast)
+            else:
+                y = self._fused(rows, seed)
+        elif self.estimator == "flipout":
+            weight, bias = self._perturbation(seed)
+            flipped = rows * signs(rows, seed, SIGN_IN)
+            mean = _product(rows, self.weight_mu, self.bias_mu, autocast)
+            change = _product(flipped, weight, bias, autocast)
+            y = mean + change * signs(change, seed, SIGN_OUT)
+        else:
+            variance = None if self.bias_rho is None else reference.softplus(self.bias_rho).sigma ** 2
+            y = perturb(
+                _product(rows, self.weight_mu, self.bias_mu, autocast).to(self.weight_mu.dtype),
+                _product(rows * rows, self.weight_std() ** 2, variance, autocast).to(self.weight_mu.dtype),
+                seed,
+            )
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _fused(self, rows: Tensor, seed: Tensor) -> Tensor:
+        y, kl = ops.linear(
+            rows,
+            self.weight_mu,
+            self.weight_rho,
+            self.bias_mu,
+            self.bias_rho,
+            seed,
+            self.weight_prior_mean,
+            self.bias_prior_mean,
+            self.prior_std,
+        )
+        self._keep(kl, [kl])
+        return y
+
+    def _predict(self, x: Tensor) -> Tensor:
+        seed, first, count = self._prediction.of(self, x)
+        with torch.no_grad():
+            y = ops.linear_samples(
+                x.reshape(count, -1, self.in_features),
+                self.weight_mu,
+                self.weight_rho,
+                self.bias_mu,
+                self.bias_rho,
+                seed,
+                first,
+                count,
+            )
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def mean_layer(self) -> nn.Linear:
+        """The nn.Linear of the mean network, with copies of μ."""
+        layer = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.bias_mu is not None,
+            device=self.weight_mu.device,
+            dtype=self.weight_mu.dtype,
+        )
+        return _with_means(layer, self)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias_mu is not None}, "
+            f"{super().extra_repr()}"
+        )
+
+
+def _product(x: Tensor, weight: Tensor | None, bias: Tensor | None, autocast: bool) -> Tensor:
+    """x Wᵀ + b, on this library's GEMM except under autocast."""
+    assert weight is not None
+    return F.linear(x, weight, bias) if autocast else gemm(x, weight.mT, bias)
+
+
+def _with_means(layer: Any, source: BayesLayer) -> Any:
+    """The layer with the means of `source`, its mode and its requires_grad."""
+    with torch.no_grad():
+        layer.weight.copy_(source.weight_mu)
+        layer.weight.requires_grad_(source.weight_mu.requires_grad)
+        if source.bias_mu is not None:
+            layer.bias.copy_(source.bias_mu)
+            layer.bias.requires_grad_(source.bias_mu.requires_grad)
+    return layer.train(source.training)

@@ -1,0 +1,134 @@
+"""Priors over weights: Gaussian (KL in closed form), scale mixture (Monte-Carlo KL), and MOPED's trained mean."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+def _positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+@runtime_checkable
+class Prior(Protocol):
+    """Any prior: an object with log_prob(weight), differentiable; its KL is estimated from the sampled weight."""
+
+    def log_prob(self, weight: Tensor) -> Tensor:
+        """The log density, element by element or summed."""
+        ...
+
+
+@dataclass(frozen=True)
+class GaussianPrior:
+    """p(w) = N(w; mean, std²) for every weight and bias on its own; KL in closed form.
+
+    Args:
+        std: standard deviation (not the variance), > 0.
+        mean: one number for all weights. Other than 0, the layer keeps it as a buffer of the weight's size.
+
+    Raises:
+        ValueError: std <= 0 or not finite.
+
+    Example:
+        >>> import finite_width as fw
+        >>> fw.bayes.GaussianPrior(std=0.1)
+        GaussianPrior(std=0.1, mean=0.0)
+    """
+
+    std: float = 1.0
+    mean: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive("std", self.std)
+        if not math.isfinite(self.mean):
+            raise ValueError(f"mean must be finite, got {self.mean}")
+
+    def log_prob(self, weight: Tensor) -> Tensor:
+        """log N(weight; mean, std²), element by element."""
+        constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
+        return -0.5 * ((weight - self.mean) / self.std) ** 2 - constant
+
+
+@dataclass(frozen=True)
+class ScaleMixturePrior:
+    """p(w) = pi N(w; 0, std1²) + (1 - pi) N(w; 0, std2²); its KL is estimated from the sampled weight.
+
+    Source: Blundell et al., "Weight uncertainty in neural networks", ICML 2015, eq. 7.
+
+    Args:
+        pi: weight of the first component, in (0, 1).
+        std1, std2: standard deviations, > 0.
+
+    Raises:
+        ValueError: pi outside (0, 1), a standard deviation that is not positive.
+
+    Example:
+        >>> import torch, finite_width as fw
+        >>> fw.bayes.ScaleMixturePrior().log_prob(torch.zeros(2)).shape
+        torch.Size([2])
+    """
+
+    pi: float = 0.5
+    std1: float = 1.0
+    std2: float = 0.0025
+
+    def __post_init__(self) -> None:
+        _positive("std1", self.std1)
+        _positive("std2", self.std2)
+        if not 0 < self.pi < 1:
+            raise ValueError(f"pi must lie in (0, 1), got {self.pi}")
+
+    def log_prob(self, weight: Tensor) -> Tensor:
+        """The log density of the mixture, element by element."""
+        first = GaussianPrior(self.std1).log_prob(weight) + math.log(self.pi)
+        second = GaussianPrior(self.std2).log_prob(weight) + math.log1p(-self.pi)
+        return torch.logaddexp(first, second)
+
+
+@dataclass(frozen=True)
+class MopedPrior:
+    """p(w) = N(w; the layer's initial mean, std²); with `convert(init="moped")` that is the trained weight.
+
+    The posterior starts at the trained weight with σ = delta |w|.
+
+    Source: Krishnan et al., "Specifying weight priors in Bayesian deep neural networks with empirical Bayes", AAAI
+    2020.
+
+    Args:
+        std: standard deviation around the trained weight, > 0.
+        delta: initial σ over |w|, > 0.
+
+    Raises:
+        ValueError: std or delta not positive.
+
+    Example:
+        >>> import finite_width as fw
+        >>> fw.bayes.MopedPrior()
+        MopedPrior(std=1.0, delta=0.1)
+    """
+
+    std: float = 1.0
+    delta: float = 0.1
+
+    def __post_init__(self) -> None:
+        _positive("std", self.std)
+        _positive("delta", self.delta)
+
+
+def check_prior(prior: Any) -> None:
+    """Raise TypeError unless `prior` is one of the priors, or has a method log_prob."""
+    if isinstance(prior, GaussianPrior | MopedPrior):
+        return
+    if isinstance(prior, type) or not isinstance(prior, Prior):
+        raise TypeError(
+            "prior must be a GaussianPrior, ScaleMixturePrior, MopedPrior or an object with a method log_prob(weight), "
+            f"got {prior!r}"
+        )
