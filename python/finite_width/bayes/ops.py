@@ -12,7 +12,9 @@ from torch import Tensor
 from .. import _check, _library
 from . import reference
 
-_noise_op = _library.register("bayes_noise", reference.noise, lambda like, seed, sample, stream: torch.empty_like(like))
+_noise_op = _library.register(
+    "bayes_noise", reference.noise, lambda like, seed, sample, stream: like.new_empty(like.shape)
+)
 _sample_op = _library.register(
     "bayes_sample",
     reference.sample,
@@ -80,6 +82,12 @@ for _name, _op in (
     torch.library.register_vmap(f"finite_width::{_name}", _loop_vmap(_op), lib=_library._LIBRARY)
 
 
+def _normal(like: Tensor, seed: Tensor, sample: int, stream: int) -> Tensor:
+    """ε as a constant."""
+    result: Tensor = _noise_op(like.detach(), seed, sample, stream)
+    return result
+
+
 def _dot(a: Tensor | None, b: Tensor) -> Tensor | float:
     return 0.0 if a is None else (a * b).sum()
 
@@ -124,7 +132,7 @@ class _Sample(torch.autograd.Function):
         mu, rho, seed, prior_mean = ctx.saved_tensors
         prior_std, stream, centred = ctx.prior_std, ctx.stream, ctx.centred
         if torch.is_grad_enabled():  # the gradient is to be differentiated again: plain torch around the same noise
-            normal = None if grad is None else _noise_op(mu, seed, 0, stream)
+            normal = None if grad is None else _normal(mu, seed, 0, stream)
             grads = reference.transform_backward(grad, grad_kl, mu, rho, normal, prior_mean, prior_std, centred)
         else:
             grads = _sample_backward_op(grad, grad_kl, mu, rho, seed, prior_mean, prior_std, stream, centred)
@@ -138,7 +146,7 @@ class _Sample(torch.autograd.Function):
         if dmu is not None and not ctx.centred:
             tangent = tangent + dmu
         if drho is not None:
-            tangent = tangent + drho * torch.sigmoid(rho) * _noise_op(mu, seed, 0, ctx.stream)
+            tangent = tangent + drho * torch.sigmoid(rho) * _normal(mu, seed, 0, ctx.stream)
         return tangent, _kl_tangent(mu, rho, prior_mean, ctx.prior_std, dmu, drho, dmean)
 
     @staticmethod
@@ -199,14 +207,14 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again: plain torch around the same noise
             normal = grad_weight = None
             if grad_y is not None:
-                normal, grad_weight = _noise_op(weight_mu, seed, 0, 0), grad_y.mT @ x
+                normal, grad_weight = _normal(weight_mu, seed, 0, 0), grad_y.mT @ x
                 if needs[0]:
                     grads[0] = grad_y @ (weight_mu + reference.softplus(weight_rho).sigma * normal)
             grads[1:3] = reference.transform_backward(
                 grad_weight, grad_kl, weight_mu, weight_rho, normal, weight_mean, prior_std, False
             )
             if bias_mu is not None:
-                normal = None if grad_y is None else _noise_op(bias_mu, seed, 0, 1)
+                normal = None if grad_y is None else _normal(bias_mu, seed, 0, 1)
                 grad_bias = None if grad_y is None else grad_y.sum(0)
                 grads[3:5] = reference.transform_backward(
                     grad_bias, grad_kl, bias_mu, bias_rho, normal, bias_mean, prior_std, False
@@ -245,7 +253,7 @@ class _Linear(torch.autograd.Function):
     def jvp(ctx: Any, dx: Any, dweight: Any, dweight_rho: Any, dbias: Any, dbias_rho: Any, *rest: Any) -> Any:
         x, weight_mu, weight_rho, bias_mu, bias_rho, seed, weight_mean, bias_mean = ctx.saved_tensors
         _, dweight_mean, dbias_mean, _ = rest
-        normal = _noise_op(weight_mu, seed, 0, 0)
+        normal = _normal(weight_mu, seed, 0, 0)
         tangent = x.new_zeros(x.shape[0], weight_mu.shape[0])
         if dx is not None:
             tangent = tangent + dx @ (weight_mu + reference.softplus(weight_rho).sigma * normal).mT
@@ -259,7 +267,7 @@ class _Linear(torch.autograd.Function):
             if dbias is not None:
                 tangent = tangent + dbias
             if dbias_rho is not None:
-                tangent = tangent + dbias_rho * torch.sigmoid(bias_rho) * _noise_op(bias_mu, seed, 0, 1)
+                tangent = tangent + dbias_rho * torch.sigmoid(bias_rho) * _normal(bias_mu, seed, 0, 1)
             kl = kl + _kl_tangent(bias_mu, bias_rho, bias_mean, std, dbias, dbias_rho, dbias_mean)
         return tangent, kl
 
@@ -329,8 +337,7 @@ def noise(like: Tensor, seed: Tensor, sample: int = 0, stream: int = 0) -> Tenso
     _check.is_tensor("like", like)
     _check.is_float("like", like)
     _check_seed(seed, like)
-    result: Tensor = _noise_op(like, seed, sample, stream)
-    return result
+    return _normal(like, seed, sample, stream)
 
 
 def sample(

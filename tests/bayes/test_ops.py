@@ -1,0 +1,212 @@
+"""The variational ops through the op battery."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finite_width.bayes import ops
+from op_battery import OpCase, Sample, battery
+
+SEED = torch.tensor(-1234567890123456789)
+# The noise is float32 noise in every dtype, and the reference computes it in float64: float64 results differ by that.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}
+
+
+def pair(dtype: torch.dtype, generator: torch.Generator, *shape: int) -> tuple[Tensor, Tensor]:
+    """(μ, ρ) with σ between about 0.02 and 3."""
+    mu = torch.randn(*shape, dtype=dtype, generator=generator)
+    return mu, 4 * torch.randn(*shape, dtype=dtype, generator=generator).clamp(-1, 0.7)
+
+
+def noise_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    shapes = [(), (1,), (3, 21), (64,), (5, 13, 7), (0,), (0, 4), (40000,)]
+    result = [Sample((torch.zeros(shape, dtype=dtype), SEED, 3, 1)) for shape in shapes]
+    return [*result, Sample((torch.zeros(7, 9, dtype=dtype).mT, SEED))]
+
+
+def sample_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    mu, rho = pair(dtype, generator, 3, 29)
+    mean = torch.randn(3, 29, dtype=dtype, generator=generator)
+    wide = pair(dtype, generator, 20, 30)
+    return [
+        Sample((mu, rho, SEED, mean, 0.5)),
+        Sample((mu, rho, SEED, None, 2.0, 1, True)),
+        Sample((mu, rho, SEED)),
+        Sample((*pair(dtype, generator, 64), SEED, None, 1.0)),
+        Sample((*(x.mT for x in pair(dtype, generator, 7, 5)), SEED, None, 1.0)),
+        Sample((*(x[::2, 1::3] for x in wide), SEED, None, 1.0)),
+        Sample((*pair(dtype, generator, 0, 4), SEED, None, 1.0)),
+        Sample((*pair(dtype, generator, 300, 117), SEED, None, 0.3)),
+    ]
+
+
+def kl_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    mean = torch.randn(3, 29, dtype=dtype, generator=generator)
+    return [
+        Sample((*pair(dtype, generator, 3, 29), mean, 0.5)),
+        Sample((*pair(dtype, generator, 130), None, 2.0)),
+        Sample((*(x.mT for x in pair(dtype, generator, 7, 5)), None, 1.0)),
+        Sample((*pair(dtype, generator, 0), None, 1.0)),
+        Sample((*pair(dtype, generator, 200, 301), None, 0.3)),
+    ]
+
+
+def linear_arguments(
+    dtype: torch.dtype, generator: torch.Generator, batch: int, wide_in: int, out: int, bias: bool = True
+) -> tuple[Any, ...]:
+    x = torch.randn(batch, wide_in, dtype=dtype, generator=generator)
+    biases = pair(dtype, generator, out) if bias else (None, None)
+    return x, *pair(dtype, generator, out, wide_in), *biases, SEED
+
+
+def linear_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    x, *rest = linear_arguments(dtype, generator, 6, 5, 7)
+    mean = torch.randn(7, 5, dtype=dtype, generator=generator)
+    bias_mean = torch.randn(7, dtype=dtype, generator=generator)
+    return [
+        Sample((x, *rest, mean, bias_mean, 0.7)),
+        Sample((*linear_arguments(dtype, generator, 3, 4, 6, bias=False), None, None, 1.0)),
+        Sample((x[::2], *rest)),
+        Sample((torch.randn(5, 6, dtype=dtype, generator=generator).mT, *rest, None, None, 1.0)),
+        Sample((*linear_arguments(dtype, generator, 0, 5, 3), None, None, 1.0)),
+        Sample((*linear_arguments(dtype, generator, 33, 70, 130), None, None, 1.0)),
+    ]
+
+
+def thread_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    return [Sample((*linear_arguments(dtype, generator, 64, 300, 513), None, None, 1.0))]
+
+
+def prediction_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    x, *rest = linear_arguments(dtype, generator, 6, 5, 7)
+    large, *large_rest = linear_arguments(dtype, generator, 17, 70, 130)
+    many, *many_rest = linear_arguments(dtype, generator, 100, 33, 20, bias=False)
+    return [
+        Sample((x.unsqueeze(0), *rest, 0, 3)),
+        Sample((torch.stack([x, 2 * x, -x]).mT.contiguous().mT, *rest, 2, 3)),
+        Sample((large.unsqueeze(0), *large_rest, 1, 4)),
+        Sample((torch.stack([large, -large]), *large_rest, 0, 2)),
+        Sample((many.unsqueeze(0), *many_rest, 0, 2)),
+        Sample((x[:0].unsqueeze(0), *rest, 0, 2)),
+    ]
+
+
+two, three = torch.ones(2), torch.ones(3)
+matrix = torch.ones(3, 2)
+BAD_WEIGHTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+    (([1.0], two, SEED), TypeError, "mu must be a torch.Tensor"),
+    ((two, three, SEED), ValueError, "rho must have the shape of mu"),
+    ((two, two.double(), SEED), TypeError, "rho has dtype"),
+    ((two.half(), two.half(), SEED), TypeError, "mu must be float32 or float64"),
+    ((two, two.to("meta"), SEED), ValueError, "rho is on meta"),
+    ((two, two, SEED, three, 1.0), ValueError, "prior_mean must have the shape"),
+    ((two, two, SEED, None, 0.0), ValueError, "prior_std must be positive"),
+    ((two, two, SEED, None, float("nan")), ValueError, "prior_std must be positive"),
+    ((two, two, torch.tensor(1.0)), TypeError, "seed must be int64"),
+    ((two, two, torch.tensor([1, 2])), ValueError, "seed must have one element"),
+]
+BAD_LINEAR: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+    ((torch.ones(4, 3), matrix, matrix, None, None, SEED), ValueError, "x must have 2 columns"),
+    ((two, matrix, matrix, None, None, SEED), ValueError, "x must have shape"),
+    ((torch.ones(4, 2), matrix, matrix, three, None, SEED), ValueError, "bias_mu and bias_rho go together"),
+    ((torch.ones(4, 2), matrix, matrix, two, two, SEED), ValueError, "bias_mu must have shape"),
+    ((torch.ones(4, 2).double(), matrix, matrix, None, None, SEED), TypeError, "weight_mu has dtype"),
+    ((torch.ones(4, 2), matrix, two, None, None, SEED), ValueError, "weight_rho must have the shape"),
+    ((torch.ones(4, 2).int(), matrix, matrix, None, None, SEED), TypeError, "x must be float32 or float64"),
+]
+
+CASES = [
+    OpCase(
+        name="bayes_noise",
+        kind="functional",
+        call=ops.noise,
+        samples=noise_samples,
+        bad=[
+            ((1.0, SEED), TypeError, "like must be a torch.Tensor"),
+            ((two.int(), SEED), TypeError, "like must be float32 or float64"),
+            ((two, torch.tensor(1.0)), TypeError, "seed must be int64"),
+            ((two, SEED.to("meta")), ValueError, "seed is on meta"),
+        ],
+        tolerance=TOLERANCE,
+    ),
+    OpCase(
+        name="bayes_sample",
+        kind="differentiable",
+        call=ops.sample,
+        samples=sample_samples,
+        bad=BAD_WEIGHTS,
+        tolerance=TOLERANCE,
+    ),
+    OpCase(
+        name="bayes_kl",
+        kind="differentiable",
+        call=ops.kl,
+        samples=kl_samples,
+        bad=[
+            ((two, three), ValueError, "rho must have the shape of mu"),
+            ((two, two, None, -1.0), ValueError, "prior_std must be positive"),
+            ((two.int(), two.int()), TypeError, "mu must be float32 or float64"),
+        ],
+        tolerance=TOLERANCE,
+    ),
+    OpCase(
+        name="bayes_linear",
+        kind="differentiable",
+        call=ops.linear,
+        samples=linear_samples,
+        thread_samples=thread_samples,
+        bad=[*BAD_LINEAR, ((torch.ones(4, 2), matrix, matrix, None, None, SEED, None, None, -1.0), ValueError, "std")],
+        tolerance=TOLERANCE,
+    ),
+    OpCase(
+        name="bayes_linear_samples",
+        kind="functional",
+        call=ops.linear_samples,
+        samples=prediction_samples,
+        bad=[
+            ((torch.ones(1, 4, 2), matrix, matrix, None, None, SEED, 0, 0), ValueError, "samples must be at least 1"),
+            ((torch.ones(3, 4, 2), matrix, matrix, None, None, SEED, 0, 2), ValueError, "x must have shape"),
+            ((torch.ones(4, 2), matrix, matrix, None, None, SEED, 0, 2), ValueError, "x must have shape"),
+        ],
+        tolerance=TOLERANCE,
+    ),
+]
+
+test_battery = battery(CASES)
+
+
+def test_backward_kernels_match_the_reference() -> None:
+    """The backward kernels have no public wrapper; the gradients that they make, kernel against reference."""
+    import finite_width as fw
+
+    for dtype in (torch.float32, torch.float64):
+        generator = torch.Generator().manual_seed(1)
+        for call, samples in ((ops.sample, sample_samples), (ops.kl, kl_samples), (ops.linear, linear_samples)):
+            for sample in samples(dtype, generator):
+                gradients = []
+                for reference in (False, True):
+                    args = [
+                        a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+                        for a in sample.args
+                    ]
+                    leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+
+                    def loss(call: Any = call, args: Any = args) -> Tensor:
+                        outputs = call(*args)
+                        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                        return torch.stack([out.sin().sum() if out.dim() else 0.3 * out for out in outputs]).sum()
+
+                    if reference:
+                        with fw.reference_only():
+                            loss().backward()
+                    else:
+                        loss().backward()
+                    gradients.append([leaf.grad for leaf in leaves])
+                for kernel, plain in zip(*gradients, strict=True):
+                    assert (kernel is None) == (plain is None)
+                    if kernel is not None:
+                        scale = float(plain.abs().max()) if plain.numel() else 1.0
+                        torch.testing.assert_close(kernel, plain, rtol=0, atol=2e-5 * max(scale, 1e-3))
