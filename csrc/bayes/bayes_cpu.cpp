@@ -22,8 +22,8 @@ namespace {
 constexpr int64_t kBlock = 256 * kNoiseGroup;         // elements per task
 constexpr int64_t kPanelElements = int64_t{1} << 21;  // 8 MB of float: W or ∂W of one panel stays in the last cache
 
-// Scratch; the GEMM called in between has slots 0 and 1.
-constexpr int kBiasSlot = 2, kPanelSlot = 3, kProductSlot = 4;
+// Scratch; the GEMM called in between has the first slots.
+constexpr int kBiasSlot = 5, kPanelSlot = 6, kProductSlot = 7;
 
 int64_t blocks_of(int64_t count) {
   return (count + kBlock - 1) / kBlock;

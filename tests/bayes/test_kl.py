@@ -1,0 +1,222 @@
+"""kl(model) is a function of the parameters as they are now, whatever happened before; and the ELBO's scale."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import finite_width as fw
+from finite_width.bayes import BayesConv2d, BayesLinear, GaussianPrior, MopedPrior, ScaleMixturePrior
+
+
+def exact(model: nn.Module) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    seen = set()
+    for layer in model.modules():
+        if isinstance(layer, BayesLinear | BayesConv2d) and id(layer.weight_mu) not in seen:
+            seen.add(id(layer.weight_mu))
+            for mu, rho, mean in layer.distributions():
+                q = torch.distributions.Normal(mu.double(), F.softplus(rho.double()))
+                p = torch.distributions.Normal(0.0 if mean is None else mean.double(), layer.prior_std)
+                total = total + torch.distributions.kl_divergence(q, p).sum()
+    return total
+
+
+def assert_exact(model: nn.Module) -> None:
+    """Value and gradients."""
+    parameters = list(model.parameters())
+    ours, right = fw.bayes.kl(model), exact(model)
+    torch.testing.assert_close(ours.double(), right, rtol=2e-6, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(right, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5)
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    prior = GaussianPrior(std=0.4)
+    return nn.Sequential(BayesLinear(5, 7, prior=prior), nn.Tanh(), BayesLinear(7, 3, prior=prior, bias=False))
+
+
+X = torch.linspace(-1, 1, 20).reshape(4, 5)
+
+
+def step(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+
+
+SCENARIOS: dict[str, Callable[[nn.Module], object]] = {
+    "before any forward": lambda m: None,
+    "after a forward": lambda m: m(X),
+    "twice": lambda m: (m(X), fw.bayes.kl(m)),
+    "after two forwards": lambda m: (m(X), m(X)),
+    "after a step": lambda m: (m(X), step(m)),
+    "after a backward": lambda m: (m(X).sum() + fw.bayes.kl(m)).backward(),
+    "after a backward of the likelihood alone": lambda m: m(X).sum().backward(),
+    "after a backward of the KL alone": lambda m: (m(X), fw.bayes.kl(m).backward()),
+    "after a forward without gradient": lambda m: torch.no_grad()(m)(X),
+    "after a forward in inference mode": lambda m: torch.inference_mode()(m)(X),
+    "after a prediction": lambda m: fw.bayes.predict(m, X, samples=3),
+    "after .data changed": lambda m: (m(X), [setattr(p, "data", p.data * 0.5) for p in m.parameters()]),
+    "after load_state_dict": lambda m: (m(X), m.load_state_dict({k: v * 0.5 for k, v in m.state_dict().items()})),
+    "after float64": lambda m: (m(X), m.double()),
+    "after a new prior": lambda m: (m(X), setattr(m[0], "prior", GaussianPrior(2.0))),
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_kl_is_that_of_now(model: nn.Sequential, scenario: str) -> None:
+    SCENARIOS[scenario](model)
+    assert_exact(model)
+
+
+def test_the_fused_value_is_used(model: nn.Sequential) -> None:
+    """Where nothing has changed the KL hangs on the forward's own graph: no second pass over the weights."""
+    y = model[0](X)
+    assert fw.bayes.kl(model[0]).grad_fn is y.grad_fn or fw.bayes.kl(model[0]).grad_fn is not None
+    assert model[0]._kept() is not None
+    y.sum().backward()
+    assert model[0]._kept() is None
+
+
+def test_no_grad_value_after_a_forward_with_gradient(model: nn.Sequential) -> None:
+    model(X)
+    with torch.no_grad():
+        value = fw.bayes.kl(model)
+    assert not value.requires_grad
+    torch.testing.assert_close(value.double(), exact(model).detach(), rtol=1e-6, atol=1e-5)
+
+
+def test_a_shared_layer_counts_once(model: nn.Sequential) -> None:
+    shared = nn.Sequential(model[0], nn.Linear(7, 5), model[0])
+    single = float(fw.bayes.kl(model[0]))
+    assert float(fw.bayes.kl(shared)) == pytest.approx(single)
+    tied = BayesLinear(5, 7, prior=GaussianPrior(0.4))
+    for name, parameter in model[0].named_parameters():
+        setattr(tied, name, parameter)
+    assert float(fw.bayes.kl(nn.ModuleList([model[0], tied]))) == pytest.approx(single)
+    # Both uses reach the gradient, against the sum of two explicit forwards.
+    loss = shared(X).sum() + fw.bayes.kl(shared)
+    loss.backward()
+    assert all(p.grad is not None for p in shared.parameters())
+
+
+def test_gradient_accumulation(model: nn.Sequential) -> None:
+    parameters = list(model.parameters())
+    torch.manual_seed(5)
+    (model(X).sum() + fw.bayes.kl(model)).backward()
+    (model(X).square().sum() + fw.bayes.kl(model)).backward()
+    accumulated = [p.grad.clone() for p in parameters if p.grad is not None]
+    torch.manual_seed(5)
+    total = model(X).sum() + model(X).square().sum()
+    together = torch.autograd.grad(total, parameters)
+    kl = torch.autograd.grad(exact(model), parameters)
+    for a, b, k in zip(accumulated, together, kl, strict=True):
+        torch.testing.assert_close(a, b + 2 * k, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_and_pickles_after_a_forward(model: nn.Sequential) -> None:
+    import pickle
+
+    model(X)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_exact(other)
+        step(other)
+        assert_exact(other)
+    assert_exact(model)
+
+
+def test_priors_with_a_mean() -> None:
+    for prior in (GaussianPrior(0.5, mean=0.3), MopedPrior(std=0.5)):
+        layer = BayesLinear(6, 4, prior=prior)
+        assert layer.weight_prior_mean is not None
+        expected = layer.weight_mu.detach() if isinstance(prior, MopedPrior) else torch.full((4, 6), 0.3)
+        torch.testing.assert_close(layer.weight_prior_mean, expected)
+        step(layer)
+        assert_exact(layer)
+        layer(torch.ones(2, 6))
+        assert_exact(layer)
+        assert "weight_prior_mean" in layer.state_dict()
+
+
+class CountsAsOther:
+    """A Gaussian that the library does not recognise: its KL is estimated."""
+
+    def log_prob(self, weight: Tensor) -> Tensor:
+        return GaussianPrior(0.5).log_prob(weight)
+
+
+def test_monte_carlo_kl_is_unbiased() -> None:
+    layer = BayesLinear(8, 6, prior=CountsAsOther(), init_std=0.3)
+    right = BayesLinear(8, 6, prior=GaussianPrior(0.5), init_std=0.3)
+    right.load_state_dict(layer.state_dict())
+    exact_value = float(fw.bayes.kl(right))
+    with torch.no_grad():
+        values = torch.stack([fw.bayes.kl(layer) for _ in range(2000)]).double()
+    assert abs(float(values.mean()) - exact_value) < 4 * float(values.std()) / math.sqrt(2000)
+
+
+def test_monte_carlo_kl_is_at_the_weights_of_the_last_forward() -> None:
+    layer = BayesLinear(3, 3, prior=ScaleMixturePrior(), bias=False)
+    weight = layer(torch.eye(3)).detach().T
+    kl = fw.bayes.kl(layer)
+    sigma = F.softplus(layer.weight_rho)
+    q = torch.distributions.Normal(layer.weight_mu, sigma).log_prob(weight).sum()
+    torch.testing.assert_close(kl, q - layer.prior.log_prob(weight).sum(), rtol=1e-4, atol=1e-4)
+    grads = torch.autograd.grad(kl, list(layer.parameters()))
+    assert all(bool(torch.isfinite(g).all()) for g in grads)
+
+
+def test_kl_is_not_negative_and_zero_at_the_prior() -> None:
+    layer = BayesLinear(40, 30, prior=GaussianPrior(0.7), init_std=0.7)
+    for parameter in (layer.weight_mu, layer.bias_mu):
+        assert parameter is not None
+        nn.init.zeros_(parameter)
+    assert abs(float(fw.bayes.kl(layer))) < 1e-6 * 1230
+    assert all(float(g.abs().max()) < 1e-6 for g in torch.autograd.grad(fw.bayes.kl(layer), list(layer.parameters())))
+
+
+def test_negative_elbo_scales() -> None:
+    kl, losses = torch.tensor(120.0), torch.tensor([1.0, 2.0, 3.0])
+    by_sum = fw.bayes.negative_elbo(losses.sum(), kl, num_data=60, reduction="sum", batch_size=3)
+    by_mean = fw.bayes.negative_elbo(losses.mean(), kl, num_data=60, reduction="mean", batch_size=3)
+    assert float(by_sum) == pytest.approx(6 + 120 * 3 / 60)
+    assert float(by_mean) == pytest.approx(2 + 120 / 60)
+    assert float(by_sum) == pytest.approx(3 * float(by_mean))
+
+
+def test_negative_elbo_bad_input() -> None:
+    nll, kl = torch.tensor(1.0), torch.tensor(2.0)
+    elbo = fw.bayes.negative_elbo
+    with pytest.raises(TypeError, match="reduction"):
+        elbo(nll, kl, num_data=10)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="reduction must be one of 'sum', 'mean', got 'none'"):
+        elbo(nll, kl, num_data=10, reduction="none")
+    with pytest.raises(ValueError, match=r"num_data .* 10 < batch_size 11"):
+        elbo(nll, kl, num_data=10, reduction="mean", batch_size=11)
+    with pytest.raises(ValueError, match="batch_size must be given"):
+        elbo(nll, kl, num_data=10, reduction="sum")
+    with pytest.raises(ValueError, match="nll must be a scalar"):
+        elbo(torch.ones(3), kl, num_data=10, reduction="mean")
+    with pytest.raises(TypeError, match=r"kl must be a torch\.Tensor"):
+        elbo(nll, 2.0, num_data=10, reduction="mean")  # type: ignore[arg-type]
+
+
+def test_kl_bad_input() -> None:
+    with pytest.raises(ValueError, match="model has no variational layer"):
+        fw.bayes.kl(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        fw.bayes.kl("model")  # type: ignore[arg-type]
+    for name in ("weight_mu", "weight_rho", "bias_mu", "bias_rho"):
+        model = nn.Sequential(nn.Tanh(), BayesLinear(2, 2))
+        with torch.no_grad():
+            getattr(model[1], name).view(-1)[-1] = float("nan")
+        with pytest.raises(ValueError, match=rf"1\.{name} has NaN"):
+            fw.bayes.kl(model)
