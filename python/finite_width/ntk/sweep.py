@@ -133,8 +133,8 @@ class Rows:
         return result.scatter_add_(2, index, d.masked_fill((tokens < 0)[:, None, :, None], 0)).flatten(2)
 
 
-def collect(target: Target, plan: Plan, batch: Batch, begin: int, end: int, check: bool = False) -> list[Factor]:
-    """The factors of rows [begin, end), one per entry of the plan.
+def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, check: bool = False) -> dict[int, Rows]:
+    """The uses of the plan's structured entries on rows [begin, end), by one forward and one batched backward.
 
     Args:
         check: compare the outputs with those of the rows that the plan was made from.
@@ -144,36 +144,43 @@ def collect(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
     """
     rows, tensors = end - begin, batch.take(begin, end, plan.copies_inputs)
     arranged: dict[int, Rows] = {}
-    if any(entry.roles for entry in plan.entries):
-        capture = Capture(target.parameters)
-        with capture:
-            raw = target.run(batch, tensors)
-        flat = flatten(raw)
-        uses = capture.uses
-        changed = any(use.input._version != use.version for use in uses)
-        if (
-            changed
-            or flat.shape[1] != plan.outputs
-            or [use.signature() for use in uses] != plan.signatures
-            or capture.unrecognised(raw) != plan.unrecognised
-            or last_use(uses, raw, rows) != plan.last
-        ):
-            raise PlanMismatchError
-        if check and plan.probe is not None:
-            compare(flat[: len(plan.probe)].detach(), plan.probe)
-        needed = plan.needed
-        deltas = cotangents([uses[index] for index in needed], flat, plan.batched_backward)
-        del raw, flat
-        for index in {index for entry in plan.entries for index, _ in entry.roles}:
-            layout = plan.layouts[index]
-            assert layout is not None
-            delta = deltas[needed.index(index)] if index in needed else None
-            arranged[index] = Rows(uses[index], layout, rows, delta)
-    columns = _generic(target, plan, batch, batch.take(begin, end, plan.copies_inputs))
+    if not any(entry.roles for entry in plan.entries):
+        return arranged
+    capture = Capture(target.parameters)
+    with capture:
+        raw = target.run(batch, tensors)
+    flat = flatten(raw)
+    uses = capture.uses
+    changed = any(use.input._version != use.version for use in uses)
+    if (
+        changed
+        or flat.shape[1] != plan.outputs
+        or [use.signature() for use in uses] != plan.signatures
+        or capture.unrecognised(raw) != plan.unrecognised
+        or last_use(uses, raw, rows) != plan.last
+    ):
+        raise PlanMismatchError
+    if check and plan.probe is not None:
+        compare(flat[: len(plan.probe)].detach(), plan.probe)
+    needed = plan.needed
+    deltas = cotangents([uses[index] for index in needed], flat, plan.batched_backward)
+    del raw, flat
+    for index in {index for entry in plan.entries for index, _ in entry.roles}:
+        layout = plan.layouts[index]
+        assert layout is not None
+        delta = deltas[needed.index(index)] if index in needed else None
+        arranged[index] = Rows(uses[index], layout, rows, delta)
+    return arranged
+
+
+def collect(target: Target, plan: Plan, batch: Batch, begin: int, end: int, check: bool = False) -> list[Factor]:
+    """The factors of rows [begin, end), one per entry of the plan; see `arrange`."""
+    arranged = arrange(target, plan, batch, begin, end, check)
+    columns = generic_jacobians(target, plan, batch, batch.take(begin, end, plan.copies_inputs))
     return [_factor(entry, arranged, plan.outputs) if entry.roles else columns.pop(0) for entry in plan.entries]
 
 
-def _generic(target: Target, plan: Plan, batch: Batch, tensors: Sequence[Tensor]) -> list[Factor]:
+def generic_jacobians(target: Target, plan: Plan, batch: Batch, tensors: Sequence[Tensor]) -> list[Jacobian]:
     """The Jacobians of the entries that autograd computes, in their order."""
     entries = [entry for entry in plan.entries if not entry.roles]
     names = [name for entry in entries for name in entry.names]
