@@ -124,7 +124,7 @@ def compare(name: str, folder: Path | None) -> dict[str, Any]:
 
 def comparison_table(figures: dict[str, Any]) -> Table:
     """What `compare` found, for the terminal."""
-    table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "time", "ratio", "peak memory"):
         table.add_column(column, justify="left" if not column else "right")
     baseline = figures["torch.func"]["seconds"]
@@ -132,7 +132,6 @@ def comparison_table(figures: dict[str, Any]) -> Table:
         each = figures[method]
         row = [f"{1e3 * each['seconds']:.1f} ms", f"{baseline / each['seconds']:.0f}×", f"{each['megabytes']:.0f} MB"]
         table.add_row(method, *row, style="bold green" if method == "finite-width" else "")
-    table.caption = f" largest difference of the two: {figures['largest relative difference']:.1e} of the largest entry"
     return table
 
 
@@ -174,7 +173,7 @@ def draw_kernel(images: data.Data, out: Path) -> Path:
         panel.tick_params(length=0)
         panel.grid(visible=False)
         panel.spines[["left", "bottom"]].set_visible(False)
-        panel.set_title(f"{name} kernel, sorted by class")
+        panel.set_title(f"{name}, sorted by class")
         bar = drawn.colorbar(image, ax=panel, shrink=0.85, pad=0.02, extend="both")
         bar.outline.set_visible(False)
     subtitle = f"{images.name}, {ROWS} training images: K(x, x′) / √(K(x, x) K(x′, x′))"
@@ -254,8 +253,13 @@ def main() -> None:
     for images in every:
         features = images.x_train.shape[1]
         title = f"NTK of an MLP {features}-{ntk_cifar2.WIDTH}-{ntk_cifar2.WIDTH}-1 on {images.name}, {ROWS} × {ROWS}"
+        comparison = figures["comparisons"][images.name]
         console.print(f"[bold]{title}[/bold]", highlight=False, soft_wrap=True)
-        console.print(comparison_table(figures["comparisons"][images.name]))
+        console.print(comparison_table(comparison))
+        difference = comparison["largest relative difference"]
+        console.print(
+            f"  largest difference of the two kernels: {difference:.1e} of the largest entry\n", highlight=False
+        )
     model, x1, x2 = problem(every[-1])
     console.print(f"[bold]The plan[/bold] (fw.ntk.explain, {every[-1].name})")
     console.print(str(fw.ntk.explain(model, x1, x2)), highlight=False, markup=False, soft_wrap=True)

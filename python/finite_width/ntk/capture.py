@@ -173,6 +173,9 @@ def _opened(func: FunctionType) -> FunctionType:
 
 def _ordinary(*values: Tensor | None) -> bool:
     """Whether all are plain float tensors of one dtype."""
+    # Inside the model's own torch.func transforms tensors are wrapped, and an edge of the graph is not a cotangent.
+    if any(value is not None and torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values):
+        return False
     dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
     return len(dtypes) == 1 and dtypes <= set(FLOATS)
 
