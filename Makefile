@@ -9,7 +9,7 @@ INSIDE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 unexport PYTHONPATH
 export MPLBACKEND := Agg
 
-.PHONY: setup demo test test-slow bench lint format gallery docs sanitize gpu clean
+.PHONY: setup demo test test-slow fuzz fuzz-nightly bench lint format gallery docs sanitize gpu clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.built
@@ -42,6 +42,13 @@ test: setup
 test-slow: setup
 	$(RUN) -m pytest tests --slow
 
+# Every op on random shapes, strides and values against its reference.
+fuzz: setup
+	FINITE_WIDTH_FUZZ=2000 $(RUN) -m pytest tests/test_fuzz.py
+
+fuzz-nightly: setup
+	FINITE_WIDTH_FUZZ=50000 $(RUN) -m pytest tests/test_fuzz.py
+
 bench: setup
 	for wing in gemm ntk tt pathsgd bayes; do \
 	  $(RUN) benchmarks/run.py --wing $$wing --refcheck --peers --json benchmarks/results/$$wing.json || exit 1; \
@@ -58,6 +65,19 @@ format: setup
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
+# Every example, quick, and out/gallery/index.html with what was expected beside what came out.
+gallery: setup
+	$(RUN) examples/gallery.py
+
+$(VENV)/.docs: $(VENV)/.requirements requirements-docs.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+# site/: any warning is an error. The package is read, not imported.
+docs: $(VENV)/.docs
+	$(RUN) docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 # The CPU kernels with AddressSanitizer and UBSan, beside the ordinary build; leaks are tests of their own
 # (Python and torch keep what looks like leaks until the process ends).
 sanitize: setup
@@ -72,4 +92,4 @@ sanitize: setup
 	done
 
 clean:
-	rm -rf build dist out python/*.egg-info python/finite_width/*.so $(VENV)/.built
+	rm -rf build dist out site docs/figures docs/benchmarks.md python/*.egg-info python/finite_width/*.so $(VENV)/.built

@@ -1,0 +1,16 @@
+"""Extension of griffe, which reads the docstrings for the API pages: "Example:" becomes the section that shows doctests."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+
+class Examples(griffe.Extension):
+    """Renames the sections where a docstring has one example."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)

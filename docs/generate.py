@@ -1,0 +1,315 @@
+"""Writes what the documentation takes from measurements: no figure in it is typed.
+
+    python docs/generate.py           docs/benchmarks.md and docs/figures/ from benchmarks/results/*.json,
+                                      and the tables between markers in README.md and docs/results.md
+    python docs/generate.py --check   says what is not current, and fails
+
+Needs no torch, so that documentation can be built anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from known_results import table as known_results_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "figures"
+OURS, BASE, PEER, FLOOR = "#e64a19", "#3949ab", "#9fa8da", "#222222"
+TITLES = {
+    "gemm": "The shared matrix product",
+    "ntk": "NTK",
+    "tt": "Tensor-Train layers",
+    "pathsgd": "Path-SGD",
+    "bayes": "Variational layers",
+}
+
+Row = dict[str, Any]
+
+
+def records() -> dict[str, dict[str, Any]]:
+    """File name without suffix -> what benchmarks/run.py wrote, the wings in the order of TITLES."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    rank = list(TITLES)
+    wing = {name: next((w for w in rank if name.startswith(w)), "") for name in found}
+    order = sorted(found, key=lambda name: (rank.index(wing[name]) if wing[name] else len(rank), name))
+    return {name: found[name] for name in order}
+
+
+def title(name: str) -> str:
+    wing = next((wing for wing in TITLES if name.startswith(wing)), None)
+    rest = name.removeprefix(wing or "").strip("_- ").replace("_", " ")
+    return (TITLES[wing] + (f" ({rest})" if rest else "")) if wing else name
+
+
+def is_ours(implementation: str) -> bool:
+    return implementation.startswith("finite-width")
+
+
+def cases(record: dict[str, Any]) -> dict[str, list[Row]]:
+    """Case name -> its rows, in the order in which they were measured."""
+    by_case: dict[str, list[Row]] = defaultdict(list)
+    for row in record["rows"]:
+        by_case[row["case"]].append(row)
+    return by_case
+
+
+def duration(seconds: float) -> str:
+    """1.23 s, 45.6 ms or 7.89 µs."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds / size < 1000 else f"{seconds / size:.0f} {unit}"
+    return f"{seconds * 1e6:.2g} µs"
+
+
+def aims(row: Row) -> str:
+    """The issue of each figure that was aimed at: measured, met or not."""
+    return "; ".join(
+        f"{aim['measured']:.2f}× {aim['against']} (aimed at {aim['aim']:g}×: "
+        f"{'met' if aim['measured'] >= aim['aim'] else '**not met**'})"
+        for aim in row.get("targets", [])
+    )
+
+
+def case_table(rows: list[Row]) -> list[str]:
+    """One case as a Markdown table."""
+    measured = [row for row in rows if "missing" not in row]
+    memory = any(row.get("peak_bytes") is not None for row in measured)
+    error = any("relative_error" in row for row in measured)
+    floor = any("floor_seconds" in row for row in measured)
+    head = ["implementation", "time", "± %", "time ÷ baseline"]
+    head += ["peak MB"] * memory + ["relative error"] * error + ["floor ÷ time"] * floor + ["aims"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 2) + " --- |"]
+    for row in sorted(measured, key=lambda row: row["seconds"]):
+        name = f"**{row['implementation']}**" if is_ours(row["implementation"]) else row["implementation"]
+        cells = [name + (" (baseline)" if row["implementation"] == row["baseline"] else "")]
+        cells += [duration(row["seconds"]), f"{100 * row['spread']:.1f}", f"{row['ratio']:.3g}"]
+        if memory:
+            cells.append(f"{row['peak_bytes'] / 1e6:.1f}" if row.get("peak_bytes") is not None else "–")
+        if error:
+            cells.append(f"{row['relative_error']:.1e}" if "relative_error" in row else "–")
+        if floor:
+            cells.append(f"{100 * row['floor_seconds'] / row['seconds']:.0f} %" if "floor_seconds" in row else "–")
+        lines.append("| " + " | ".join([*cells, aims(row)]) + " |")
+    for row in rows:
+        if "missing" in row:
+            lines.append(f"| {row['implementation']} | not measured: {row['missing']} |" + " |" * (len(head) - 2))
+    return lines
+
+
+def plot_case_bars(name: str, record: dict[str, Any], quantity: str) -> str | None:
+    """Bars of time or memory, a panel for each case; the file's name, or None where there is nothing to show."""
+    import matplotlib.pyplot as plt
+
+    shown = {
+        case: [row for row in rows if row.get(quantity)]
+        for case, rows in cases(record).items()
+        if sum(bool(row.get(quantity)) for row in rows) > 1
+    }
+    if not shown:
+        return None
+    columns = min(3, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    tallest = max(len(rows) for rows in shown.values())
+    size = (4.6 * columns, lines * (0.9 + 0.27 * tallest))
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    scale, unit = (1e3, "ms") if quantity == "seconds" else (1e-6, "MB")
+    for axis, (case, rows) in zip(axes.flat, shown.items(), strict=False):
+        rows = sorted(rows, key=lambda row: row[quantity], reverse=True)
+        names = [row["implementation"] for row in rows]
+        values = [row[quantity] * scale for row in rows]
+        baseline = rows[0]["baseline"]
+        colors = [OURS if is_ours(each) else BASE if each == baseline else PEER for each in names]
+        axis.barh(range(len(rows)), values, color=colors, height=0.72)
+        low = min(values)
+        if quantity == "seconds" and "floor_seconds" in rows[0]:
+            floor = rows[0]["floor_seconds"] * scale
+            axis.axvline(floor, color=FLOOR, lw=1, ls="--")
+            low = min(low, floor)
+        axis.set_xscale("log")
+        axis.set_xlim(low / 1.8, max(values) * 2.6)
+        for place, value in enumerate(values):
+            axis.text(value * 1.06, place, f"{value:.3g}", va="center", fontsize=7)
+        axis.set_yticks(range(len(rows)), [short(each) for each in names], fontsize=7)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_title(f"{case} ({unit})", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    file = f"{name}-{'time' if quantity == 'seconds' else 'memory'}.svg"
+    figure.savefig(FIGURES / file)
+    plt.close(figure)
+    return file
+
+
+def short(text: str, length: int = 34) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+SERIES = re.compile(r"^(?P<head>.*?)\b(?P<variable>[A-Za-z]\w*)\s?=\s?(?P<value>\d+)(?P<tail>.*)$")
+
+
+def plot_series(name: str, record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Time against a size, for cases whose names differ in one "B=64" alone; (title, file) for each."""
+    import matplotlib.pyplot as plt
+
+    groups: dict[tuple[str, str, str], dict[int, list[Row]]] = defaultdict(dict)
+    for case, rows in cases(record).items():
+        if match := SERIES.match(case):
+            key = (match["head"].strip(" ,"), match["variable"], match["tail"].strip(" ,"))
+            groups[key][int(match["value"])] = rows
+    files = []
+    for (head, variable, tail), by_size in groups.items():
+        if len(by_size) < 3:
+            continue
+        figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+        curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for size in sorted(by_size):
+            for row in by_size[size]:
+                if "seconds" in row:
+                    curves[row["implementation"]].append((size, row["seconds"] * 1e3))
+            floor = next((row["floor_seconds"] for row in by_size[size] if "floor_seconds" in row), None)
+            if floor:
+                curves["floor"].append((size, floor * 1e3))
+        for each, points in curves.items():
+            style = {"color": FLOOR, "ls": "--", "lw": 1} if each == "floor" else {"marker": "o", "ms": 3.5}
+            if is_ours(each):
+                style |= {"color": OURS, "lw": 2.4, "zorder": 5}
+            axis.plot(*zip(*points, strict=True), label=short(each), **style)
+        axis.set(xscale="log", yscale="log", xlabel=variable, ylabel="ms", title=" ".join(filter(None, (head, tail))))
+        axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+        slug = re.sub(r"\W+", "-", f"{name}-{head}-{variable}-{tail}").strip("-").lower()
+        figure.savefig(FIGURES / f"{slug}.svg")
+        plt.close(figure)
+        files.append((f"{title(name)}, {' '.join(filter(None, (head, tail)))}: time against {variable}", f"{slug}.svg"))
+    return files
+
+
+def write_benchmark_page() -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "finite-width", "svg.fonttype": "none", "font.family": "sans-serif"}
+    FIGURES.mkdir(exist_ok=True)
+    for old in FIGURES.glob("*.svg"):
+        old.unlink()
+    lines = [
+        "# Benchmarks",
+        "",
+        "This page is made by `python docs/generate.py` from `benchmarks/results/*.json`, which `benchmarks/run.py` writes.",
+        "Times are medians of interleaved runs, in which every implementation runs once a round in random order; ± is half",
+        "the distance between the quartiles. Memory is the peak beyond what the process held before, measured in a fresh",
+        "process for each implementation. The error is relative (Frobenius), against float64. The floor is the larger of the",
+        "least operations over the machine's best measured matrix-product rate and the least bytes over its measured copy",
+        "bandwidth: what this machine could not beat. Aims are ratios that were set before the work; all are shown, met or not.",
+        "",
+        '!!! note "Read ratios, not times"',
+        "    Every time depends on the machine, and the processor was measured with two cores. All of it is CPU:",
+        "    there are no CUDA kernels yet.",
+        "",
+        "In the figures: orange this library, blue the baseline, pale the others, dashed the floor; logarithmic axes.",
+    ]
+    found = records()
+    if not found:
+        lines += ["", "No results are recorded yet: `make bench` writes them."]
+    for name, record in found.items():
+        facts = record["machine"]
+        lines += ["", f"## {title(name)}", "", f"`{record['command']}`, {record['date']}.", ""]
+        lines.append(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items()) + ".")
+        time, memory = (plot_case_bars(name, record, quantity) for quantity in ("seconds", "peak_bytes"))
+        if time:
+            lines += ["", f"![Time of every case](figures/{time})"]
+        if memory:
+            lines += ["", '??? info "Peak memory"', "", f"    ![Peak memory of every case](figures/{memory})"]
+        for caption, file in plot_series(name, record):
+            lines += ["", f"![{caption}](figures/{file})"]
+        for case, rows in cases(record).items():
+            lines += ["", f"### {title(name)}: {case}", "", rows[0].get("what", ""), "", *case_table(rows)]
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+def ratio_table() -> list[str]:
+    """The README's table: this library against the baseline and the best other implementation of every case."""
+    lines = [
+        "| | case | against the baseline | against the best other | peak memory ÷ baseline | floor ÷ time |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, record in records().items():
+        for case, rows in cases(record).items():
+            measured = [row for row in rows if "seconds" in row]
+            ours = next((row for row in measured if row["implementation"] == "finite-width"), None)
+            ours = ours or next((row for row in measured if is_ours(row["implementation"])), None)
+            others = [row for row in measured if not is_ours(row["implementation"])]
+            if not ours or not others:
+                continue
+            base = next((row for row in measured if row["implementation"] == ours["baseline"]), None)
+            best = min(others, key=lambda row: row["seconds"])
+            cells = [title(name), f"{case}: {rows[0].get('what', '')}".replace("|", "\\|")]
+            cells.append(against(base, ours) if base else "–")
+            cells.append(against(best, ours) if best is not base else "the baseline is the best")
+            memory = base and base.get("peak_bytes") and ours.get("peak_bytes")
+            cells.append(f"{ours['peak_bytes'] / base['peak_bytes']:.2f}" if base and memory else "–")
+            floor = ours.get("floor_seconds")
+            cells.append(f"{100 * floor / ours['seconds']:.0f} %" if floor else "–")
+            lines.append("| " + " | ".join(cells) + " |")
+    if len(lines) == 2:
+        return ["No results are recorded yet: `make bench` writes them under `benchmarks/results/`."]
+    machines = {
+        f"{r['machine']['processor']}, {r['machine']['threads']} threads, {r['date']}" for r in records().values()
+    }
+    return [*lines, "", "Measured on: " + "; ".join(sorted(machines)) + "."]
+
+
+def against(other: Row, ours: Row) -> str:
+    """ "3.2× faster than X", the other way round where this library is slower."""
+    ratio = other["seconds"] / ours["seconds"]
+    text = f"{ratio:.3g}× faster" if ratio >= 1 else f"{1 / ratio:.3g}× slower"
+    return f"{text} than {other['implementation']}"
+
+
+def between_markers(file: Path, name: str, lines: list[str]) -> str:
+    """The file's text with the lines between `<!-- name: ... -->` and `<!-- /name -->` replaced."""
+    text = file.read_text()
+    pattern = re.compile(rf"(<!-- {name}:[^\n]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"{file} must have one <!-- {name}: ... --> and one <!-- /{name} -->")
+    return pattern.sub(lambda match: match[1] + "\n" + "\n".join(lines) + "\n\n" + match[2], text)
+
+
+def generated_tables() -> dict[Path, str]:
+    """File -> its text with the generated table made anew."""
+    return {
+        ROOT / "README.md": between_markers(ROOT / "README.md", "ratios", ratio_table()),
+        ROOT / "docs" / "results.md": between_markers(
+            ROOT / "docs" / "results.md", "known results", known_results_table()
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a table is not current")
+    options = parser.parse_args()
+    tables = generated_tables()
+    stale = [str(file.relative_to(ROOT)) for file, text in tables.items() if file.read_text() != text]
+    if options.check:
+        if stale:
+            sys.exit(f"not current, run python docs/generate.py: {', '.join(stale)}")
+        return
+    for file, text in tables.items():
+        file.write_text(text)
+    write_benchmark_page()
+    print(f"written: {PAGE.relative_to(ROOT)}, {', '.join(str(file.relative_to(ROOT)) for file in tables)}")
+
+
+if __name__ == "__main__":
+    main()
