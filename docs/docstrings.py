@@ -1,4 +1,4 @@
-"""Extension of griffe, which reads the docstrings for the API pages: "Example:" becomes the section that shows doctests."""
+"""Extension of griffe, the reader of docstrings for the API pages: "Example:" becomes a section of doctests."""
 
 from __future__ import annotations
 

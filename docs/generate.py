@@ -32,6 +32,15 @@ TITLES = {
     "bayes": "Variational layers",
 }
 
+# How the benchmark page begins.
+PREAMBLE = """\
+This page is made by `python docs/generate.py` from `benchmarks/results/*.json`, which `benchmarks/run.py` writes. Times
+are medians of interleaved runs, in which every implementation runs once a round in random order; ± is half the distance
+between the quartiles. Memory is the peak beyond what the process held before, measured in a fresh process for each
+implementation. The error is relative (Frobenius), against float64. The floor is the larger of the least operations over
+the machine's best measured matrix-product rate and the least bytes over its measured copy bandwidth: what this machine
+could not beat. Aims are ratios that were set before the work; all are shown, met or not."""
+
 Row = dict[str, Any]
 
 
@@ -205,12 +214,7 @@ def write_benchmark_page() -> None:
     lines = [
         "# Benchmarks",
         "",
-        "This page is made by `python docs/generate.py` from `benchmarks/results/*.json`, which `benchmarks/run.py` writes.",
-        "Times are medians of interleaved runs, in which every implementation runs once a round in random order; ± is half",
-        "the distance between the quartiles. Memory is the peak beyond what the process held before, measured in a fresh",
-        "process for each implementation. The error is relative (Frobenius), against float64. The floor is the larger of the",
-        "least operations over the machine's best measured matrix-product rate and the least bytes over its measured copy",
-        "bandwidth: what this machine could not beat. Aims are ratios that were set before the work; all are shown, met or not.",
+        PREAMBLE,
         "",
         '!!! note "Read ratios, not times"',
         "    Every time depends on the machine, and the processor was measured with two cores. All of it is CPU:",

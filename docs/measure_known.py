@@ -1,6 +1,6 @@
 """Computes the known results that take seconds and writes docs/results/known.json; the long ones are examples' runs.
 
-    python docs/measure_known.py
+python docs/measure_known.py
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def tt_counts() -> dict[str, int]:
         layer = fw.tt.TTLinear(bias=False, **options)
         return sum(p.numel() for p in layer.parameters())
 
-    five = dict(in_modes=(4,) * 5, out_modes=(4,) * 5)
-    s = dict(in_modes=(4, 7, 4, 7), out_modes=(5,) * 4)
-    vgg = dict(in_modes=(2, 7, 8, 8, 7, 4), out_modes=(4,) * 6)
+    five = {"in_modes": (4,) * 5, "out_modes": (4,) * 5}
+    s = {"in_modes": (4, 7, 4, 7), "out_modes": (5,) * 4}
+    vgg = {"in_modes": (2, 7, 8, 8, 7, 4), "out_modes": (4,) * 6}
     return {
         "4^5 x 4^5 rank 8": count(in_features=1024, out_features=1024, rank=8, **five),
         "(4,7,4,7) x 5^4 rank 8": count(in_features=784, out_features=625, rank=8, **s),
@@ -109,10 +109,10 @@ def path_vectors() -> dict[str, Any]:
             model = small_network(bias)
             gamma = fw.pathsgd.path_gamma(model, p)
             total = fw.pathsgd.path_norm(model, p, power=p != float("inf"))
-            entry = {"phi": float(total)} | {name: value.tolist() for name, value in gamma.items()}
+            entry = {"phi": total.item()} | {name: value.tolist() for name, value in gamma.items()}
             found[f"p={p:g}{' with biases' if bias else ''}"] = entry
-    found["norm, p=2"] = float(fw.pathsgd.path_norm(small_network(False), 2))
-    found["norm, p=2 with biases"] = float(fw.pathsgd.path_norm(small_network(True), 2))
+    found["norm, p=2"] = fw.pathsgd.path_norm(small_network(False), 2).item()
+    found["norm, p=2 with biases"] = fw.pathsgd.path_norm(small_network(True), 2).item()
     return found
 
 
@@ -123,10 +123,10 @@ def path_theorem() -> dict[str, float]:
     for p in (1, 2):
         layers = [nn.Linear(6, 9, bias=False), nn.ReLU(), nn.Linear(9, 7, bias=False), nn.ReLU()]
         model = nn.Sequential(*layers, nn.Linear(7, 1, bias=False)).double()
-        norm = float(fw.pathsgd.path_norm(model, p))
-        before = float(fw.pathsgd.max_norm(model, p)) ** 3
+        norm = fw.pathsgd.path_norm(model, p).item()
+        before = fw.pathsgd.max_norm(model, p).item() ** 3
         fw.pathsgd.balance_(model, p)
-        after = float(fw.pathsgd.max_norm(model, p)) ** 3
+        after = fw.pathsgd.max_norm(model, p).item() ** 3
         found |= {f"p={p}: mu^d before": before, f"p={p}: mu^d balanced": after, f"p={p}: path norm": norm}
     return found
 
@@ -137,7 +137,7 @@ def kl_at_the_prior() -> dict[str, float]:
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.fill_(0.0 if name.endswith("mu") else float(torch.expm1(torch.tensor(1.0).double()).log()))
-    return {"KL": float(fw.bayes.kl(layer))}
+    return {"KL": fw.bayes.kl(layer).item()}
 
 
 MEASUREMENTS: dict[str, Callable[[], Any]] = {

@@ -20,23 +20,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
-from command import arguments, save_figures
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import finite_width as fw
+import style
+from command import arguments, save_figures
 
 BOX, NEIGHBOURS, STEP = 12.0, 6, 0.1  # side of the periodic box, neighbours seen, time step
 NOISE = 0.05  # standard deviation of the observed accelerations
-COLORS = {"true rule": "#222222", "NTK": "#3949ab", "Bayesian": "#e64a19"}
+COLORS = {"true rule": "#222222", "NTK": style.BLUE, "Bayesian": style.RED}
 Rule = Callable[[Tensor], Tensor]
 
 
@@ -143,7 +140,7 @@ def relative_error(prediction: Tensor, truth: Tensor) -> float:
 
 def draw(path: Path, learned: dict[str, Any]) -> None:
     """The picture: error, force against distance, bands along a flight, order of the flocks."""
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8.4))
     truth = learned["truth"]
     for name in ("NTK", "Bayesian"):
         error = learned["errors"][name]
@@ -153,7 +150,7 @@ def draw(path: Path, learned: dict[str, Any]) -> None:
     limit = 1.05 * truth.abs().max().item()
     axes[0, 0].plot([-limit, limit], [-limit, limit], color=COLORS["true rule"], lw=1)
     axes[0, 0].set(xlabel="true acceleration", ylabel="learned acceleration", title="a flock never seen in training")
-    axes[0, 0].legend(markerscale=4, frameon=False)
+    axes[0, 0].legend(markerscale=4)
 
     def band(axis: Any, where: Tensor, at: str) -> None:
         curves = learned[at]
@@ -165,38 +162,37 @@ def draw(path: Path, learned: dict[str, Any]) -> None:
         axis.plot(where, curves["truth"], color=COLORS["true rule"], lw=1.2, label="true rule")
 
     band(axes[0, 1], learned["distance"], "force")
-    axes[0, 1].set(xlabel="distance of the neighbour straight ahead", ylabel="forward acceleration")
+    axes[0, 1].set(xlabel="distance of the nearest neighbour, put straight ahead", ylabel="forward acceleration")
     axes[0, 1].set_title("the learned force, near and far from the data")
     below = axes[0, 1].twinx()
     below.hist(learned["seen distances"], bins=60, range=(0, float(learned["distance"][-1])), color="#999", alpha=0.35)
     below.set_yticks([])
     below.set_ylim(0, 4 * below.get_ylim()[1])
     below.set_ylabel("distances in training (grey)", fontsize=9, color="#777", loc="bottom")
-    axes[0, 1].legend(frameon=False, loc="lower right")
+    axes[0, 1].legend(loc="upper left")
     times = STEP * torch.arange(len(learned["flight"]["truth"]))
     band(axes[1, 0], times, "flight")
     axes[1, 0].set(xlabel="time", ylabel="sideways acceleration", title="one boid of that flock")
     for name, flock in learned["flocks"].items():
         axes[1, 1].plot(STEP * torch.arange(len(flock)), order(flock), color=COLORS[name], label=name)
     axes[1, 1].set(xlabel="time", ylabel="|mean heading|", ylim=(0, 1.03), title="order of the flocks, from one start")
-    axes[1, 1].legend(frameon=False, loc="lower right")
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
+    axes[1, 1].legend(loc="lower right")
+    below.grid(visible=False)
     below.spines[:].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    style.save(figure, path)
 
 
 def animate(path: Path, flocks: dict[str, tuple[Tensor, Tensor]], stride: int) -> None:
     """The flocks side by side, each boid coloured by its heading."""
-    figure, axes = plt.subplots(1, len(flocks), figsize=(3.4 * len(flocks), 3.7), layout="constrained")
+    figure, axes = plt.subplots(1, len(flocks), figsize=(3.4 * len(flocks), 3.7))
     hues = LinearSegmentedColormap.from_list("headings", ["#ff8a80", "#ffe082", "#80cbc4", "#82b1ff", "#ff8a80"])
     arrows, trails = [], []
     for axis, (name, (x, v)) in zip(axes, flocks.items(), strict=True):
         axis.set(xlim=(0, BOX), ylim=(0, BOX), xticks=[], yticks=[], aspect="equal", facecolor="#10131a")
-        axis.set_title(name, color=COLORS[name], fontsize=13)
+        axis.set_title(name, color=COLORS[name], fontsize=13, loc="center")
+        axis.grid(visible=False)
         style = {"cmap": hues, "pivot": "tip", "scale": 22, "width": 0.014, "headwidth": 3, "headaxislength": 4}
-        color = np.arctan2(v[0, :, 1], v[0, :, 0])
+        color = torch.atan2(v[0, :, 1], v[0, :, 0]).numpy()
         trails.append(axis.plot([], [], ".", ms=1.6, color="#9fa8da", alpha=0.35)[0])
         arrows.append(axis.quiver(x[0, :, 0], x[0, :, 1], v[0, :, 0], v[0, :, 1], color, **style))
         arrows[-1].set_clim(-math.pi, math.pi)
@@ -209,7 +205,8 @@ def animate(path: Path, flocks: dict[str, tuple[Tensor, Tensor]], stride: int) -
             trail.set_data(x[max(0, time_step - 12) : time_step + 1].flatten(0, 1).T)
             arrow.set_offsets(x[time_step])
             heading = v[time_step]
-            arrow.set_UVC(heading[:, 0], heading[:, 1], np.arctan2(heading[:, 1], heading[:, 0]))
+            color = torch.atan2(heading[:, 1], heading[:, 0]).numpy()
+            arrow.set_UVC(heading[:, 0].numpy(), heading[:, 1].numpy(), color)
         return [*trails, *arrows]
 
     FuncAnimation(figure, frame, frames=frames, init_func=lambda: arrows).save(path, PillowWriter(fps=15), dpi=64)
@@ -222,12 +219,18 @@ def main() -> None:
     parser.add_argument("--boids", type=int, help="in a flock (default 48; quick 32)")
     parser.add_argument("--samples", type=int, help="training samples (default 1500; quick 500)")
     parser.add_argument("--width", type=int, help="of the network (default 128; quick 64)")
-    parser.add_argument("--ridge", type=float, default=1e-4, help="of the NTK regression, on the kernel's mean diagonal")
+    parser.add_argument(
+        "--ridge", type=float, default=1e-4, help="of the NTK regression, on the kernel's mean diagonal"
+    )
     options = parser.parse_args()
     quick = options.quick
-    boids, samples, width = options.boids or (32 if quick else 48), options.samples or (500 if quick else 1500), options.width
+    boids, samples, width = (
+        options.boids or (32 if quick else 48),
+        options.samples or (500 if quick else 1500),
+        options.width,
+    )
     width = width or (64 if quick else 128)
-    steps, training_steps = (80, 1500) if quick else (240, 6000)
+    steps, training_steps = (160, 2000) if quick else (320, 8000)
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
 
@@ -272,11 +275,11 @@ def main() -> None:
             "std": predicted.std[:, axis],
         }
 
-    # All six neighbours straight ahead at one distance, in step with the boid.
+    # A boid of that flock, half-way: its nearest neighbour is put straight ahead at every distance, in step with it.
     distance = torch.linspace(0.02, 4.0, 120)
-    ahead = torch.zeros(120, NEIGHBOURS, 5)
-    ahead[:, :, 0] = distance[:, None]
-    ahead[:, :, 4] = 1.0
+    ahead = flight[steps // 2, :1, :, :5].repeat(120, 1, 1)
+    ahead[:, 0, :4] = 0
+    ahead[:, 0, 0] = distance
     ahead = complete(ahead)
     options.out.mkdir(parents=True, exist_ok=True)
     learned = {

@@ -18,19 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from command import arguments, save_figures
-from data import has_mnist, mnist, mnist_or_digits
 from matplotlib.animation import FuncAnimation, PillowWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import finite_width as fw
+from command import arguments, save_figures
+from data import has_mnist, mnist, mnist_or_digits
 
 LATENT, HIDDEN, CHANNELS, SIDE = 100, 1024, 64, 10  # 6400 = 64 channels of 10 x 10
 
@@ -191,16 +188,18 @@ def draw(results: dict[str, dict[str, Any]], x: Tensor, name: str, path: Path) -
         return rows
 
     epochs = len(results["dense"]["grids"]) - 1
-    figure, axes = plt.subplots(1, 3, figsize=(11, 4.5), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.5))
     shown = []
     for axis, (title, below, grid) in zip(axes, panels(epochs), strict=True):
         shown.append(axis.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest"))
-        axis.set_title(title, fontsize=13)
+        axis.set_title(title, fontsize=13, loc="center")
+        axis.grid(visible=False)
         axis.set_xlabel(below, fontsize=10)
         axis.set_xticks([])
         axis.set_yticks([])
     label = figure.suptitle(f"DCGAN after {epochs} epochs", fontsize=14)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".png"))
 
     def frame(epoch: int) -> list[Any]:
         label.set_text(f"epoch {epoch}")
@@ -228,15 +227,14 @@ def main() -> None:
     x = x[torch.randperm(len(x))][: 1536 if options.quick else None]
     print(f"DCGAN on {name}: {len(x):,} images, {options.epochs} epochs, batch {options.batch_size}")
     results = {kind: train(kind, x, options) for kind in ("dense", "tt")}
-    options.out.mkdir(parents=True, exist_ok=True)
     draw(results, x, name, options.out / "dcgan_mnist")
     for result in results.values():
         del result["grids"]
     for kind, result in results.items():
         print(
             f"{kind:6} {result['parameters of the two layers']:>9,} parameters in the two layers "
-            f"({result['parameters']:,} in all), {result['median of the two layers in ms']:6.2f} ms forward and backward, "
-            f"{result['median step in ms']:6.1f} ms a whole step"
+            f"({result['parameters']:,} in all), {result['median of the two layers in ms']:6.2f} ms forward and "
+            f"backward, {result['median step in ms']:6.1f} ms a whole step"
         )
     dense, tt = results["dense"], results["tt"]
     figures = {
@@ -246,7 +244,8 @@ def main() -> None:
         "epochs": options.epochs,
         "seed": options.seed,
         "quick": options.quick,
-        "fewer parameters in the two layers": dense["parameters of the two layers"] / tt["parameters of the two layers"],
+        "fewer parameters in the two layers": dense["parameters of the two layers"]
+        / tt["parameters of the two layers"],
         "two layers, time of dense over tt": dense["median of the two layers in ms"]
         / tt["median of the two layers in ms"],
         **results,

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r'```\w+ title="(?P<file>[^ "]+)(?: \(after \'(?P<after>[^\n]+)\'\))?"\n(?P<text>.*?)```\n', re.DOTALL)
+BLOCK = re.compile(
+    r'```\w+ title="(?P<file>[^ "]+)(?: \(after \'(?P<after>[^\n]+)\'\))?"\n(?P<text>.*?)```\n', re.DOTALL
+)
 
 
 @pytest.fixture
