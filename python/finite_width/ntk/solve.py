@@ -82,7 +82,8 @@ def solve(
         method: "cholesky", "cg", or "auto": Cholesky where a float64 copy of K fits in `memory_budget`.
         tol: conjugate gradients stop at ‖y − (K + ρI)x‖ ≤ tol ‖y‖, for every column.
         max_iterations: of conjugate gradients; default 10 N (rounding makes more than N necessary).
-        rank: of the preconditioner; default min(N / 4, 256). 0 switches it off.
+        rank: of the preconditioner; default min(N / 4, 256) for a stored kernel and min(N / 4, 64) for an operator,
+            where each direction costs a product. 0 switches it off.
         jitter: asked for, a failed Cholesky factorisation is retried with jitter · mean(diag K) on the diagonal,
             then ten and a hundred times as much; what was added is in the result. 0: a failure is an error.
         memory_budget: bytes for the dense solver; default a quarter of what is free.
@@ -134,7 +135,7 @@ def solve(
             ridge=float(ridge),
             tol=tol,
             max_iterations=10 * size if max_iterations is None else max_iterations,
-            rank=min(size // 4, 256) if rank is None else min(rank, size),
+            rank=min(size // 4, 256 if isinstance(K_or_operator, Tensor) else 64) if rank is None else min(rank, size),
             precision=torch.finfo(K_or_operator.dtype).eps,
             progress=progress,
         )
