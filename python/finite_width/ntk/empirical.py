@@ -208,7 +208,7 @@ class Walk:
         for i, (top, bottom) in enumerate(cuts):
             for j in range(i, len(cuts)):
                 begin, end = cuts[j]
-                out = kernel[row[0] + top : row[0] + bottom, row[0] + begin : row[0] + end]
+                out = kernel[row[0] + top : row[0] + bottom, column[0] + begin : column[0] + end]
                 slices[i].accumulate(out, slices[j], compute)
 
     @staticmethod
@@ -291,10 +291,11 @@ def empirical_ntk(
     method: str = "auto",
     params: Mapping[str, Tensor] | None = None,
     output: Callable[[Any], Tensor] | None = None,
+    out: Any = None,
     memory_budget: int | None = None,
     progress: bool = False,
     check: bool = True,
-) -> Tensor:
+) -> Any:
     r"""The exact empirical neural tangent kernel of a module, Θ[n, m, a, b] = Σ_p ∂f_a(x1_n)/∂θ_p ∂f_b(x2_m)/∂θ_p.
 
     Dense layers, convolutions, norms and embeddings are computed from their inputs and output cotangents, without
@@ -309,6 +310,11 @@ def empirical_ntk(
             autograd; "products" multiplies the kernel's columns by vector-Jacobian and Jacobian-vector products.
         params: parameter names to tensors that replace the model's own; only those with requires_grad count.
         output: picks a tensor [N, ...] from the model's result; it is flattened to O values per row.
+        out: where the kernel is written instead of memory, tile by tile. A path (or Zarr store) makes a Zarr array
+            (`pip install finite-width[scale]`): a run that was stopped goes on with the missing tiles, where model,
+            data and arguments are the same. Any array of the right shape and dtype that can be written (numpy, a
+            memory map, h5py) also works, without a memory of what is finished. Under `torchrun` all ranks make the
+            same call and share the tiles of a path or memory map.
         memory_budget: bytes of working memory beyond inputs and result; default: a quarter of what is free. The
             result has the same bits for any budget.
         progress: show a progress bar.
@@ -316,11 +322,14 @@ def empirical_ntk(
 
     Returns:
         The kernel, in the parameters' dtype (float32 or float64). Complex parameters count real and imaginary parts.
+        With `out`: the Zarr array, opened for reading, or `out` itself.
 
     Raises:
         ValueError: empty or mismatched batches, train mode with batch norm or dropout, random or row-mixing models,
-            no trainable parameter, an output without a batch axis, mixed devices, too small a budget.
-        TypeError: no module, no tensors, integer parameters, mixed or low-precision dtypes.
+            no trainable parameter, an output without a batch axis, mixed devices, too small a budget; an `out` of
+            another shape, read-only, or with the kernel of another model, data or `compute`, which stays as it was.
+        TypeError: no module, no tensors, integer parameters, mixed or low-precision dtypes; an `out` of another dtype.
+        OSError: `out` cannot be written (any more); finished tiles are kept.
 
     Source: Jacot, Gabriel and Hongler, "Neural Tangent Kernel" (2018); structured derivatives: Novak, Sohl-Dickstein
     and Schoenholz, "Fast Finite Width Neural Tangent Kernel" (2022).
@@ -343,6 +352,10 @@ def empirical_ntk(
         progress=progress,
         check=check,
     )
+    if out is not None:
+        from . import stream
+
+        return stream.run(problem, out)
     result = run(problem)
     assert isinstance(result, Tensor)
     return result

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import _check
 from .contract import Inputs
 from .empirical import empirical_ntk
+from .fingerprint import describe_function
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 
@@ -23,6 +24,9 @@ class _Losses(nn.Module):
     def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()
         self.model, self.loss_fn = model, loss_fn
+
+    def extra_repr(self) -> str:
+        return f"loss={describe_function(self.loss_fn)}"
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         if _TARGET in named:
@@ -117,7 +121,6 @@ def loss_gram(
     right = None if x2 is None or y2 is None else _with_targets("x2", x2, "y2", y2)
     if isinstance(params, Mapping):
         params = {f"model.{name}": value for name, value in params.items()}
-    keywords: dict[str, Any] = {} if out is None else {"out": out}
     return empirical_ntk(
         _Losses(model, loss_fn),
         left,
@@ -126,6 +129,6 @@ def loss_gram(
         params=params,
         memory_budget=memory_budget,
         progress=progress,
+        out=out,
         check=check,
-        **keywords,
     )
