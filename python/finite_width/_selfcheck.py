@@ -35,7 +35,7 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "ntk_position_gradients": lambda: (_randn(7, 4, 33), _randn(7, 3, 4, 17)),
     "ntk_conv_gradients": lambda: (
-        *(_randn(3, 4, 9, 9), _randn(3, 2, 6, 4, 5)),
+        *(_randn(3, 4, 9, 7), _randn(3, 2, 6, 5, 4)),
         *([3, 3], [2, 2], [1, 1], [1, 1], 2),
     ),
     "tt_linear": lambda: (_randn(7, 35), [_randn(1, 3, 5, 4), _randn(4, 6, 7, 1)], _randn(18), [1, 0, 0, 0, 0, 0]),
@@ -49,7 +49,7 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *((0.1, 0.0, 0.0, 1.0, 1.0), (0.1, 0.0, 0.0, 1.0, 1.0)),
     ),
     "path_update": lambda: (_randn(65), _randn(65), None, _vector(65), 0.0, 2.0, (0.1, 0.0, 0.0, 1.0, 1.0)),
-    "bayes_noise": lambda: (torch.empty(3, 67), torch.tensor(5), 2, 1),
+    "bayes_noise": lambda: (torch.zeros(3, 67), torch.tensor(5), 2, 1),
     "bayes_sample": lambda: (_randn(3, 67), _randn(3, 67), torch.tensor(5), _randn(67, 3).mT, 0.5, 0, False),
     "bayes_sample_backward": lambda: (
         *(_randn(3, 67), torch.tensor(0.5), _randn(3, 67), _randn(3, 67), torch.tensor(5)),
