@@ -84,7 +84,7 @@ class _BayesConv(BayesLayer):
             change = self._conv(flipped, weight, bias)
             flip = signs(change.new_empty(*change.shape[: -self.dims], *ones), seed, SIGN_OUT)
             return self._conv(x, self.weight_mu, self.bias_mu) + change * flip
-        variance = None if self.bias_rho is None else reference.softplus(self.bias_rho).sigma ** 2
+        variance = None if self.bias_rho is None else reference.sigma(self.bias_rho) ** 2
         return perturb(
             self._conv(x, self.weight_mu, self.bias_mu).to(self.weight_mu.dtype),
             self._conv(x * x, self.weight_std() ** 2, variance).to(self.weight_mu.dtype),
@@ -96,7 +96,7 @@ class _BayesConv(BayesLayer):
         outputs = []
         for index, part in enumerate(x.chunk(count)):
             sampled: list[Tensor | None] = [
-                mu + reference.softplus(rho).sigma * ops.noise(mu, seed, first + index, stream)
+                mu + reference.sigma(rho) * ops.noise(mu, seed, first + index, stream)
                 for stream, (mu, rho, _) in enumerate(self.distributions())
             ]
             outputs.append(self._conv(part, *[*sampled, None][:2]))

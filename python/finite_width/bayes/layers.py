@@ -173,7 +173,7 @@ class BayesLayer(nn.Module):
 
     def weight_std(self) -> Tensor:
         """σ = softplus(ρ) of the weight."""
-        return reference.softplus(self.weight_rho).sigma
+        return reference.sigma(self.weight_rho)
 
     # The KL that a forward computed on the way.
 
@@ -261,13 +261,23 @@ class BayesLayer(nn.Module):
         """torch's own layer of the mean network, with copies of μ."""
         raise NotImplementedError
 
+    def __path_weights__(self) -> list[str]:
+        """The edges of paths through this layer (fw.pathsgd): those of the mean network, in its mode."""
+        if not self._mean_mode:
+            raise ValueError(
+                f"{type(self).__name__} draws its weights at random, so it has no paths; the mean network has: "
+                "use it inside `with fw.bayes.mean_mode(model):`"
+            )
+        return ["weight_mu"] if self.bias_mu is None else ["weight_mu", "bias_mu"]
+
     def extra_repr(self) -> str:
         return f"prior={self.prior}, estimator={self.estimator!r}"
 
 
 def signs(like: Tensor, seed: Tensor, stream: int) -> Tensor:
     """±1 with equal odds, of the shape of `like`."""
-    return torch.where(ops.noise(like.detach(), seed, 0, stream) < 0, -1.0, 1.0).to(like.dtype)
+    noise = ops.noise(torch.empty_like(like, dtype=torch.float32), seed, 0, stream)
+    return torch.where(noise < 0, -1.0, 1.0).to(like.dtype)
 
 
 def perturb(mean: Tensor, variance: Tensor, seed: Tensor) -> Tensor:
@@ -348,7 +358,7 @@ class BayesLinear(BayesLayer):
             change = _product(flipped, weight, bias, autocast)
             y = mean + change * signs(change, seed, SIGN_OUT)
         else:
-            variance = None if self.bias_rho is None else reference.softplus(self.bias_rho).sigma ** 2
+            variance = None if self.bias_rho is None else reference.sigma(self.bias_rho) ** 2
             y = perturb(
                 _product(rows, self.weight_mu, self.bias_mu, autocast).to(self.weight_mu.dtype),
                 _product(rows * rows, self.weight_std() ** 2, variance, autocast).to(self.weight_mu.dtype),

@@ -21,6 +21,11 @@ class Softplus(NamedTuple):
     derivative_over_sigma: Tensor
 
 
+def sigma(rho: Tensor) -> Tensor:
+    """softplus(ρ) alone, without the threshold of F.softplus."""
+    return -F.logsigmoid(-rho)
+
+
 def softplus(rho: Tensor) -> Softplus:
     """With e = exp(-|ρ|): σ = e s for ρ < 0 and σ = s for ρ >= 0, where s >= ln 2; so log σ = min(ρ, 0) + log s."""
     e = torch.exp(-rho.abs())
@@ -28,10 +33,10 @@ def softplus(rho: Tensor) -> Softplus:
     small = e < 1e-5
     safe = torch.where(small, 1.0, e)
     q = torch.where(small, 1 - e / 2 + e * e / 3, torch.log1p(safe) / safe)  # log1p(e) / e
-    sigma = -F.logsigmoid(-rho)
-    s = torch.where(negative, q, sigma)
+    scale = sigma(rho)
+    s = torch.where(negative, q, scale)
     log_sigma = torch.where(negative, rho, 0.0) + torch.log(s)
-    return Softplus(sigma, log_sigma, torch.sigmoid(rho), 1 / ((1 + e) * s))
+    return Softplus(scale, log_sigma, torch.sigmoid(rho), 1 / ((1 + e) * s))
 
 
 def philox(block: Tensor, seed: Tensor, sample: int, stream: int) -> list[Tensor]:
@@ -207,12 +212,12 @@ def linear_samples(
     samples: int,
 ) -> Tensor:
     """y[s] = x[s] W_sᵀ + b_s for the samples first, first + 1, ... of W; x [samples or 1, batch, in]."""
-    sigma = softplus(weight_rho).sigma
+    scale = sigma(weight_rho)
     outputs = []
     for s in range(samples):
-        weight = weight_mu + sigma * noise(weight_mu, seed, first + s, 0)
+        weight = weight_mu + scale * noise(weight_mu, seed, first + s, 0)
         y = x[s if x.shape[0] > 1 else 0] @ weight.mT
         if bias_mu is not None and bias_rho is not None:
-            y = y + bias_mu + softplus(bias_rho).sigma * noise(bias_mu, seed, first + s, 1)
+            y = y + bias_mu + sigma(bias_rho) * noise(bias_mu, seed, first + s, 1)
         outputs.append(y)
     return torch.stack(outputs)
