@@ -1,7 +1,7 @@
 """A 784-400-400-10 network on MNIST, variational against deterministic: error of the mean network and of the average
 of sampled networks, calibration, and how the uncertainty grows on rotated digits.
 
-    FINITE_WIDTH_DATA=... python examples/bayes_mnist.py          (about 20 minutes on two cores)
+    FINITE_WIDTH_DATA=... python examples/bayes_mnist.py          (about a minute on two cores)
     python examples/bayes_mnist.py --quick                        (scikit-learn's digits, seconds)
 
 Writes out/bayes_mnist.png and out/bayes_mnist.json. Both networks train with Adam, the variational one on the negative
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import finite_width as fw
 from command import arguments, save_figures
-from data import Data, mnist_or_digits
+from data import Data, digits, mnist_or_digits
 
 BATCH = 128
 
@@ -133,13 +133,11 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--prior-std", type=float, default=0.1)
+    parser.add_argument("--prior-std", type=float, default=0.3)
     parser.add_argument("--init-std", type=float, default=0.02)
     options = parser.parse_args()
     if options.quick:
-        from data import digits
-
-        data, width, epochs = digits(), 64, 30
+        data, width, epochs = digits(), 64, 100
     else:
         data, width, epochs = mnist_or_digits(options.data), 400, options.epochs
     data = data.flat()
