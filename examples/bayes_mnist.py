@@ -91,13 +91,10 @@ def rotate(x: Tensor, degrees: float) -> Tensor:
 
 
 def draw(path: Any, figures: dict[str, Any], reliability: dict[str, Any]) -> None:
-    import matplotlib
+    import style
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    colours = {"deterministic": "tab:grey", "mean network": "tab:blue", "10 samples": "tab:red"}
+    fig, (left, right) = style.figure(11, 4.2, 2)
+    colours = {"deterministic": style.GREY, "mean network": style.BLUE, "10 samples": style.RED}
     left.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
     for name, (confidence, accuracy) in reliability.items():
         label = f"{name}: {figures[name]['error_percent']:.2f} % error, ECE {figures[name]['ece']:.4f}"
@@ -105,16 +102,15 @@ def draw(path: Any, figures: dict[str, Any], reliability: dict[str, Any]) -> Non
     left.set(xlabel="confidence", ylabel="accuracy", title=f"{figures['data']}: reliability on the test set")
     left.legend()
     turned = figures["rotation"]
-    right.plot(turned["degrees"], turned["deterministic_entropy"], color="tab:grey", label="entropy, deterministic")
-    right.plot(turned["degrees"], turned["entropy"], color="tab:red", label="entropy, 10 samples")
+    right.plot(turned["degrees"], turned["deterministic_entropy"], color=style.GREY, label="entropy, deterministic")
+    right.plot(turned["degrees"], turned["entropy"], color=style.RED, label="entropy, 10 samples")
     right.plot(
-        turned["degrees"], turned["mutual_information"], color="tab:red", linestyle="--", label="from the weights"
+        turned["degrees"], turned["mutual_information"], color=style.RED, linestyle="--", label="from the weights"
     )
     right.set(xlabel="rotation of the test digits (degrees)", ylabel="nats, mean over images")
     right.set_title("Uncertainty away from the training data")
     right.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
+    style.save(fig, path)
 
 
 def reliability_curve(p: Tensor, labels: Tensor, bins: int = 10) -> tuple[list[float], list[float]]:

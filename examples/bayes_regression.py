@@ -58,23 +58,20 @@ def train(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> list[float]:
 
 
 def draw(path: Any, x: Tensor, y: Tensor, grid: Tensor, prediction: fw.bayes.Prediction, history: list[float]) -> None:
-    import matplotlib
+    import style
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=[3, 1], layout="constrained")
+    fig, (left, right) = style.figure(12, 4.5, 2, width_ratios=[3, 1])
     at, mean, std = grid[:, 0], prediction.mean[:, 0], prediction.std[:, 0]
     for width, shade in ((2, 0.15), (1, 0.3)):
         low, high = mean - width * std, mean + width * std
-        left.fill_between(at, low, high, color="tab:blue", alpha=shade, linewidth=0, label=f"± {width} std")
+        left.fill_between(at, low, high, color=style.BLUE, alpha=shade, linewidth=0, label=f"± {width} std")
     for index, sample in enumerate(prediction.samples[:8, :, 0]):
         left.plot(
-            at, sample, color="tab:blue", linewidth=0.6, alpha=0.7, label="sampled functions" if index == 0 else None
+            at, sample, color=style.BLUE, linewidth=0.6, alpha=0.7, label="sampled functions" if index == 0 else None
         )
-    left.plot(at, mean, color="tab:blue", linewidth=2, label="predictive mean")
+    left.plot(at, mean, color=style.BLUE, linewidth=2, label="predictive mean")
     left.plot(at, truth(at), color="black", linestyle="--", linewidth=1, label="0.5 sin(2πx/3)")
-    left.scatter(x, y, s=12, color="tab:red", zorder=3, label=f"{len(x)} points")
+    left.scatter(x, y, s=12, color=style.RED, zorder=3, label=f"{len(x)} points")
     left.set(
         xlabel="x", ylabel="y", ylim=(-1.3, 1.6), title="Posterior predictive of a tanh network with five hidden units"
     )
@@ -84,8 +81,7 @@ def draw(path: Any, x: Tensor, y: Tensor, grid: Tensor, prediction: fw.bayes.Pre
     right.plot(range(99, len(values)), values.unfold(0, 100, 1).median(1).values, color="black", label="median of 100")
     right.set(xlabel="step", title="negative ELBO", yscale="symlog")
     right.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
+    style.save(fig, path)
 
 
 def main() -> None:
