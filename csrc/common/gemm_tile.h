@@ -77,6 +77,12 @@ void pack_left(const T* from, int64_t index_step, int64_t k_step, int count, int
 template <class T>
 void pack_right(const T* from, int64_t index_step, int64_t k_step, int count, int64_t depth, T* panel);
 
+// The same from rows that stand anywhere: panel[j * width + i] = rows[i][j].
+template <class T>
+void pack_left_rows(const T* const* rows, int count, int64_t depth, T* panel);
+template <class T>
+void pack_right_rows(const T* const* rows, int count, int64_t depth, T* panel);
+
 // An operand in memory: element (index, k) at data[index * index_step + k * k_step].
 template <class T>
 struct Strided {
@@ -88,6 +94,33 @@ struct Strided {
   }
   void pack_right(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
     tile::pack_right(data + first * index_step + k * k_step, index_step, k_step, count, depth, panel);
+  }
+};
+
+// An operand whose index is a pair: element (i, k) at data[i / inner * outer_step + i % inner * inner_step + k].
+template <class T>
+struct Nested {
+  const T* data;
+  int64_t inner, outer_step, inner_step;
+
+  void pack_left(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
+    const T* rows[kTileRows<T>];
+    find(rows, first, count, k);
+    pack_left_rows<T>(rows, count, depth, panel);
+  }
+  void pack_right(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
+    const T* rows[kTileColumns<T>];
+    find(rows, first, count, k);
+    pack_right_rows<T>(rows, count, depth, panel);
+  }
+
+ private:
+  void find(const T** rows, int64_t first, int count, int64_t k) const {
+    int64_t outer = first / inner, within = first % inner;
+    for (int i = 0; i < count; ++i) {
+      rows[i] = data + outer * outer_step + within * inner_step + k;
+      if (++within == inner) within = 0, ++outer;
+    }
   }
 };
 

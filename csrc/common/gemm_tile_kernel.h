@@ -87,21 +87,33 @@ inline __attribute__((always_inline)) void transpose_rounds(simd::Vec<T> (&squar
   }
 }
 
-// panel[k][i] = from[i * index_step + k], i < count <= L, for a group of L lanes of a panel that is Width wide.
-template <class T, int Width>
-void pack_transposed(const T* from, int64_t index_step, int count, int64_t depth, T* panel) {
+// panel[k][i] = row(i)[k], i < count <= L, for a group of L lanes of a panel that is Width wide.
+template <class T, int Width, class Row>
+void pack_group(const Row& row, int count, int64_t depth, T* panel) {
   constexpr int L = simd::kLanes<T>;
   int64_t k = 0;
   for (; k + L <= depth; k += L) {
     simd::Vec<T> square[L];
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) square[i] = i < count ? simd::load(from + i * index_step + k) : simd::Vec<T>{};
+    for (int i = 0; i < L; ++i) square[i] = i < count ? simd::load(row(i) + k) : simd::Vec<T>{};
     transpose_rounds<T, L / 2>(square);
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) simd::store(panel + (k + i) * Width, square[i]);
   }
   for (; k < depth; ++k) {
-    for (int i = 0; i < L; ++i) panel[k * Width + i] = i < count ? from[i * index_step + k] : T(0);
+    for (int i = 0; i < L; ++i) panel[k * Width + i] = i < count ? row(i)[k] : T(0);
+  }
+}
+
+// panel[k][i] = row(i)[k] for rows whose k are adjacent, transposed in registers.
+template <class T, int Width, class Row>
+void pack_transposed(const Row& row, int count, int64_t depth, T* panel) {
+  constexpr int L = simd::kLanes<T>;
+  // Groups from right to left: where Width is no multiple of L, the last group's overhang lies on lanes of the next
+  // k that the first group then overwrites, and past the end the panel has kSlack values of room.
+  for (int group = (Width - 1) / L * L; group >= 0; group -= L) {
+    const int wanted = count - group < L ? (count - group > 0 ? count - group : 0) : L;
+    pack_group<T, Width>([&](int i) { return row(group + i); }, wanted, depth, panel + group);
   }
 }
 
@@ -109,12 +121,7 @@ template <class T, int Width>
 void pack(const T* from, int64_t index_step, int64_t k_step, int count, int64_t depth, T* panel) {
   constexpr int L = simd::kLanes<T>;
   if (k_step == 1 && depth >= L) {
-    // Groups from right to left: where Width is no multiple of L, the last group's overhang lies on lanes of the next
-    // k that the first group then overwrites, and past the end the panel has kSlack values of room.
-    for (int group = (Width - 1) / L * L; group >= 0; group -= L) {
-      const int wanted = count - group < L ? (count - group > 0 ? count - group : 0) : L;
-      pack_transposed<T, Width>(from + (wanted ? group * index_step : 0), index_step, wanted, depth, panel + group);
-    }
+    pack_transposed<T, Width>([=](int i) { return from + i * index_step; }, count, depth, panel);
   } else if (index_step == 1 && count == Width) {
     for (int64_t k = 0; k < depth; ++k, from += k_step, panel += Width) {
 #pragma GCC unroll 16
@@ -155,10 +162,22 @@ void pack_right(const T* from, int64_t index_step, int64_t k_step, int count, in
   pack<T, kTileColumns<T>>(from, index_step, k_step, count, depth, panel);
 }
 
+template <class T>
+void pack_left_rows(const T* const* rows, int count, int64_t depth, T* panel) {
+  pack_transposed<T, kTileRows<T>>([=](int i) { return rows[i]; }, count, depth, panel);
+}
+
+template <class T>
+void pack_right_rows(const T* const* rows, int count, int64_t depth, T* panel) {
+  pack_transposed<T, kTileColumns<T>>([=](int i) { return rows[i]; }, count, depth, panel);
+}
+
 #define FW_INSTANTIATE(T)                                                                            \
   template void multiply_tile<T>(int, int, int64_t, const T*, const T*, int64_t, T*, int64_t, bool); \
   template void pack_left<T>(const T*, int64_t, int64_t, int, int64_t, T*);                          \
-  template void pack_right<T>(const T*, int64_t, int64_t, int, int64_t, T*);
+  template void pack_right<T>(const T*, int64_t, int64_t, int, int64_t, T*);                         \
+  template void pack_left_rows<T>(const T* const*, int, int64_t, T*);                                \
+  template void pack_right_rows<T>(const T* const*, int, int64_t, T*);
 FW_INSTANTIATE(float)
 FW_INSTANTIATE(double)
 #undef FW_INSTANTIATE

@@ -161,6 +161,16 @@ Tensor position_cpu(const Tensor& a, const Tensor& d) {
   return gradients;
 }
 
+// The tensor itself if the axes from `first` on lie as in a contiguous one, else a contiguous copy.
+Tensor adjacent_from(const Tensor& tensor, int64_t first) {
+  int64_t step = 1;
+  for (int64_t axis = tensor.dim() - 1; axis >= first; --axis) {
+    if (tensor.size(axis) != 1 && tensor.stride(axis) != step) return torch::stable::contiguous(tensor);
+    step *= tensor.size(axis);
+  }
+  return tensor;
+}
+
 Tensor conv_cpu(const Tensor& input, const Tensor& delta, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                 std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
   const int64_t spatial = static_cast<int64_t>(kernel_size.size());
@@ -195,11 +205,11 @@ Tensor conv_cpu(const Tensor& input, const Tensor& delta, std::vector<int64_t> k
                     delta.size(i + 3), " positions on spatial axis ", i, ", which does not fit input");
     weights *= kernel_size[i];
   }
-  const Tensor inputs = torch::stable::contiguous(input), deltas = torch::stable::contiguous(delta);
+  const Tensor inputs = torch::stable::contiguous(input), deltas = adjacent_from(delta, 2);
   Tensor gradients = torch::stable::new_empty(delta, {delta.size(0), delta.size(1), weights});
   with_type(input, [&]<class T>(T) {
     conv_gradients<T>(delta.size(0), delta.size(1), shape, inputs.const_data_ptr<T>(), deltas.const_data_ptr<T>(),
-                      gradients.mutable_data_ptr<T>());
+                      deltas.stride(0), deltas.stride(1), gradients.mutable_data_ptr<T>());
   });
   return gradients;
 }

@@ -93,7 +93,8 @@ void over_examples(int64_t count, int64_t rows, const Product& product) {
 }
 
 template <class T>
-void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta, T* gradients) {
+void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta, int64_t delta_row,
+                    int64_t delta_output, T* gradients) {
   const int64_t groups = shape.groups, channels = shape.channels_in / groups, filters = shape.channels_out / groups;
   const Unfolded<T> sizes(shape, input);
   const int64_t width = channels * sizes.taps, positions = sizes.positions;
@@ -103,9 +104,10 @@ void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* inp
   over_examples<T>(N * products, rows, [&](int64_t index, int64_t first, int64_t count) {
     const int64_t n = index / products, o = groups == 1 ? 0 : index % products / groups, group = index % groups;
     const int64_t row = (n * O + o) * shape.channels_out + group * filters;
+    const T* cotangents = delta + n * delta_row + o * delta_output + group * filters * positions;
     const Unfolded<T> unfolded(shape, input + (n * shape.channels_in + group * channels) * sizes.volume);
-    tile::multiply_block<T>(tile::Strided<T>{delta + row * positions, positions, 1}, unfolded, first, count, 0, width,
-                            positions, gradients + (row + first) * width, width);
+    tile::multiply_block<T>(tile::Nested<T>{cotangents, filters, delta_output, positions}, unfolded, first, count, 0,
+                            width, positions, gradients + (row + first) * width, width);
   });
 }
 
@@ -120,8 +122,8 @@ void position_gradients(int64_t N, int64_t O, int64_t positions, int64_t C, int6
   });
 }
 
-#define FW_INSTANTIATE(T)                                                                        \
-  template void conv_gradients<T>(int64_t, int64_t, const Convolution&, const T*, const T*, T*); \
+#define FW_INSTANTIATE(T)                                                                                          \
+  template void conv_gradients<T>(int64_t, int64_t, const Convolution&, const T*, const T*, int64_t, int64_t, T*); \
   template void position_gradients<T>(int64_t, int64_t, int64_t, int64_t, int64_t, const T*, const T*, T*);
 FW_INSTANTIATE(float)
 FW_INSTANTIATE(double)

@@ -52,8 +52,8 @@ struct Gram {
       for (int64_t m = 0; m < M; m += examples) {
         const int64_t some_columns = tile::smaller(examples, M - m) * step;
         tile::multiply_block<T>(
-            Rows{one.d, one.d_row, one.d_output, O}, Rows{two.d, two.d_row, two.d_output, O},
-            n0 * one.positions * O + row, some_rows, (m0 + m) * step, some_columns, C, products, some_columns,
+            rows_of(one), rows_of(two), n0 * one.positions * O + row, some_rows, (m0 + m) * step, some_columns, C,
+            products, some_columns,
             [&](int64_t r, int count, int64_t q, int width, T* values, int64_t row_step) {
               for (int i = 0; i < count; ++i) {
                 add_row(r + i, q, width, values + i * row_step, factors, n0, m0, two.positions * M);
@@ -64,30 +64,8 @@ struct Gram {
     }
   }
 
-  // Cotangents by row (n, t, o): element (r, c) at data[r / O * row + r % O * output + c].
-  struct Rows {
-    const T* data;
-    int64_t row, output, O;
-
-    void pack_left(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
-      if (const T* from = uniform())
-        return tile::pack_left<T>(from + first * step() + k, step(), 1, count, depth, panel);
-      gathered().pack_left(panel, first, count, k, depth);
-    }
-    void pack_right(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
-      if (const T* from = uniform()) {
-        return tile::pack_right<T>(from + first * step() + k, step(), 1, count, depth, panel);
-      }
-      gathered().pack_right(panel, first, count, k, depth);
-    }
-
-   private:
-    const T* uniform() const { return O == 1 || row == O * output ? data : nullptr; }
-    int64_t step() const { return O == 1 ? row : output; }
-    auto gathered() const {
-      return tile::elements<T>([this](int64_t r, int64_t k) { return data[r / O * row + r % O * output + k]; });
-    }
-  };
+  // Cotangents by row (n, t, o).
+  tile::Nested<T> rows_of(const Side<T>& side) const { return {side.d, O, side.d_row, side.d_output}; }
 
   int64_t limit(int64_t row_end, int64_t rows_per_example, int64_t columns_per_example) const {
     return symmetric ? ((row_end - 1) / rows_per_example + 1) * columns_per_example : INT64_MAX;

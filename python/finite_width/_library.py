@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VERSION = "0.1.0"
@@ -92,9 +93,21 @@ def differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable
     derivatives(op, function.setup_context, function.backward, function.vmap)
 
     def call(*args: Any) -> Any:
-        return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if _needs_derivatives(args):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # a Function costs 50 µs more, which small products notice
+            return op(*args)
 
     return call
+
+
+def _needs_derivatives(args: tuple[Any, ...]) -> bool:
+    """Whether gradients, forward-mode tangents or a torch.func transform may want this call."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in args)
 
 
 def derivatives(
@@ -221,6 +234,9 @@ def build_info() -> dict[str, Any]:
         "ops": sorted(SCHEMAS),
     }
     if COMPILED is not None:
+        from ._gemm import table
+
+        info |= {"gemm_table": table.as_text()}
         info |= COMPILED.build_facts()
         info |= {"isa": COMPILED.isa(), "detected_isa": COMPILED.detected_isa()}
     return info

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _check, _library
-from . import reference
+from . import reference, table
 
 
 def _fake(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,7 +21,8 @@ _op = _library.register("gemm", reference.gemm, _fake)
 class _Gemm(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        return _op(a, b, bias)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _op(a, b, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -84,7 +85,7 @@ def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: [N], added to every row.
 
     Returns:
-        [M, N]; the same bits for any number of threads.
+        [M, N]; the same bits for any number of threads. Who computes it is in `fw.build_info()["gemm_table"]`.
 
     Raises:
         ValueError: shapes that do not fit, tensors on two devices.
@@ -109,5 +110,7 @@ def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         _check.like("bias", bias, "a", a)
         if bias.shape != (b.shape[1],):
             raise ValueError(f"bias must have shape [{b.shape[1]}], got {list(bias.shape)}")
+    if table.route(a.shape[0], b.shape[1]) == table.TORCH:
+        return reference.gemm(a, b, bias)
     result: Tensor = _call(a, b, bias)
     return result

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from .._library import has_kernels
 from . import products
 from .checks import make_plan
 from .contract import Batch, Inputs, Target, preserved, refuse_training_modules
@@ -157,8 +158,10 @@ class Walk:
                     theirs = self._collect(self.problem.right, self.right[index], advance)
                     self._add([(self.left[row], self.right[index]) for row in rows], mine, [theirs] * len(rows))
         if self.problem.symmetric:
+            # The kernels leave the blocks on the diagonal exactly symmetric, except where they sum over positions.
+            done = has_kernels() and all(entry.method not in ("ghost", "tokens") for entry in self.plan.entries)
             for kernel in {id(kernel): kernel for kernel in self.kernels}.values():
-                mirror(kernel, self.left, self.problem.compute)
+                mirror(kernel, self.left, self.problem.compute, done)
 
     def _collect(self, batch: Batch, block: tuple[int, int], advance: Callable[[int], Any]) -> list[Factor]:
         check = self.problem.check and block[0] == 0 and batch is self.problem.left
@@ -199,7 +202,7 @@ class Walk:
 
     def _accumulate(self, kernel: Tensor, row: tuple[int, int], column: tuple[int, int], left: Any, right: Any) -> None:
         compute = self.problem.compute
-        if left is not right:
+        if left is not right or has_kernels():  # a kernel sees that both sides are one, and computes half
             left.accumulate(kernel[row[0] : row[1], column[0] : column[1]], right, compute)
             return
         count = row[1] - row[0]
@@ -234,9 +237,17 @@ def tiles(factor: Factor) -> Iterator[Any]:
         yield factor
 
 
-def mirror(kernel: Tensor, blocks: list[tuple[int, int]], compute: str) -> None:
-    """Copy the upper half of a kernel to the lower, in place."""
+def mirror(kernel: Tensor, blocks: list[tuple[int, int]], compute: str, blocks_done: bool = False) -> None:
+    """Copy the upper half of a kernel to the lower, in place.
+
+    Args:
+        blocks_done: the blocks on the diagonal are symmetric already.
+    """
     for block, end in blocks:
+        if blocks_done:
+            right = kernel[block:end, end:].transpose(0, 1)
+            kernel[end:, block:end] = right.mT if compute == "full" else right
+            continue
         for begin in range(block, end, DIAGONAL_TILE):
             _mirror_rows(kernel, begin, min(begin + DIAGONAL_TILE, end), compute == "full")
 
