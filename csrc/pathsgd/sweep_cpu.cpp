@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "common/parallel.h"
@@ -17,7 +16,7 @@ namespace {
 constexpr int64_t kForwardRows = 16;                      // a block of a forward sweep: whole rows
 constexpr int64_t kBackwardRows = 256, kTileCols = 1024;  // a tile of a backward sweep: its sums stay in L1
 constexpr int64_t kUpdateBlock = 1 << 15;                 // a block of the update alone
-constexpr double kLargest = std::numeric_limits<double>::max();
+constexpr double kLargest = 0x1p500;  // of a factor: a product of two stays finite, so that 0 times it is 0
 
 double load(const double* from) {
   return *from;
@@ -64,7 +63,7 @@ double inverse(double x, double exponent, double p) {
   } else if (p == 1 || std::isinf(p)) {
     result = scaled(1 / (x * x), -2 * exponent);
   } else {
-    result = std::pow(x, -2 / p) * std::exp2(-2 * exponent / p);
+    result = std::pow(x, -2 / p) * std::exp2(std::clamp(-2 * exponent / p, -1000.0, 1000.0));
   }
   return std::isnan(result) ? 0 : std::min(result, kLargest);
 }

@@ -162,6 +162,7 @@ class PathVectors:
 
     def __init__(self, stages: list[Dense | Norm], p: float) -> None:
         self.stages, self.p = stages, p
+        self.stored: Callable[[Tensor], Tensor] = lambda parameter: parameter  # what takes a parameter's updates
         device = next(t.device for stage in stages for t in (stage.weight, stage.bias) if t is not None)
         sizes = [stages[0].sizes[0], *(stage.sizes[1] for stage in stages)]
 
@@ -224,14 +225,21 @@ class PathVectors:
         self, stage: Dense, old: Tensor, new: Tensor, across: Tensor, fresh: Tensor, forward: bool, supply: Supply,
         sigma: dict[Any, Tensor],
     ) -> None:  # fmt: skip
-        weight = supply(stage.weight)
-        bias = None if stage.bias is None else supply(stage.bias)
+        given = supply(stage.weight)
+        weight = self.stored(stage.weight).detach()
+        bias = None if stage.bias is None else self.stored(stage.bias).detach()
+        # One of the two may be a frozen bfloat16 parameter, the other one a float32 copy.
+        matched = None if bias is None else bias.to(weight.dtype)
+        for_bias = None if stage.bias is None else supply(stage.bias)
+        grad, momentum = (None, None) if for_bias is None else (_cast(each, weight) for each in for_bias[:2])
         path_sweep(
-            stage.weight.detach(), weight and weight[0], weight and weight[1],
-            None if stage.bias is None else stage.bias.detach(), bias and bias[0], bias and bias[1],
-            old, new, across, fresh, self.mass, forward, self.p,
-            weight[2] if weight else UNCHANGED, bias[2] if bias else UNCHANGED,
+            weight, given and given[0], given and given[1], matched, grad, momentum, old, new, across, fresh,
+            self.mass, forward, self.p, given[2] if given else UNCHANGED, for_bias[2] if for_bias else UNCHANGED,
         )  # fmt: skip
+        if bias is not None and matched is not None and matched is not bias and for_bias is not None:
+            bias.copy_(matched)
+            if for_bias[1] is not None and momentum is not None:
+                for_bias[1].copy_(momentum)
 
     def _norm(
         self, stage: Norm, old: Tensor, new: Tensor, across: Tensor, fresh: Tensor, forward: bool, supply: Supply,
@@ -242,14 +250,15 @@ class PathVectors:
         known = across.clone()
         out, into = (known, old) if forward else (old, known)
         deviation, mean = norm_statistics(stage.module, sigma)
+        weight, bias = (None if each is None else self.stored(each).detach() for each in (stage.weight, stage.bias))
         inverse = reference.power(1 / deviation, p)
-        before = norm_edges(stage.weight, stage.bias, deviation, mean, p)
+        before = norm_edges(weight, bias, deviation, mean, p)
         factor = reference.factor(into[:-1] * inverse, 0.0, p) * reference.factor(out[:-1], out[-1] + into[-1], p)
         for param, gamma in ((stage.weight, factor), (stage.bias, reference.factor(out[:-1], out[-1], p))):
             given = None if param is None else supply(param)
             if param is not None and given is not None:
-                reference.apply_step(param.detach(), given[0], given[1], gamma, given[2])
-        after = norm_edges(stage.weight, stage.bias, deviation, mean, p)
+                reference.apply_step(self.stored(param).detach(), given[0], given[1], gamma, given[2])
+        after = norm_edges(weight, bias, deviation, mean, p)
         self.mass.zero_()
         pairs = ((old.clone(), before, across), (new.clone(), after, fresh))
         for index, (vector, (scale, extra), target) in enumerate(pairs):
@@ -262,6 +271,10 @@ class PathVectors:
                 mass = extra * vector[:-1]
                 self.mass[index] = mass.max() if math.isinf(p) else mass.sum()
             target.copy_(reference.normalised(values, exponent))
+
+
+def _cast(value: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if value is None else value.to(like.dtype)
 
 
 def norm_statistics(module: Any, sigma: dict[Any, Tensor]) -> tuple[Tensor, Tensor | None]:

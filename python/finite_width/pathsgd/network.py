@@ -71,7 +71,10 @@ class PathSum(Walk):
             )
         device = next(self.structure.module.parameters()).device
         ones = torch.ones((1, *self.structure.input_shape), dtype=torch.float64, device=device)
-        output = self.run(Scaled(ones))
+        try:
+            output = self.run(Scaled(ones))
+        except RuntimeError as error:
+            raise ValueError(f"input_shape {self.structure.input_shape} does not fit the model: {error}") from error
         while not isinstance(output, Scaled):
             if not isinstance(output, (tuple, list)) or len(output) != 1:
                 raise ValueError("model must return one tensor; wrap it to return the one that is trained on")

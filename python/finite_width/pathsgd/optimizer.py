@@ -111,6 +111,8 @@ class PathSGD(Optimizer):
                 "input_shape is needed for this model: one input's shape without the batch axis, such as (3, 32, 32)"
             )
         self._vectors = None if self._stages is None else PathVectors(self._stages, self._p)
+        if self._vectors is not None:
+            self._vectors.stored = self._target
         self._steps = 0
         self._forget()
         defaults = {
@@ -191,6 +193,7 @@ class PathSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._renew_masters()
         given = self._gradients()
         if not given:
             return loss
@@ -282,12 +285,23 @@ class PathSGD(Optimizer):
             given[parameter] = (grad, buffer, (lr, momentum, float(group["nesterov"]), keep, sign))
         return given
 
+    def _renew_masters(self) -> None:
+        """Copy parameters that were changed outside into their float32 copies."""
+        if not (self._master_weights and self._seen):
+            return
+        for (parameter, now), before in zip(zip(self._names, self._versions(), strict=True), self._seen, strict=True):
+            if now != before and "master_weight" in self.state.get(parameter, {}):
+                self.state[parameter]["master_weight"].copy_(parameter)
+
     def _versions(self) -> list[tuple[int, int]]:
         return [(parameter.data_ptr(), parameter._version) for parameter in self._names]
 
     def _publish(self, given: dict[Tensor, Given]) -> None:
         """Tell autograd that the parameters changed, and remember them as they are."""
         for parameter in given:
+            target = self._target(parameter)
+            if target is not parameter:
+                parameter.copy_(target)
             torch.autograd.graph.increment_version(parameter)
         self._seen = self._versions()
 

@@ -29,7 +29,8 @@ def factor(values: Tensor, exponent: Tensor | float, p: float) -> Tensor:
         result = torch.ldexp(1 / (values * values), -2 * scale)
     else:
         result = values ** (-2 / p) * torch.exp2(-2 * scale / p)
-    return torch.where(values > 0, result, 0.0).nan_to_num(0.0)
+    # The largest is capped, so that a product of two stays finite, and 0 times it is 0.
+    return torch.where(values > 0, result, 0.0).nan_to_num(0.0).clamp_max(2.0**500)
 
 
 def apply_step(
