@@ -1,0 +1,237 @@
+"""Path-SGD's step against SGD's, Adam's, and plain-torch ways to the same step; the γ pass of conv nets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import finite_width as fw
+from harness import Case
+
+LR = 1e-9  # the weights have to stay where they are over many timed steps
+PEERS: dict[str, Callable[[], Any] | str] = {
+    "path-sgd (the authors')": "Lua/Theano-era script, not installable; see docs/pathsgd.md",
+    "pathnorm-pytorch": "has the path norm, no γ and no optimizer",
+}
+
+
+def mlp(sizes: Sequence[int]) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def with_gradients(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.grad = 0.01 * torch.randn_like(parameter)
+    return model
+
+
+def plain_torch_step(model: nn.Sequential, lr: float) -> Callable[[], None]:
+    """Path-SGD (p = 2) with F and B vectors in plain torch, everything preallocated."""
+    layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+    squares = [torch.empty_like(layer.weight) for layer in layers]
+    steps = [torch.empty_like(layer.weight) for layer in layers]
+
+    @torch.no_grad()
+    def step() -> None:
+        forward = [torch.ones(layers[0].in_features)]
+        for layer, square in zip(layers, squares, strict=True):
+            torch.mul(layer.weight, layer.weight, out=square)
+            forward.append(torch.addmv(layer.bias.square(), square, forward[-1]))
+        backward = torch.ones(layers[-1].out_features)
+        for layer, square, change, known in zip(
+            reversed(layers), reversed(squares), reversed(steps), reversed(forward[:-1]), strict=True
+        ):
+            below = torch.mv(square.T, backward)
+            torch.div(layer.weight.grad, known, out=change)
+            layer.weight.sub_(change.div_(backward[:, None]), alpha=lr)
+            layer.bias.sub_(layer.bias.grad / backward, alpha=lr)
+            backward = below
+
+    return step
+
+
+def autograd_step(model: nn.Sequential, lr: float) -> Callable[[], None]:
+    """Path-SGD (p = 2) with γ from autograd on the network of squared weights."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    inputs = next(layer.in_features for layer in model if isinstance(layer, nn.Linear))
+
+    def step() -> None:
+        squares = [parameter.detach().square().requires_grad_() for parameter in parameters]
+        network = torch.func.functional_call(model, dict(zip(names, squares, strict=True)), (torch.ones(1, inputs),))
+        gammas = torch.autograd.grad(network.sum(), squares)
+        with torch.no_grad():
+            for parameter, gamma in zip(parameters, gammas, strict=True):
+                parameter.sub_(parameter.grad / gamma, alpha=lr)
+
+    return step
+
+
+def optimizer_case(sizes: Sequence[int], limit: float) -> Case:
+    """The optimizer's time alone. `limit`: our time over fused SGD's that is aimed at."""
+    name = "-".join(map(str, sizes))
+    models = [with_gradients(mlp(sizes)) for _ in range(6)]
+    path, momentum = fw.pathsgd.PathSGD(models[0], LR), fw.pathsgd.PathSGD(models[5], LR, momentum=0.9)
+    weights = sum(parameter.numel() for parameter in models[0].parameters())
+    return Case(
+        name=name,
+        what=f"optimizer step, {weights / 1e6:.1f} M float32 parameters, no momentum",
+        implementations={
+            "finite-width": path.step,
+            "SGD(fused)": torch.optim.SGD(models[1].parameters(), LR, fused=True).step,
+            "Adam(fused)": torch.optim.Adam(models[2].parameters(), LR, fused=True).step,
+            "Path-SGD, plain torch": plain_torch_step(models[3], LR),
+            "Path-SGD, autograd": autograd_step(models[4], LR),
+            "finite-width, momentum": momentum.step,
+        },
+        baseline="SGD(fused)",
+        peers=PEERS,
+        bytes=12.0 * weights,
+        targets={
+            ("finite-width", "SGD(fused)"): 1 / limit,
+            ("finite-width", "Adam(fused)"): 1 / 0.6,
+            ("finite-width", "Path-SGD, plain torch"): 3.0,
+            ("finite-width", "Path-SGD, autograd"): 20.0,
+        },
+        memory=False,
+    )
+
+
+def exactness_case() -> Case:
+    """One step from the same weights and gradients; the result is the change of the weights."""
+    sizes = (784, 1000, 1000, 10)
+    start = with_gradients(mlp(sizes))
+
+    def change(make: Callable[[nn.Sequential], Callable[[], Any]]) -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
+            model = mlp(sizes)
+            for parameter, other in zip(model.parameters(), start.parameters(), strict=True):
+                parameter.data.zero_().add_(other.data)
+                parameter.grad = other.grad
+            make(model)()
+            return tuple(a.detach() for a in model.parameters())
+
+        return run
+
+    def exact() -> tuple[Tensor, ...]:
+        gamma = fw.pathsgd.path_gamma(start)
+        return tuple(p.detach().double() - 1e-4 * p.grad.double() / gamma[n] for n, p in start.named_parameters())
+
+    return Case(
+        name="one step",
+        what="784-1000-1000-10, one step of lr 1e-4 from a fresh optimizer: the new weights against float64",
+        implementations={
+            "finite-width": change(lambda model: fw.pathsgd.PathSGD(model, 1e-4).step),
+            "Path-SGD, plain torch": change(lambda model: plain_torch_step(model, 1e-4)),
+            "Path-SGD, autograd": change(lambda model: autograd_step(model, 1e-4)),
+        },
+        baseline="Path-SGD, plain torch",
+        exact=exact,
+        memory=False,
+    )
+
+
+def training_case() -> Case:
+    """A whole training step: forward, backward, optimizer."""
+    models = [mlp((784, 4000, 4000, 10)) for _ in range(2)]
+    x, y = torch.randn(100, 784), torch.randint(0, 10, (100,))
+    optimizers = [fw.pathsgd.PathSGD(models[0], LR), torch.optim.SGD(models[1].parameters(), LR, fused=True)]
+
+    def train(index: int) -> Callable[[], None]:
+        def run() -> None:
+            optimizers[index].zero_grad(set_to_none=False)
+            F.cross_entropy(models[index](x), y).backward()
+            optimizers[index].step()
+
+        return run
+
+    return Case(
+        name="training step",
+        what="784-4000-4000-10, batch 100: forward, backward and optimizer",
+        implementations={"finite-width": train(0), "SGD(fused)": train(1)},
+        baseline="SGD(fused)",
+        targets={("finite-width", "SGD(fused)"): 1 / 1.02},
+        min_runs=40,
+        memory=False,
+    )
+
+
+def vgg11() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    inputs = 3
+    for width in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
+        if isinstance(width, str):
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
+            inputs = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+
+
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+def resnet18() -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    for inputs, outputs in pairwise((64, 64, 128, 256, 512)):
+        layers += [Block(inputs, outputs, 1 if inputs == outputs else 2), Block(outputs, outputs, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def conv_case(name: str, make: Callable[[], nn.Sequential]) -> Case:
+    """PathSGD's whole step, γ pass and update, against the forward and backward pass that fed it."""
+    torch.manual_seed(0)
+    model = make()
+    x, y = torch.randn(100, 3, 32, 32), torch.randint(0, 10, (100,))
+    optimizer = fw.pathsgd.PathSGD(model, 0.0, input_shape=(3, 32, 32), batchnorm="running")
+
+    def forward_backward() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+
+    def step() -> None:
+        for parameter in model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+
+    return Case(
+        name=name,
+        what="32×32 images, batch 100, float32: PathSGD's step (γ pass and update) against forward + backward",
+        implementations={"forward + backward": forward_backward, "finite-width": step},
+        baseline="forward + backward",
+        targets={("finite-width", "forward + backward"): 1 / 0.06},
+        limit=90.0,
+        memory=False,
+    )
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "784-4000-4000-10": lambda: optimizer_case((784, 4000, 4000, 10), 1.25),
+    "3072-4000-4000-10": lambda: optimizer_case((3072, 4000, 4000, 10), 1.15),
+    "training step": training_case,
+    "one step": exactness_case,
+    "VGG-11": lambda: conv_case("VGG-11", vgg11),
+    "ResNet-18": lambda: conv_case("ResNet-18", resnet18),
+}
