@@ -13,9 +13,9 @@
 namespace finite_width::pathsgd {
 namespace {
 
-constexpr int64_t kForwardRows = 16;                      // a block of a forward sweep: whole rows
-constexpr int64_t kBackwardRows = 256, kTileCols = 1024;  // a tile of a backward sweep: its sums stay in L1
-constexpr int64_t kUpdateBlock = 1 << 15;                 // a block of the update alone
+constexpr int64_t kForwardRows = 16;                     // a block of a forward sweep: whole rows
+constexpr int64_t kBackwardRows = 256, kTileCols = 512;  // a tile of a backward sweep: its sums stay in L1
+constexpr int64_t kUpdateBlock = 1 << 15;                // a block of the update alone
 constexpr double kLargest = 0x1p500;  // of a factor: a product of two stays finite, so that 0 times it is 0
 
 double load(const double* from) {

@@ -41,23 +41,38 @@ FW_INLINE Part load_part(const Bf16* from) {
   return __builtin_convertvector((FloatPart)words, Part);
 }
 
-FW_INLINE void store_part(double* to, Part value) {
+// Stores a value rounded to T, and returns what was stored.
+FW_INLINE Part store_part(double* to, Part value) {
   simd::store(to, value);
+  return value;
 }
 
-FW_INLINE void store_part(float* to, Part value) {
+FW_INLINE Part store_part(float* to, Part value) {
   const FloatPart rounded = __builtin_convertvector(value, FloatPart);
   std::memcpy(to, &rounded, sizeof rounded);
+  return __builtin_convertvector(rounded, Part);
 }
 
-FW_INLINE void store_part(Bf16* to, Part value) {
+FW_INLINE Part store_part(Bf16* to, Part value) {
   const FloatPart rounded = __builtin_convertvector(value, FloatPart);
   const WordPart words = (WordPart)rounded;
   const WordPart nearest = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;  // ties to even
   const IntPart nan = rounded != rounded;
   const WordPart mask = (WordPart)nan;
-  const HalfPart bits = __builtin_convertvector((mask & 0x7fc0u) | (~mask & nearest), HalfPart);
+  const WordPart chosen = (mask & 0x7fc0u) | (~mask & nearest);
+  const HalfPart bits = __builtin_convertvector(chosen, HalfPart);
   std::memcpy(to, &bits, sizeof bits);
+  return __builtin_convertvector((FloatPart)(chosen << 16), Part);
+}
+
+// Asks for the cache line of T that `ahead` elements from here starts, once per line. The rows of a group are as many
+// streams, which the processor's own prefetcher does not follow across pages.
+template <class T, Rule R>
+FW_INLINE void prefetch(const Sweep<T>& task, int64_t at, int64_t place) {
+  if (at % (64 / static_cast<int64_t>(sizeof(T)))) return;
+  __builtin_prefetch(task.weight + place, R == Rule::none ? 0 : 1);
+  if constexpr (R != Rule::none) __builtin_prefetch(task.grad + place);
+  if constexpr (R == Rule::momentum) __builtin_prefetch(task.momentum + place, 1);
 }
 
 // A null pointer stays null.
@@ -97,8 +112,7 @@ FW_INLINE Part updated(Part w, const T* grad, T* momentum, Part factor, const Ra
   Part step = load_part(grad) * factor;
   if constexpr (R == Rule::momentum) {
     const Part mu = simd::broadcast(rates.momentum), direction = step;
-    store_part(momentum, simd::fma(mu, load_part(momentum), direction));
-    step = load_part(momentum);
+    step = store_part(momentum, simd::fma(mu, load_part(momentum), direction));
     if (rates.nesterov) step = simd::fma(mu, step, direction);
   }
   return simd::fma(simd::broadcast(-rates.lr), step, w * rates.keep);
@@ -113,8 +127,7 @@ FW_INLINE void edge(T* weight, const T* grad, T* momentum, Part in_factor, doubl
   if constexpr (R == Rule::none) {
     power_new = power_old;
   } else {
-    store_part(weight, updated<T, R>(w, grad, momentum, in_factor * out_factor, rates));
-    power_new = power<N>(load_part(weight), p);
+    power_new = power<N>(store_part(weight, updated<T, R>(w, grad, momentum, in_factor * out_factor, rates)), p);
   }
 }
 
@@ -139,6 +152,7 @@ void forward_rows(const Sweep<T>& task, int64_t row, const double* in_factor, co
 #pragma GCC unroll 4
       for (int r = 0; r < Count; ++r) {
         const int64_t place = first + r * cols + at;
+        prefetch<T, R>(task, at, place + 2048 / static_cast<int64_t>(sizeof(T)));
         Part power_old, power_new;
         edge<T, N, R>(task.weight + place, ahead(task.grad, place), ahead(task.momentum, place), factor,
                       out_factor[row + r], task.weight_rates, task.p, power_old, power_new);
@@ -213,6 +227,7 @@ void backward_rows(const Sweep<T>& task, int64_t row, int64_t col_begin, int64_t
 #pragma GCC unroll 4
     for (int r = 0; r < Count; ++r) {
       const int64_t place = first + r * cols + at;
+      prefetch<T, R>(task, at, place + Count * cols);  // the next group of rows
       Part power_old, power_new;
       edge<T, N, R>(task.weight + place, ahead(task.grad, place), ahead(task.momentum, place), factor,
                     out_factor[row + r], task.weight_rates, task.p, power_old, power_new);
@@ -290,8 +305,7 @@ void update_range(int64_t begin, int64_t end, T* param, const T* grad, T* moment
     Part step = direction;
     if constexpr (R == Rule::momentum) {
       const Part mu = simd::broadcast(rates.momentum);
-      store_part(buffer, simd::fma(mu, load_part(buffer), direction));
-      step = load_part(buffer);
+      step = store_part(buffer, simd::fma(mu, load_part(buffer), direction));
       if (rates.nesterov) step = simd::fma(mu, step, direction);
     }
     store_part(to, simd::fma(simd::broadcast(-rates.lr), step, w_now * rates.keep));
