@@ -24,6 +24,17 @@ struct Octet {
 
 #define FW_INLINE inline __attribute__((always_inline))
 
+// __builtin_convertvector widens in two halves (g++ 12); the instruction takes the whole.
+FW_INLINE Part widened(FloatPart value) {
+#if FW_ISA_LEVEL == 2
+  return _mm512_maskz_cvtps_pd(0xff, (__m256)value);  // the unmasked form warns in g++ 12
+#elif FW_ISA_LEVEL == 1
+  return _mm256_cvtps_pd((__m128)value);
+#else
+  return __builtin_convertvector(value, Part);
+#endif
+}
+
 FW_INLINE Part load_part(const double* from) {
   return simd::load(from);
 }
@@ -31,14 +42,14 @@ FW_INLINE Part load_part(const double* from) {
 FW_INLINE Part load_part(const float* from) {
   FloatPart value;
   std::memcpy(&value, from, sizeof value);
-  return __builtin_convertvector(value, Part);
+  return widened(value);
 }
 
 FW_INLINE Part load_part(const Bf16* from) {
   HalfPart bits;
   std::memcpy(&bits, from, sizeof bits);
   const WordPart words = __builtin_convertvector(bits, WordPart) << 16;
-  return __builtin_convertvector((FloatPart)words, Part);
+  return widened((FloatPart)words);
 }
 
 // Stores a value rounded to T, and returns what was stored.
@@ -50,7 +61,7 @@ FW_INLINE Part store_part(double* to, Part value) {
 FW_INLINE Part store_part(float* to, Part value) {
   const FloatPart rounded = __builtin_convertvector(value, FloatPart);
   std::memcpy(to, &rounded, sizeof rounded);
-  return __builtin_convertvector(rounded, Part);
+  return widened(rounded);
 }
 
 FW_INLINE Part store_part(Bf16* to, Part value) {
@@ -62,7 +73,7 @@ FW_INLINE Part store_part(Bf16* to, Part value) {
   const WordPart chosen = (mask & 0x7fc0u) | (~mask & nearest);
   const HalfPart bits = __builtin_convertvector(chosen, HalfPart);
   std::memcpy(to, &bits, sizeof bits);
-  return __builtin_convertvector((FloatPart)(chosen << 16), Part);
+  return widened((FloatPart)(chosen << 16));
 }
 
 // Asks for the cache line of T that `ahead` elements from here starts, once per line. The rows of a group are as many
@@ -73,12 +84,6 @@ FW_INLINE void prefetch(const Sweep<T>& task, int64_t at, int64_t place) {
   __builtin_prefetch(task.weight + place, R == Rule::none ? 0 : 1);
   if constexpr (R != Rule::none) __builtin_prefetch(task.grad + place);
   if constexpr (R == Rule::momentum) __builtin_prefetch(task.momentum + place, 1);
-}
-
-// A null pointer stays null.
-template <class T>
-FW_INLINE T* ahead(T* pointer, int64_t count) {
-  return pointer ? pointer + count : nullptr;
 }
 
 template <Norm N>
@@ -139,9 +144,12 @@ struct Tail {
 
 // `Count` rows from `row` on: the sums over their columns, each in eight lanes.
 template <class T, Norm N, Rule R, int Count>
-void forward_rows(const Sweep<T>& task, int64_t row, const double* in_factor, const double* out_factor,
+void forward_rows(const Sweep<T>& shared, int64_t row, const double* in_factor, const double* out_factor,
                   const double* old_source, const double* new_source, double* sum_old, double* sum_new) {
   constexpr int kLanes = simd::kLanes<double>;
+  const Sweep<T> task = shared;  // a copy that no store to the weights can alias: it stays in registers
+  double row_factor[Count];
+  for (int r = 0; r < Count; ++r) row_factor[r] = out_factor[row + r];
   Octet old_total[Count] = {}, new_total[Count] = {};
   const int64_t cols = task.cols, whole = cols / 8 * 8, first = row * cols;
   for (int64_t col = 0; col < whole; col += 8) {
@@ -154,8 +162,9 @@ void forward_rows(const Sweep<T>& task, int64_t row, const double* in_factor, co
         const int64_t place = first + r * cols + at;
         prefetch<T, R>(task, at, place + 2048 / static_cast<int64_t>(sizeof(T)));
         Part power_old, power_new;
-        edge<T, N, R>(task.weight + place, ahead(task.grad, place), ahead(task.momentum, place), factor,
-                      out_factor[row + r], task.weight_rates, task.p, power_old, power_new);
+        edge<T, N, R>(task.weight + place, R == Rule::none ? nullptr : task.grad + place,
+                      R == Rule::momentum ? task.momentum + place : nullptr, factor, row_factor[r], task.weight_rates,
+                      task.p, power_old, power_new);
         old_total[r].part[part] = collect<N>(power_old, from_old, old_total[r].part[part]);
         new_total[r].part[part] = collect<N>(power_new, from_new, new_total[r].part[part]);
       }
@@ -167,19 +176,21 @@ void forward_rows(const Sweep<T>& task, int64_t row, const double* in_factor, co
       const int64_t place = first + r * cols + whole;
       Tail<T> tail;
       std::memcpy(tail.weight, task.weight + place, bytes);
-      if constexpr (R != Rule::none) std::memcpy(tail.grad, ahead(task.grad, place), bytes);
-      if constexpr (R == Rule::momentum) std::memcpy(tail.momentum, ahead(task.momentum, place), bytes);
+      if constexpr (R != Rule::none) std::memcpy(tail.grad, R == Rule::none ? nullptr : task.grad + place, bytes);
+      if constexpr (R == Rule::momentum)
+        std::memcpy(tail.momentum, R == Rule::momentum ? task.momentum + place : nullptr, bytes);
       for (int part = 0; part < kParts; ++part) {
         const int at = part * kLanes;
         Part power_old, power_new;
         edge<T, N, R>(tail.weight + at, tail.grad + at, tail.momentum + at, simd::load(in_factor + whole + at),
-                      out_factor[row + r], task.weight_rates, task.p, power_old, power_new);
+                      row_factor[r], task.weight_rates, task.p, power_old, power_new);
         Part &old_sum = old_total[r].part[part], &new_sum = new_total[r].part[part];
         old_sum = collect<N>(power_old, simd::load(old_source + whole + at), old_sum);
         new_sum = collect<N>(power_new, simd::load(new_source + whole + at), new_sum);
       }
       if constexpr (R != Rule::none) std::memcpy(task.weight + place, tail.weight, bytes);
-      if constexpr (R == Rule::momentum) std::memcpy(ahead(task.momentum, place), tail.momentum, bytes);
+      if constexpr (R == Rule::momentum)
+        std::memcpy(R == Rule::momentum ? task.momentum + place : nullptr, tail.momentum, bytes);
     }
   }
   for (int r = 0; r < Count; ++r) {
@@ -216,10 +227,17 @@ void forward_block(const Sweep<T>& task, int64_t begin, int64_t end, const doubl
 
 // Adds `Count` rows to the column sums; each sum takes the rows in order.
 template <class T, Norm N, Rule R, int Count>
-void backward_rows(const Sweep<T>& task, int64_t row, int64_t col_begin, int64_t col_end, const double* in_factor,
+void backward_rows(const Sweep<T>& shared, int64_t row, int64_t col_begin, int64_t col_end, const double* in_factor,
                    const double* out_factor, const double* old_source, const double* new_source, double* sum_old,
                    double* sum_new) {
   constexpr int kLanes = simd::kLanes<double>;
+  const Sweep<T> task = shared;  // as in forward_rows
+  double row_factor[Count], row_old[Count], row_new[Count];
+  for (int r = 0; r < Count; ++r) {
+    row_factor[r] = out_factor[row + r];
+    row_old[r] = old_source[row + r];
+    row_new[r] = new_source[row + r];
+  }
   const int64_t cols = task.cols, whole = col_begin + (col_end - col_begin) / 8 * 8, first = row * cols;
   for (int64_t at = col_begin; at < whole; at += kLanes) {
     const Part factor = simd::load(in_factor + at);
@@ -229,10 +247,11 @@ void backward_rows(const Sweep<T>& task, int64_t row, int64_t col_begin, int64_t
       const int64_t place = first + r * cols + at;
       prefetch<T, R>(task, at, place + Count * cols);  // the next group of rows
       Part power_old, power_new;
-      edge<T, N, R>(task.weight + place, ahead(task.grad, place), ahead(task.momentum, place), factor,
-                    out_factor[row + r], task.weight_rates, task.p, power_old, power_new);
-      old_sum = collect<N>(power_old, simd::broadcast(old_source[row + r]), old_sum);
-      new_sum = collect<N>(power_new, simd::broadcast(new_source[row + r]), new_sum);
+      edge<T, N, R>(task.weight + place, R == Rule::none ? nullptr : task.grad + place,
+                    R == Rule::momentum ? task.momentum + place : nullptr, factor, row_factor[r], task.weight_rates,
+                    task.p, power_old, power_new);
+      old_sum = collect<N>(power_old, simd::broadcast(row_old[r]), old_sum);
+      new_sum = collect<N>(power_new, simd::broadcast(row_new[r]), new_sum);
     }
     simd::store(sum_old + at, old_sum);
     simd::store(sum_new + at, new_sum);
@@ -243,18 +262,20 @@ void backward_rows(const Sweep<T>& task, int64_t row, int64_t col_begin, int64_t
       const int64_t place = first + r * cols + whole;
       Tail<T> tail;
       std::memcpy(tail.weight, task.weight + place, bytes);
-      if constexpr (R != Rule::none) std::memcpy(tail.grad, ahead(task.grad, place), bytes);
-      if constexpr (R == Rule::momentum) std::memcpy(tail.momentum, ahead(task.momentum, place), bytes);
+      if constexpr (R != Rule::none) std::memcpy(tail.grad, R == Rule::none ? nullptr : task.grad + place, bytes);
+      if constexpr (R == Rule::momentum)
+        std::memcpy(tail.momentum, R == Rule::momentum ? task.momentum + place : nullptr, bytes);
       for (int at = 0; at < 8; at += kLanes) {
         Part power_old, power_new;
         edge<T, N, R>(tail.weight + at, tail.grad + at, tail.momentum + at, simd::load(in_factor + whole + at),
-                      out_factor[row + r], task.weight_rates, task.p, power_old, power_new);
+                      row_factor[r], task.weight_rates, task.p, power_old, power_new);
         double *old_sum = sum_old + whole + at, *new_sum = sum_new + whole + at;
-        simd::store(old_sum, collect<N>(power_old, simd::broadcast(old_source[row + r]), simd::load(old_sum)));
-        simd::store(new_sum, collect<N>(power_new, simd::broadcast(new_source[row + r]), simd::load(new_sum)));
+        simd::store(old_sum, collect<N>(power_old, simd::broadcast(row_old[r]), simd::load(old_sum)));
+        simd::store(new_sum, collect<N>(power_new, simd::broadcast(row_new[r]), simd::load(new_sum)));
       }
       if constexpr (R != Rule::none) std::memcpy(task.weight + place, tail.weight, bytes);
-      if constexpr (R == Rule::momentum) std::memcpy(ahead(task.momentum, place), tail.momentum, bytes);
+      if constexpr (R == Rule::momentum)
+        std::memcpy(R == Rule::momentum ? task.momentum + place : nullptr, tail.momentum, bytes);
     }
   }
 }
