@@ -238,7 +238,10 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
             raise ValueError(f"{node.target}: padding_mode={module.padding_mode!r} is not supported, use 'zeros'")
         if isinstance(module, MAX_POOLS) and module.dilation not in (1, (1, 1), (1, 1, 1)):
             raise ValueError(f"{node.target}: a dilated max pool is not supported")
-        path_weights(module)
+        try:
+            path_weights(module)
+        except ValueError as error:
+            raise ValueError(f"{node.target}: {error}") from error
         return
     if node.op == "call_function":
         target = node.target
@@ -309,8 +312,8 @@ def _inferred_shape(structure: Structure) -> tuple[int, ...] | None:
         node = users[0]
         if node.op == "call_module":
             module = structure.module.get_submodule(str(node.target))
-            if isinstance(module, nn.Linear):
-                return (module.in_features,)
+            if isinstance(module, nn.Linear) or (_takes_part(module) and isinstance(_features(module), int)):
+                return (_features(module),)
             if isinstance(module, nn.BatchNorm1d):
                 return (module.num_features,)
             if not isinstance(module, (*IDENTITY_MODULES, nn.Flatten)):
@@ -322,6 +325,10 @@ def _inferred_shape(structure: Structure) -> tuple[int, ...] | None:
             node.op == "call_function" and node.target not in (*IDENTITY_FUNCTIONS, torch.flatten, torch.reshape)
         ):
             return None
+
+
+def _features(module: nn.Module) -> Any:
+    return getattr(module, "in_features", None)
 
 
 def attribute(module: nn.Module, target: str) -> Any:

@@ -153,6 +153,11 @@ class TTLinear(TTCores):
             bound = 1 / sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def __path_weights__(self) -> tuple[str, ...]:
+        """What carries paths (`fw.pathsgd`): the layer is linear in each core and in its bias."""
+        cores = tuple(f"core_{k}" for k in range(self._count))
+        return cores if self.bias is None else (*cores, "bias")
+
     @classmethod
     def from_linear(
         cls,
