@@ -231,7 +231,7 @@ inline __attribute__((always_inline)) void backward_group(const Span<float>& spa
   auto body = [&](int offset, Floats normal) {
     const Floats m = simd::load(mu + offset), r = simd::load(rho + offset);
     const Softplus<VectorOps> softplus(r);
-    const Floats gate = softplus.gate(), derivative = softplus.derivative(gate);
+    const Floats over_sigma = softplus.derivative_over_sigma(), derivative = softplus.derivative(over_sigma);
     const Floats distance = kMean ? m - simd::load(prior_mean + offset) : m;
     Floats mu_part = precision * distance;
     Floats sigma_part = precision * softplus.sigma;  // what is to be multiplied by σ'
@@ -243,7 +243,7 @@ inline __attribute__((always_inline)) void backward_group(const Span<float>& spa
       if constexpr (kWeight) simd::store(weight + offset, VectorOps::fma(softplus.sigma, normal, m));
     }
     simd::store(grad_mu + offset, mu_part);
-    const Floats entropy = simd::broadcast(-grad_kl) * softplus.derivative_over_sigma(gate);
+    const Floats entropy = simd::broadcast(-grad_kl) * over_sigma;
     simd::store(grad_rho + offset, VectorOps::fma(sigma_part, derivative, entropy));
   };
   if constexpr (kNoise) {

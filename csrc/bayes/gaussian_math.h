@@ -115,10 +115,12 @@ struct Softplus {
   FW_MATH F log_sigma(F rho) const {
     return Ops::fma(minus_two_log<Ops>(s), Ops::constant(-0.5f), Ops::select(negative, rho, Ops::constant(0.0f)));
   }
-  // 1 / (1 + e), common to the two below.
-  FW_MATH F gate() const { return 1.0f / (1.0f + e); }
-  FW_MATH F derivative(F gate) const { return Ops::select(negative, e * gate, gate); }
-  FW_MATH F derivative_over_sigma(F gate) const { return gate / s; }
+  // σ'/σ, and σ' from it: one division for both.
+  FW_MATH F derivative_over_sigma() const { return 1.0f / ((1.0f + e) * s); }
+  FW_MATH F derivative(F over_sigma) const {
+    const F gate = over_sigma * s;
+    return Ops::select(negative, e * gate, gate);
+  }
 };
 
 }  // namespace FW_MATH_NAMESPACE

@@ -190,12 +190,12 @@ class BayesLayer(nn.Module):
     def _state(self) -> list[Any]:
         """What must not have changed for the last forward's KL to be that of now."""
         state: list[Any] = [self.prior, int(torch.is_grad_enabled())]
-        for triple in self.distributions():
-            for tensor in triple:
-                state.append(tensor)
-                if tensor is not None:
-                    version = -1 if tensor.is_inference() else tensor._version
-                    state += [version, tensor.data_ptr(), int(tensor.requires_grad)]
+        # The dicts themselves: nn.Module's attribute look-up would cost as much as the rest.
+        for tensor in (*self._parameters.values(), *self._buffers.values()):
+            state.append(tensor)
+            if tensor is not None:
+                version = -1 if tensor.is_inference() else tensor._version
+                state += (version, tensor.data_ptr(), int(tensor.requires_grad))
         return state
 
     def _kept(self) -> Any:
@@ -373,15 +373,20 @@ class BayesLinear(BayesLayer):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _fused(self, rows: Tensor, seed: Tensor) -> Tensor:
-        y, kl = ops.linear(
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters["weight_mu"]
+        assert weight is not None
+        _check.like("weight_mu", weight, "x", rows)
+        # The other checks of ops.linear hold by construction.
+        y, kl = ops.linear_unchecked(
             rows,
-            self.weight_mu,
-            self.weight_rho,
-            self.bias_mu,
-            self.bias_rho,
+            weight,
+            parameters["weight_rho"],
+            parameters["bias_mu"],
+            parameters["bias_rho"],
             seed,
-            self.weight_prior_mean,
-            self.bias_prior_mean,
+            buffers["weight_prior_mean"],
+            buffers["bias_prior_mean"],
             self.prior_std,
         )
         self._keep(kl, [kl])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,7 +74,7 @@ def kl(model: nn.Module) -> Tensor:
     assert total is not None
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     # Elsewhere than on the CPU, looking at the value would wait for the device.
-    if not traced and total.device.type == "cpu" and bool(torch.isnan(total)):
+    if not traced and total.device.type == "cpu" and math.isnan(total.item()):
         check_no_nan(layers)
     return total
 

@@ -284,6 +284,8 @@ class _Linear(torch.autograd.Function):
 _sample = _library.differentiable(_sample_op, _Sample)
 _kl = _library.differentiable(_kl_op, _KL)
 _linear = _library.differentiable(_linear_op, _Linear)
+# For a layer, whose own tensors fit each other.
+linear_unchecked = _linear
 
 
 def _check_weights(
