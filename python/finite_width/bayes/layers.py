@@ -267,15 +267,6 @@ class BayesLayer(nn.Module):
         """torch's own layer of the mean network, with copies of μ."""
         raise NotImplementedError
 
-    def __path_weights__(self) -> list[str]:
-        """The edges of paths through this layer (fw.pathsgd): those of the mean network, in its mode."""
-        if not self._mean_mode:
-            raise ValueError(
-                f"{type(self).__name__} draws its weights at random, so it has no paths; the mean network has: "
-                "use it inside `with fw.bayes.mean_mode(model):`"
-            )
-        return ["weight_mu"] if self.bias_mu is None else ["weight_mu", "bias_mu"]
-
     def extra_repr(self) -> str:
         return f"prior={self.prior}, estimator={self.estimator!r}"
 
