@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from . import decomposition, functional, planner, reference
-from .modes import bond_limits, check_modes, choose_modes, number_of_cores, parameter_count
+from .modes import bond_limits, check_modes, choose_modes, number_of_cores, train_size
 
 Ranks = int | Sequence[int]
 
@@ -73,10 +73,12 @@ def _mean_square(cores: Sequence[Tensor]) -> float:
     return float(gram)
 
 
-def _ranks_within(name: str, ranks: Ranks, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The inner ranks: as asked, or fewer where a bond cannot have so many."""
-    asked = decomposition.check_ranks(name, ranks, len(sizes) - 1)
-    return tuple(min(limit, rank) for limit, rank in zip(bond_limits(sizes), asked, strict=True) if rank is not None)
+def ranks_within(name: str, ranks: Ranks, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The inner ranks: a list as it is; one integer for all, but less where a bond cannot use so many."""
+    asked = [rank for rank in decomposition.check_ranks(name, ranks, len(sizes) - 1) if rank is not None]
+    if not isinstance(ranks, int):
+        return tuple(asked)
+    return tuple(min(limit, rank) for limit, rank in zip(bond_limits(sizes), asked, strict=True))
 
 
 class TTLinear(TTCores):
@@ -88,7 +90,7 @@ class TTLinear(TTCores):
     Args:
         in_features: N.
         out_features: M.
-        rank: one integer for all inner bonds, or one for each; lowered where a bond cannot have so many.
+        rank: one integer for all inner bonds, lowered where a bond cannot use so many; or a list, one for each.
         in_modes: factors of N; balanced ones of about 8 if left out.
         out_modes: factors of M.
         layout: "matrix" (cores [r, m_k, n_k, r'], as many input as output modes) or "in_out" (cores [r, n_k, r'] of
@@ -105,7 +107,7 @@ class TTLinear(TTCores):
         >>> import torch, finite_width as fw
         >>> layer = fw.tt.TTLinear(1024, 1024, rank=8)
         >>> layer(torch.randn(2, 1024)).shape, round(layer.compression_ratio)
-        (torch.Size([2, 1024]), 111)
+        (torch.Size([2, 1024]), 256)
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class TTLinear(TTCores):
         _check.positive_int("out_features", out_features)
         _check.one_of("layout", layout, functional.LAYOUTS)
         self.in_features, self.out_features, self.layout = in_features, out_features, layout
-        self.in_modes, self.out_modes = _modes(in_features, out_features, in_modes, out_modes, layout)
+        self.in_modes, self.out_modes = find_modes(in_features, out_features, in_modes, out_modes, layout)
         self.padded_in, self.padded_out = prod(self.in_modes), prod(self.out_modes)
         if layout == "matrix":
             sizes = tuple(m * n for m, n in zip(self.out_modes, self.in_modes, strict=True))
@@ -134,7 +136,7 @@ class TTLinear(TTCores):
         else:
             sizes = (*self.in_modes, *self.out_modes)
             middles = [(size,) for size in sizes]
-        bonds = (1, *_ranks_within("rank", rank, sizes), 1)
+        bonds = (1, *ranks_within("rank", rank, sizes), 1)
         self._register_cores([(bonds[k], *middle, bonds[k + 1]) for k, middle in enumerate(middles)], device, dtype)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -190,11 +192,12 @@ class TTLinear(TTCores):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         weight, bias = linear.weight.detach(), linear.bias
-        modes = _modes(linear.in_features, linear.out_features, in_modes, out_modes, "matrix")
+        modes = find_modes(linear.in_features, linear.out_features, in_modes, out_modes, "matrix")
         if target_params is not None:
             _check.positive_int("target_params", target_params)
             extra = 0 if bias is None else bias.numel()
-            max_rank = largest_rank(*modes, target_params - extra, max_rank, f"target_params = {target_params}")
+            sizes = tuple(m * n for m, n in zip(modes[1], modes[0], strict=True))
+            max_rank = largest_rank(sizes, target_params - extra, max_rank, f"target_params = {target_params}")
         padded = F.pad(
             weight.double(), (0, prod(modes[0]) - linear.in_features, 0, prod(modes[1]) - linear.out_features)
         )
@@ -203,8 +206,8 @@ class TTLinear(TTCores):
             linear.in_features,
             linear.out_features,
             rank=[core.shape[0] for core in cores[1:]],
-            in_modes=_exact(modes[0], linear.in_features),
-            out_modes=_exact(modes[1], linear.out_features),
+            in_modes=exact(modes[0], linear.in_features),
+            out_modes=exact(modes[1], linear.out_features),
             bias=bias is not None,
             device=weight.device,
             dtype=weight.dtype,
@@ -263,25 +266,26 @@ class TTLinear(TTCores):
         return text
 
 
-def _exact(modes: tuple[int, ...], size: int) -> tuple[int, ...] | None:
+def exact(modes: tuple[int, ...], size: int) -> tuple[int, ...] | None:
     """The modes, or None where they are padded and the layer finds them again itself."""
     return modes if prod(modes) == size else None
 
 
-def _modes(
+def find_modes(
     in_features: int,
     out_features: int,
     in_modes: Sequence[int] | None,
     out_modes: Sequence[int] | None,
     layout: str,
+    names: tuple[str, str] = ("in_features", "out_features"),
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(input modes, output modes): those given, checked; balanced ones for those left out."""
     given_in = None if in_modes is None else tuple(in_modes)
     given_out = None if out_modes is None else tuple(out_modes)
     if given_in is not None:
-        check_modes("in_modes", given_in, in_features, "in_features")
+        check_modes("in_modes" if names[0] == "in_features" else "dim_modes", given_in, in_features, names[0])
     if given_out is not None:
-        check_modes("out_modes", given_out, out_features, "out_features")
+        check_modes("out_modes" if names[1] == "out_features" else "num_modes", given_out, out_features, names[1])
     if given_in is None:
         count = number_of_cores(in_features, out_features) if given_out is None else len(given_out)
         given_in = choose_modes(in_features, count)
@@ -293,14 +297,14 @@ def _modes(
 
 
 def largest_rank(
-    in_modes: tuple[int, ...],
-    out_modes: tuple[int, ...],
-    parameters: int,
-    max_rank: int | Sequence[int] | None,
-    asked: str,
+    sizes: tuple[int, ...], parameters: int, max_rank: int | Sequence[int] | None, asked: str
 ) -> list[int]:
-    """The ranks, uniform but for their limits, with the most parameters not above the given number."""
-    sizes = tuple(m * n for m, n in zip(out_modes, in_modes, strict=True))
+    """The ranks, uniform but for their limits, with the most parameters not above the given number.
+
+    Args:
+        sizes: the number of values that each core holds for one pair of ranks: m_k n_k.
+        asked: what the user asked for, for the error message.
+    """
     limits = bond_limits(sizes)
     if max_rank is not None:
         wanted = decomposition.check_ranks("max_rank", max_rank, len(limits))
@@ -310,11 +314,11 @@ def largest_rank(
     while low <= high:
         rank = (low + high) // 2
         ranks = [min(rank, limit) for limit in limits]
-        if parameter_count(in_modes, out_modes, tuple(ranks)) <= parameters:
+        if train_size(sizes, ranks) <= parameters:
             best, low = ranks, rank + 1
         else:
             high = rank - 1
     if best is None:
-        least = parameter_count(in_modes, out_modes, (1,) * len(limits))
+        least = train_size(sizes, [1] * len(limits))
         raise ValueError(f"{asked} leaves {parameters} parameters for the cores, but rank 1 already takes {least}")
     return best

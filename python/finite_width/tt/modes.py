@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, log, prod
 
 from .. import _check
 
-# Cores are of about this mode: 1024 becomes (4, 8, 8, 4).
+# Cores are of about this mode: 1024 becomes (8, 4, 4, 8).
 TYPICAL_MODE = 8
 
 
@@ -32,28 +33,31 @@ def _prime_factors(size: int) -> list[int]:
 
 
 def _balanced(size: int, count: int) -> tuple[int, ...]:
-    """`count` factors of size as equal as a greedy choice makes them, the largest in the middle."""
+    """`count` factors of size as equal as a greedy choice makes them, the largest at the ends.
+
+    The inner cores hold two ranks: small modes there make the fewest parameters.
+    """
     modes = [1] * count
     for factor in sorted(_prime_factors(size), reverse=True):
         modes[modes.index(min(modes))] *= factor
-    ascending = sorted(modes)
-    return tuple(ascending[::2] + ascending[1::2][::-1])
+    descending = sorted(modes, reverse=True)
+    return tuple(descending[::2] + descending[1::2][::-1])
 
 
 def choose_modes(size: int, count: int) -> tuple[int, ...]:
     """`count` balanced modes whose product is size, or slightly more where size has a large prime factor.
 
     The product is the smallest number from size on whose largest mode is at most 2.5 times the balanced one,
-    size^(1/count). A layer pads its input with zeros and drops rows of its result accordingly.
+    size^(1/count), or at most 5. A layer pads its input with zeros and drops rows of its result accordingly.
 
     Example:
         >>> from finite_width.tt.modes import choose_modes
         >>> choose_modes(1024, 4), choose_modes(997, 4)
-        ((4, 8, 8, 4), (5, 5, 8, 5))
+        ((8, 4, 4, 8), (8, 5, 5, 5))
     """
     _check.positive_int("size", size)
     _check.positive_int("count", count)
-    limit = max(2.5 * size ** (1 / count), 3.0)
+    limit = max(2.5 * size ** (1 / count), 5.0)
     padded = size
     while max(modes := _balanced(padded, count)) > limit:
         padded += 1
@@ -68,10 +72,10 @@ def check_modes(name: str, modes: tuple[int, ...], size: int, size_name: str) ->
         raise ValueError(f"{name} must multiply to {size_name} = {size}, but {modes} multiply to {prod(modes)}")
 
 
-def parameter_count(in_modes: tuple[int, ...], out_modes: tuple[int, ...], ranks: tuple[int, ...]) -> int:
-    """Parameters of a TT-matrix: Σ r_{k-1} m_k n_k r_k, where ranks are the d - 1 inner ones."""
+def train_size(sizes: Sequence[int], ranks: Sequence[int]) -> int:
+    """Parameters of a train: Σ r_{k-1} s_k r_k, with s_k = m_k n_k for a TT-matrix and the d - 1 inner ranks."""
     bonds = (1, *ranks, 1)
-    return sum(a * m * n * b for a, m, n, b in zip(bonds[:-1], out_modes, in_modes, bonds[1:], strict=True))
+    return sum(a * size * b for a, size, b in zip(bonds[:-1], sizes, bonds[1:], strict=True))
 
 
 def bond_limits(sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import chain, combinations, pairwise, product
 from math import prod
 
 import torch
@@ -27,6 +27,8 @@ BANDWIDTH = 20.0  # bytes per nanosecond
 FUSED_LAUNCH = 12_000.0  # nanoseconds for the fused op and its backward, each
 CHAIN_LAUNCH = 12_000.0  # nanoseconds for one step of a chain (merge, permutation, product), each way
 STORE = 3.0  # writing one vector of a product costs as much as so many multiply-adds of it
+
+LONG = 10  # with more cores than that, chains of at most four groups are considered
 
 CoreShape = tuple[int, int, int, int]
 
@@ -203,16 +205,9 @@ def _chains(shapes: tuple[CoreShape, ...], batch: int, itemsize: int) -> Iterato
     count = len(shapes)
     columns = prod(s[2] for s in shapes)
     rate = CHAIN_RATE * 4 / itemsize
-    for cuts in product((False, True), repeat=count - 1):
-        if sum(cuts) < 2:
-            continue
-        groups, size = [], 1
-        for cut in cuts:
-            if cut:
-                groups.append(size)
-                size = 0
-            size += 1
-        groups.append(size)
+    most = count - 1 if count <= LONG else 3
+    for cuts in chain.from_iterable(combinations(range(1, count), number) for number in range(2, most + 1)):
+        groups = [end - begin for begin, end in pairwise((0, *cuts, count))]
         merged, merge, start = [], 0.0, 0
         for size in groups:
             part = shapes[start : start + size]

@@ -1,0 +1,222 @@
+"""TTConv2d: a two-dimensional convolution whose kernel is a Tensor Train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod, sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from .. import _check
+from . import decomposition, functional
+from .linear import Ranks, TTCores, exact, find_modes, largest_rank, ranks_within
+
+
+class TTConv2d(TTCores):
+    """Convolution with the kernel K[m, n, h, w] = F[h, w] G_1[m_1, n_1] ··· G_d[m_d, n_d], never built.
+
+    The spatial core F [1, kh, kw, r_0] is a bank of r_0 filters that all channels share; the channel cores
+    [r_{k-1}, m_k, n_k, r_k] are one Tensor-Train product (`tt_linear`) at every position of the result.
+
+    Args:
+        in_channels, out_channels: N and M.
+        kernel_size, stride, padding, dilation, padding_mode: as in nn.Conv2d; groups are not supported.
+        rank: one integer for all inner bonds, lowered where a bond cannot use so many; or a list, one for each:
+            r_0 between filters and channels, then r_1, ...
+        in_modes, out_modes: factors of the channels; balanced ones if left out, padded where there are none.
+        bias: whether to add a bias.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: modes that do not multiply to the channels, a rank of 0.
+
+    Source: Garipov et al., "Ultimate tensorization: compressing convolutional and FC layers alike", 2016.
+
+    Example:
+        >>> import torch, finite_width as fw
+        >>> layer = fw.tt.TTConv2d(16, 32, 3, padding=1, rank=4)
+        >>> layer(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 32, 8, 8])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        rank: Ranks = 8,
+        in_modes: Sequence[int] | None = None,
+        out_modes: Sequence[int] | None = None,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check.positive_int("in_channels", in_channels)
+        _check.positive_int("out_channels", out_channels)
+        _check.one_of("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))
+        self.in_channels, self.out_channels, self.padding_mode = in_channels, out_channels, padding_mode
+        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        if isinstance(padding, str):
+            _check.one_of("padding", padding, ("valid", "same"))
+            if padding == "same" and self.stride != (1, 1):
+                raise ValueError(f'padding="same" needs a stride of 1, got {stride}')
+            # What "same" adds in total is (k - 1) dilation; where that is odd, the right and the bottom get more.
+            total = [
+                d * (k - 1) if padding == "same" else 0 for k, d in zip(self.kernel_size, self.dilation, strict=True)
+            ]
+            self.padding = tuple((t // 2, t - t // 2) for t in total)
+        else:
+            self.padding = tuple((p, p) for p in _pair(padding))
+        self.in_modes, self.out_modes = find_modes(in_channels, out_channels, in_modes, out_modes, "matrix")
+        self.padded_in, self.padded_out = prod(self.in_modes), prod(self.out_modes)
+        sizes = (prod(self.kernel_size), *(m * n for m, n in zip(self.out_modes, self.in_modes, strict=True)))
+        bonds = (*ranks_within("rank", rank, sizes), 1)
+        shapes: list[tuple[int, ...]] = [(1, *self.kernel_size, bonds[0])]
+        shapes += [
+            (bonds[k], m, n, bonds[k + 1]) for k, (m, n) in enumerate(zip(self.out_modes, self.in_modes, strict=True))
+        ]
+        self._register_cores(shapes, device, dtype)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self, variance: float | None = None) -> None:
+        """Draw new values: K of the given mean square (default nn.Conv2d's, 1 / (3 fan_in)), bias as nn.Conv2d."""
+        fan_in = self.in_channels * prod(self.kernel_size)
+        if variance is None:
+            variance = 1 / (3 * fan_in)
+        if not variance > 0:
+            raise ValueError(f"variance must be positive, got {variance}")
+        self._start(variance)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / sqrt(fan_in), 1 / sqrt(fan_in))
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        eps: float | None = None,
+        max_rank: int | Sequence[int] | None = None,
+        target_params: int | None = None,
+        in_modes: Sequence[int] | None = None,
+        out_modes: Sequence[int] | None = None,
+    ) -> TTConv2d:
+        """The Tensor Train of a trained convolution's kernel (TT-SVD in float64), with its bias and geometry.
+
+        Args:
+            conv: an nn.Conv2d with groups=1; left as it is.
+            eps, max_rank, target_params, in_modes, out_modes: as in `TTLinear.from_linear`.
+
+        Raises:
+            ValueError: groups, none of eps, max_rank and target_params, NaN weights.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
+        if conv.groups != 1:
+            raise ValueError(f"conv must have groups=1, got groups={conv.groups}")
+        weight, bias = conv.weight.detach(), conv.bias
+        modes_in, modes_out = find_modes(conv.in_channels, conv.out_channels, in_modes, out_modes, "matrix")
+        kernel = (conv.kernel_size[0], conv.kernel_size[1])
+        middles = [kernel, *zip(modes_out, modes_in, strict=True)]
+        sizes = [a * b for a, b in middles]
+        if target_params is not None:
+            _check.positive_int("target_params", target_params)
+            room = target_params - (0 if bias is None else bias.numel())
+            max_rank = largest_rank(tuple(sizes), room, max_rank, f"target_params = {target_params}")
+        padded = F.pad(
+            weight.double(), (0, 0, 0, 0, 0, prod(modes_in) - conv.in_channels, 0, prod(modes_out) - conv.out_channels)
+        )
+        d = len(modes_in)
+        pairs = padded.reshape(*modes_out, *modes_in, *kernel).permute(
+            2 * d, 2 * d + 1, *(axis for k in range(d) for axis in (k, d + k))
+        )
+        cores = decomposition.tt_svd(pairs.reshape(sizes), eps=eps, max_rank=max_rank)
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            kernel,
+            stride=(conv.stride[0], conv.stride[1]),
+            padding=conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
+            dilation=(conv.dilation[0], conv.dilation[1]),
+            rank=[core.shape[0] for core in cores[1:]],
+            in_modes=exact(modes_in, conv.in_channels),
+            out_modes=exact(modes_out, conv.out_channels),
+            bias=bias is not None,
+            padding_mode=conv.padding_mode,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        layer.set_cores([c.reshape(c.shape[0], *pair, c.shape[2]) for c, pair in zip(cores, middles, strict=True)])
+        if bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(bias)
+        return layer.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_channels, H, W] -> [B, out_channels, H', W']."""
+        _check.is_tensor("x", x)
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must have shape [B, {self.in_channels}, H, W], got {list(x.shape)}")
+        filters, *channels = self.cores
+        (top, bottom), (left, right) = self.padding
+        padding = (top, left)
+        if self.padding_mode != "zeros" or top != bottom or left != right:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+        # Every filter on every channel: [B, N, r_0, H', W'].
+        bank = filters.permute(3, 0, 1, 2)
+        images = x.reshape(-1, 1, *x.shape[2:])
+        filtered = F.conv2d(images, bank, None, self.stride, padding, self.dilation)
+        filtered = filtered.reshape(x.shape[0], self.in_channels, *filtered.shape[1:])
+        rows = filtered.permute(0, 3, 4, 2, 1)  # [B, H', W', r_0, N]
+        if self.padded_in != self.in_channels:
+            rows = F.pad(rows, (0, self.padded_in - self.in_channels))
+        # The filters join the first input mode.
+        rank, m, n, rank_right = channels[0].shape
+        first = channels[0].transpose(0, 1).reshape(1, m, rank * n, rank_right)
+        whole = self.bias if self.padded_out == self.out_channels else None
+        y = functional.tt_linear(rows.reshape(*rows.shape[:3], -1), [first, *channels[1:]], whole)
+        if self.padded_out != self.out_channels:
+            y = y[..., : self.out_channels]
+            y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.permute(0, 3, 1, 2)
+
+    def to_dense(self) -> Tensor:
+        """K [out_channels, in_channels, kh, kw]; differentiable."""
+        filters, *channels = self.cores
+        rank, m, n, rank_right = channels[0].shape
+        first = channels[0].transpose(0, 1).reshape(1, m, rank * n, rank_right)
+        dense = decomposition.tt_to_dense([first, *channels[1:]]).reshape(self.padded_out, rank, self.padded_in)
+        kernel = torch.einsum("mrn,hwr->mnhw", dense, filters[0])
+        return kernel[: self.out_channels, : self.in_channels]
+
+    @property
+    def compression_ratio(self) -> float:
+        """Parameters of the dense convolution over those of this one, bias included in both."""
+        extra = 0 if self.bias is None else self.out_channels
+        dense = self.in_channels * self.out_channels * prod(self.kernel_size)
+        return (dense + extra) / (self.core_parameters + extra)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, in_modes={self.in_modes}, out_modes={self.out_modes}, ranks={self.ranks}"
+        )
+        if self.padded_in != self.in_channels:
+            text += f", channels of x padded with zeros to {self.padded_in}"
+        if self.padded_out != self.out_channels:
+            text += f", channels beyond {self.out_channels} of {self.padded_out} dropped"
+        return text

@@ -1,0 +1,228 @@
+"""TTEmbedding: an embedding table that is a Tensor Train, looked up row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _check
+from . import decomposition, reference
+from .linear import Ranks, TTCores, exact, find_modes, largest_rank, ranks_within
+
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+class TTEmbedding(TTCores):
+    """Rows of a table W [num_embeddings, embedding_dim] that is a Tensor Train; single rows, or sums or means of bags.
+
+    W[(v_1 ... v_d), (e_1 ... e_d)] = G_1[v_1, e_1] ··· G_d[v_d, e_d]. A row is the product of two factors, looked up
+    in the merged halves of the train, which have about √num_embeddings rows each: the table is never built. Equal
+    indices are computed once.
+
+    Args:
+        num_embeddings, embedding_dim: of the table.
+        rank: one integer for all inner bonds, lowered where a bond cannot use so many; or a list, one for each.
+        mode: None for single rows; "sum" or "mean" of bags of rows.
+        num_modes, dim_modes: factors of num_embeddings and embedding_dim; balanced ones if left out.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: modes that do not multiply to the size, a rank of 0.
+
+    Source: Hrinchuk et al., "Tensorized Embedding Layers", 2020; Yin et al., "TT-Rec", MLSys 2021.
+
+    Example:
+        >>> import torch, finite_width as fw
+        >>> table = fw.tt.TTEmbedding(50_000, 64, rank=8)
+        >>> table(torch.tensor([[3, 49_999], [3, 0]])).shape, round(table.compression_ratio)
+        (torch.Size([2, 2, 64]), 1124)
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        rank: Ranks = 8,
+        mode: str | None = None,
+        num_modes: Sequence[int] | None = None,
+        dim_modes: Sequence[int] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check.positive_int("num_embeddings", num_embeddings)
+        _check.positive_int("embedding_dim", embedding_dim)
+        _check.one_of("mode", mode, (None, "sum", "mean"))
+        self.num_embeddings, self.embedding_dim, self.mode = num_embeddings, embedding_dim, mode
+        self.dim_modes, self.num_modes = find_modes(
+            embedding_dim, num_embeddings, dim_modes, num_modes, "matrix", ("embedding_dim", "num_embeddings")
+        )
+        self.padded_dim, self.padded_num = prod(self.dim_modes), prod(self.num_modes)
+        pairs = list(zip(self.num_modes, self.dim_modes, strict=True))
+        bonds = (1, *ranks_within("rank", rank, tuple(v * e for v, e in pairs)), 1)
+        self._register_cores([(bonds[k], *pair, bonds[k + 1]) for k, pair in enumerate(pairs)], device, dtype)
+        # The cut where the two halves hold the least.
+        sizes = [
+            bonds[k] * (prod(v * e for v, e in pairs[:k]) + prod(v * e for v, e in pairs[k:]))
+            for k in range(1, len(pairs))
+        ]
+        self._split = 1 + sizes.index(min(sizes)) if sizes else 0
+        self._num_right = prod(self.num_modes[self._split :])
+        self.reset_parameters()
+
+    def reset_parameters(self, variance: float = 1.0) -> None:
+        """Draw new values: W of the given mean square (default 1, nn.Embedding's)."""
+        if not variance > 0:
+            raise ValueError(f"variance must be positive, got {variance}")
+        self._start(variance)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding | nn.EmbeddingBag,
+        *,
+        eps: float | None = None,
+        max_rank: int | Sequence[int] | None = None,
+        target_params: int | None = None,
+        num_modes: Sequence[int] | None = None,
+        dim_modes: Sequence[int] | None = None,
+    ) -> TTEmbedding:
+        """The Tensor Train of a trained table (TT-SVD in float64).
+
+        Args:
+            embedding: an nn.Embedding, or an nn.EmbeddingBag of mode "sum" or "mean", without max_norm and
+                padding_idx; left as it is.
+            eps, max_rank, target_params: as in `TTLinear.from_linear`.
+            num_modes, dim_modes: as in the constructor.
+
+        Raises:
+            ValueError: none of eps, max_rank and target_params; NaN weights; max_norm or padding_idx.
+        """
+        if not isinstance(embedding, (nn.Embedding, nn.EmbeddingBag)):
+            raise TypeError(f"embedding must be an nn.Embedding or nn.EmbeddingBag, got {type(embedding).__name__}")
+        if embedding.max_norm is not None or embedding.padding_idx is not None:
+            raise ValueError("embedding must have neither max_norm nor padding_idx: rows of a train are not free")
+        weight = embedding.weight.detach()
+        modes_dim, modes_num = find_modes(
+            embedding.embedding_dim,
+            embedding.num_embeddings,
+            dim_modes,
+            num_modes,
+            "matrix",
+            ("embedding_dim", "num_embeddings"),
+        )
+        if target_params is not None:
+            _check.positive_int("target_params", target_params)
+            sizes = tuple(v * e for v, e in zip(modes_num, modes_dim, strict=True))
+            max_rank = largest_rank(sizes, target_params, max_rank, f"target_params = {target_params}")
+        padded = F.pad(
+            weight.double(),
+            (0, prod(modes_dim) - embedding.embedding_dim, 0, prod(modes_num) - embedding.num_embeddings),
+        )
+        cores = decomposition.tt_matrix_svd(padded, modes_num, modes_dim, eps=eps, max_rank=max_rank)
+        layer = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            rank=[core.shape[0] for core in cores[1:]],
+            mode=embedding.mode if isinstance(embedding, nn.EmbeddingBag) else None,
+            num_modes=exact(modes_num, embedding.num_embeddings),
+            dim_modes=exact(modes_dim, embedding.embedding_dim),
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        layer.set_cores(cores)
+        return layer.train(embedding.training)
+
+    def forward(self, indices: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Rows, or sums or means of bags.
+
+        Args:
+            indices: int64 or int32; any shape for mode None; [B, L], B bags of L, or [n] with offsets, for bags.
+            offsets: [B], where each bag begins in a flat `indices`.
+
+        Returns:
+            [..., embedding_dim]; an empty bag gives zeros.
+
+        Raises:
+            IndexError: an index below 0 or from num_embeddings on. Not looked for under torch.compile and vmap.
+        """
+        _check.is_tensor("indices", indices)
+        if indices.dtype not in INDEX_DTYPES:
+            raise TypeError(f"indices must be int64 or int32, got {str(indices.dtype).removeprefix('torch.')}")
+        self._check_bags(indices, offsets)
+        plain = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+        if plain and indices.numel():
+            low, high = indices.aminmax()
+            if low < 0 or high >= self.num_embeddings:
+                worst = int(low if low < 0 else high)
+                raise IndexError(f"indices must lie between 0 and {self.num_embeddings - 1}, got {worst}")
+        if plain:
+            distinct, places = torch.unique(indices, return_inverse=True)
+            rows = self._rows(distinct)
+            if offsets is not None:
+                return F.embedding_bag(places, rows, offsets.to(places.dtype), mode=str(self.mode))
+            found = F.embedding(places, rows)
+        else:
+            found = self._rows(indices.reshape(-1)).reshape(*indices.shape, self.embedding_dim)
+            if offsets is not None:
+                return self._flat_bags(found, offsets)
+        if self.mode is None:
+            return found
+        return found.sum(-2) if self.mode == "sum" else found.sum(-2) / max(indices.shape[-1], 1)
+
+    def _check_bags(self, indices: Tensor, offsets: Tensor | None) -> None:
+        if self.mode is None:
+            if offsets is not None:
+                raise ValueError('offsets are for bags: give mode="sum" or "mean" to the layer')
+        elif offsets is None:
+            if indices.dim() != 2:
+                raise ValueError(f"indices must have shape [B, L] without offsets, got {list(indices.shape)}")
+        elif indices.dim() != 1 or offsets.dim() != 1:
+            raise ValueError(
+                f"indices and offsets must have shapes [n] and [B], got {list(indices.shape)} and {list(offsets.shape)}"
+            )
+
+    def _flat_bags(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Bags of adjacent rows [n, D] by plain indexing, for torch.compile and vmap."""
+        bag = torch.bucketize(torch.arange(rows.shape[0], device=rows.device), offsets, right=True) - 1
+        sums = rows.new_zeros(offsets.shape[0], rows.shape[1]).index_add(0, bag, rows)
+        if self.mode == "sum":
+            return sums
+        counts = torch.zeros_like(sums[:, 0]).index_add(0, bag, torch.ones_like(rows[:, 0]))
+        return sums / counts.clamp_min(1)[:, None]
+
+    def _rows(self, indices: Tensor) -> Tensor:
+        """The rows [n, embedding_dim] of indices [n]: a product of two looked-up factors each."""
+        cores = self.cores
+        if len(cores) == 1:
+            return cores[0][0, :, :, 0][indices][:, : self.embedding_dim]
+        left, right = reference.halves(cores, self._split)  # [V1, E1, r], [r, V2, E2]
+        first = left[indices // self._num_right]
+        second = right.transpose(0, 1)[indices % self._num_right]
+        return (first @ second).flatten(1)[:, : self.embedding_dim]
+
+    def to_dense(self) -> Tensor:
+        """W [num_embeddings, embedding_dim]; differentiable."""
+        return decomposition.tt_to_dense(self.cores)[: self.num_embeddings, : self.embedding_dim]
+
+    @property
+    def compression_ratio(self) -> float:
+        """Parameters of the table over those of the train."""
+        return self.num_embeddings * self.embedding_dim / self.core_parameters
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.num_embeddings}, {self.embedding_dim}, num_modes={self.num_modes}, dim_modes={self.dim_modes}, "
+            f"ranks={self.ranks}, mode={self.mode!r}"
+        )
+        if self.padded_num != self.num_embeddings:
+            text += f", rows beyond {self.num_embeddings} of {self.padded_num} never looked up"
+        if self.padded_dim != self.embedding_dim:
+            text += f", columns beyond {self.embedding_dim} of {self.padded_dim} dropped"
+        return text

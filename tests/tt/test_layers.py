@@ -1,0 +1,181 @@
+"""TTConv2d and TTEmbedding against the dense layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import finite_width as fw
+
+CONVOLUTIONS = [
+    {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "rank": 3},
+    {
+        "in_channels": 8,
+        "out_channels": 4,
+        "kernel_size": (3, 5),
+        "stride": 2,
+        "padding": (1, 2),
+        "dilation": (2, 1),
+        "rank": 2,
+    },
+    {"in_channels": 3, "out_channels": 11, "kernel_size": 1, "bias": False, "rank": 4},
+    {"in_channels": 4, "out_channels": 4, "kernel_size": (2, 4), "padding": "same", "rank": 3},
+    {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "padding": 1, "padding_mode": "reflect", "rank": 3},
+]
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS)
+def test_convolution_against_dense(options):
+    layer = fw.tt.TTConv2d(**options, dtype=torch.float64)
+    dense = nn.Conv2d(**{k: v for k, v in options.items() if k != "rank"}, dtype=torch.float64)
+    x = torch.randn(2, layer.in_channels, 11, 12, dtype=torch.float64)
+    with torch.no_grad():
+        dense.weight.copy_(layer.to_dense())
+        if layer.bias is not None:
+            dense.bias.copy_(layer.bias)
+    y, exact = layer(x), dense(x)
+    torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
+    inputs = [x.clone().requires_grad_(), *layer.parameters()]
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(layer(inputs[0]), inputs, grad)
+    x2 = x.clone().requires_grad_()
+    (x_grad,) = torch.autograd.grad(dense(x2), [x2], grad, retain_graph=True)
+    torch.testing.assert_close(got[0], x_grad, rtol=1e-12, atol=1e-12)
+    weight_grad = torch.autograd.grad(dense(x2), dense.weight, grad)[0]
+    expected = torch.autograd.grad(layer.to_dense(), layer.cores, weight_grad)
+    for a, b in zip(got[1 : 1 + len(expected)], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS)
+def test_from_conv(options):
+    conv = nn.Conv2d(**{k: v for k, v in options.items() if k != "rank"}).double()
+    layer = fw.tt.TTConv2d.from_conv(conv, eps=1e-10)
+    x = torch.randn(2, conv.in_channels, 9, 10, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), conv(x), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(layer.to_dense(), conv.weight, rtol=1e-8, atol=1e-8)
+    coarse = fw.tt.TTConv2d.from_conv(conv, eps=0.4)
+    assert float((coarse.to_dense() - conv.weight).norm() / conv.weight.norm()) <= 0.4
+    small = fw.tt.TTConv2d.from_conv(conv, target_params=100)
+    assert sum(p.numel() for p in small.parameters()) <= 100
+
+
+def test_convolution_start_and_words():
+    layer = fw.tt.TTConv2d(16, 32, 3, rank=6)
+    assert float(layer.to_dense().square().mean()) == pytest.approx(1 / (3 * 16 * 9), rel=1e-4)
+    assert "padded" not in repr(layer)
+    padded = fw.tt.TTConv2d(97, 101, 3, rank=2)
+    assert "channels of x padded with zeros" in repr(padded)
+    dense = sum(p.numel() for p in nn.Conv2d(16, 32, 3).parameters())
+    assert layer.compression_ratio == pytest.approx(dense / sum(p.numel() for p in layer.parameters()))
+    torch.testing.assert_close(copy.deepcopy(layer)(torch.ones(1, 16, 4, 4)), layer(torch.ones(1, 16, 4, 4)))
+
+
+def test_convolution_under_compile_and_func():
+    torch.compiler.reset()
+    layer = fw.tt.TTConv2d(4, 6, 3, rank=3).double()
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, image):
+        return torch.func.functional_call(layer, parameters, image[None]).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for k in range(3):
+        alone = torch.func.grad(loss)(parameters, x[k])
+        for name, value in alone.items():
+            torch.testing.assert_close(each[name][k], value)
+
+
+EMBEDDINGS = [
+    {"num_embeddings": 60, "embedding_dim": 12, "rank": 3},
+    {"num_embeddings": 997, "embedding_dim": 17, "rank": 4},  # primes: padded
+    {"num_embeddings": 10, "embedding_dim": 6, "rank": 1, "num_modes": (10,), "dim_modes": (6,)},
+    {"num_embeddings": 4096, "embedding_dim": 64, "rank": 5, "num_modes": (8,) * 4, "dim_modes": (2, 4, 4, 2)},
+]
+
+
+@pytest.mark.parametrize("options", EMBEDDINGS)
+def test_embedding_against_dense(options):
+    layer = fw.tt.TTEmbedding(**options, dtype=torch.float64)
+    indices = torch.randint(layer.num_embeddings, (7, 5))
+    indices[0] = indices[1]  # equal ones
+    indices[2, 0] = layer.num_embeddings - 1
+    table = layer.to_dense()
+    rows, exact = layer(indices), F.embedding(indices, table)
+    torch.testing.assert_close(rows, exact, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(rows)
+    got = torch.autograd.grad(rows, layer.cores, grad)
+    for a, b in zip(got, torch.autograd.grad(exact, layer.cores, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(layer(indices.int()), rows)
+    assert layer(indices[:0]).shape == (0, 5, layer.embedding_dim)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_against_dense(mode):
+    layer = fw.tt.TTEmbedding(60, 12, rank=3, mode=mode, dtype=torch.float64)
+    table = layer.to_dense()
+    indices = torch.randint(60, (7, 5))
+    torch.testing.assert_close(layer(indices), F.embedding_bag(indices, table, mode=mode))
+    flat, offsets = indices.flatten(), torch.tensor([0, 4, 4, 20, 35])  # the second and the last bag are empty
+    exact = F.embedding_bag(flat, table, offsets, mode=mode)
+    torch.testing.assert_close(layer(flat, offsets), exact)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(flat, offsets), exact)
+    torch.testing.assert_close(compiled(indices), layer(indices))
+    many = torch.func.vmap(lambda rows: layer(rows[None]))(indices)
+    torch.testing.assert_close(many[:, 0], layer(indices))
+
+
+def test_from_embedding():
+    table = nn.Embedding(100, 16)
+    exact = fw.tt.TTEmbedding.from_embedding(table, eps=1e-7)
+    torch.testing.assert_close(exact.to_dense(), table.weight, rtol=1e-5, atol=1e-5)
+    bags = nn.EmbeddingBag(100, 16, mode="mean")
+    layer = fw.tt.TTEmbedding.from_embedding(bags, max_rank=4)
+    assert layer.mode == "mean"
+    assert max(layer.ranks) <= 4
+    with pytest.raises(ValueError, match="neither max_norm nor padding_idx"):
+        fw.tt.TTEmbedding.from_embedding(nn.Embedding(100, 16, padding_idx=0), max_rank=4)
+
+
+def test_embedding_never_builds_the_table():
+    """A billion rows: the lookup holds factors of about √V rows each, and nothing of the table's size."""
+    layer = fw.tt.TTEmbedding(10**9, 64, rank=4)
+    rows = layer(torch.tensor([0, 999_999_999, 123_456_789]))
+    assert rows.shape == (3, 64)
+    assert layer.compression_ratio > 1e6
+
+
+EMBEDDING = fw.tt.TTEmbedding(60, 12, rank=3)
+BAGS = fw.tt.TTEmbedding(60, 12, rank=3, mode="sum")
+CONVOLUTION = fw.tt.TTConv2d(4, 6, 3)
+BAD = [
+    (lambda: EMBEDDING(torch.tensor([3, 60])), IndexError, "indices must lie between 0 and 59, got 60"),
+    (lambda: EMBEDDING(torch.tensor([-1, 3])), IndexError, "indices must lie between 0 and 59, got -1"),
+    (lambda: EMBEDDING(torch.tensor([1.0])), TypeError, "indices must be int64 or int32, got float32"),
+    (lambda: EMBEDDING(torch.tensor([1]), torch.tensor([0])), ValueError, "offsets are for bags"),
+    (lambda: BAGS(torch.tensor([1, 2])), ValueError, r"indices must have shape \[B, L\] without offsets"),
+    (lambda: BAGS(torch.tensor([[1, 2]]), torch.tensor([0])), ValueError, r"must have shapes \[n\] and \[B\]"),
+    (lambda: fw.tt.TTEmbedding(60, 12, mode="max"), ValueError, "mode must be one of"),
+    (lambda: fw.tt.TTEmbedding(60, 12, num_modes=(7, 8)), ValueError, "num_modes must multiply to num_embeddings = 60"),
+    (lambda: fw.tt.TTEmbedding(60, 12, rank=0), ValueError, "rank must be at least 1"),
+    (lambda: CONVOLUTION(torch.randn(2, 5, 8, 8)), ValueError, r"x must have shape \[B, 4, H, W\]"),
+    (lambda: fw.tt.TTConv2d(4, 6, 3, stride=2, padding="same"), ValueError, "needs a stride of 1"),
+    (lambda: fw.tt.TTConv2d.from_conv(nn.Conv2d(4, 4, 3, groups=2), max_rank=2), ValueError, "groups=1, got groups=2"),
+    (lambda: fw.tt.TTConv2d.from_conv(nn.Conv2d(4, 4, 3)), ValueError, "give eps"),
+    (lambda: fw.tt.TTConv2d.from_conv(nn.Linear(4, 4), max_rank=2), TypeError, "conv must be an nn.Conv2d"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
