@@ -39,6 +39,8 @@ class Case:
     flops, bytes: the least work that the case needs; its floor is the larger of flops over the machine's measured
         matrix-product rate and bytes over its measured copy bandwidth.
     targets: (implementation, against) -> the least ratio time(against) / time(implementation) that is aimed at.
+    not_compared: implementations that compute something else (such as a dense layer of its own weights), whose error
+        is therefore left out.
     min_runs, seconds: at least so many interleaved rounds, and so long, whichever is more; but never over `limit` s.
     """
 
@@ -55,6 +57,7 @@ class Case:
     seconds: float = 2.0
     limit: float = 60.0
     memory: bool = True
+    not_compared: Sequence[str] = ()
 
 
 def interleave(
@@ -189,7 +192,7 @@ def measure(case: Case, *, peers: bool, refcheck: bool) -> list[dict[str, Any]]:
             "ratio": medians[name] / medians[case.baseline],
             "baseline": case.baseline,
         }
-        if exact is not None:
+        if exact is not None and name not in case.not_compared:
             row["relative_error"] = relative_error(calls[name](), exact)
         row["targets"] = [
             {"against": against, "aim": aim, "measured": medians[against] / medians[name]}

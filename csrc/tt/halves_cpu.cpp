@@ -89,17 +89,22 @@ struct Part {
     }
   }
 
-  // a_gradient [(s r), i] (+)= sum_b T_b V_bᵀ; vt holds V_bᵀ [j, i] for each row.
-  Product<T> a_gradient(const T* t, const T* vt, bool accumulate, T* result) const {
+  // a_gradient [(s r), i] (+)= sum_b T_b V_bᵀ; vt holds the panels of V_bᵀ for each row.
+  template <class Run>
+  void a_gradient(const Run& run, const T* t, const T* vt, bool accumulate, T* result) const {
     result += from * n.r * n.i;
-    Product<T> p{sr(), n.i, n.j, t, n.j, 1, vt, n.i, result, n.i};
-    if (n.j == 1) {  // the sum over the rows is the inner one
-      p.inner = count, p.a_row = 1, p.a_inner = sr();
-    } else {
-      p.outer = count, p.a_outer = sr() * n.j, p.b_outer = n.v();
+    if (n.j == 1) {  // one column each: the sum over the rows is the inner one, and V is its own transpose
+      Product<T> p{sr(), n.i, count, t, 1, sr(), vt, n.i, result, n.i};
+      if (accumulate) p.init = result, p.init_row = n.i;
+      return run(p);
     }
-    if (accumulate) p.init = result, p.init_row = n.i;
-    return p;
+    const int64_t width = panel_width<T>(), size = panels_size<T>(n.i, n.j);
+    for (int64_t i = 0; i < n.i; i += width) {
+      Product<T> p{sr(), std::min(width, n.i - i), n.j, t, n.j, 1, vt + i * n.j, width, result + i, n.i};
+      if (accumulate) p.init = result + i, p.init_row = n.i;
+      p.outer = count, p.a_outer = sr() * n.j, p.b_outer = size;
+      run(p);
+    }
   }
 
   // b_gradient [q, (r j)] (+)= sum_(b s) U D.
@@ -113,20 +118,13 @@ struct Part {
 constexpr auto serial = [](const auto& product) { run(product); };
 constexpr auto threaded = [](const auto& product) { run_parallel(product); };
 
-// V_bᵀ [j, i] for each of `count` rows; V itself where that is the same.
+// The panels of V_bᵀ for each of `count` rows; V itself where V_b has one column.
 template <class T>
-const T* transposed(const Sizes& n, int64_t count, const T* v, T* to) {
-  if (n.j == 1 || n.i == 1) return v;
-  constexpr int64_t kSquare = 8;
-  for (int64_t b = 0; b < count; ++b, v += n.v()) {
-    T* result = to + b * n.v();
-    for (int64_t j0 = 0; j0 < n.j; j0 += kSquare) {
-      const int64_t j1 = std::min(j0 + kSquare, n.j);
-      for (int64_t i = 0; i < n.i; ++i) {
-        for (int64_t j = j0; j < j1; ++j) result[j * n.i + i] = v[i * n.j + j];
-      }
-    }
-  }
+const T* transposed(const Sizes& n, int64_t count, const T* v) {
+  if (n.j == 1) return v;
+  const int64_t size = panels_size<T>(n.i, n.j);
+  T* to = scratch<T>(Piece::tile_v, count * size + kPanelSlack);
+  for (int64_t b = 0; b < count; ++b) transpose_panels(n.i, n.j, v + b * n.v(), to + b * size);
   return to;
 }
 
@@ -184,8 +182,7 @@ void halves_gradients(const Sizes& n, int64_t batch, const Halves<T>& h, const T
     const Part<T> all{n, h, batch, 0, n.s};
     run_parallel(all.make_t(u, t));
     all.make_d(threaded, v, d);
-    const T* vt = transposed(n, batch, v, scratch<T>(Piece::tile_v, batch * n.v()));
-    run_parallel(all.a_gradient(t, vt, false, a_gradient));
+    all.a_gradient(threaded, t, transposed(n, batch, v), false, a_gradient);
     run_parallel(all.b_gradient(u, d, false, b_gradient));
     if (up_result) all.up(threaded, t, static_cast<const T*>(nullptr), false, up_result);
     if (down_result) all.down(threaded, d, static_cast<const T*>(nullptr), down_result);
@@ -204,13 +201,13 @@ void halves_gradients(const Sizes& n, int64_t batch, const Halves<T>& h, const T
       const int64_t first = tile * grid.rows, count = std::min(grid.rows, batch - first);
       const T* u_tile = u + first * n.u();
       const T* v_tile = v + first * n.v();
-      const T* vt = transposed(n, count, v_tile, scratch<T>(Piece::tile_v, count * n.v()));
+      const T* vt = transposed(n, count, v_tile);
       T* t = scratch<T>(Piece::tile_t, count * grid.block * n.r * n.j);
       T* d = scratch<T>(Piece::tile_d, count * grid.block * n.r * n.j);
       for (int64_t from = 0; from < n.s; from += grid.block) {
         const Part<T> part{n, h, count, from, std::min(grid.block, n.s - from)};
         run(part.make_t(u_tile, t));
-        run(part.a_gradient(t, vt, tile > begin, a_slot(slot)));
+        part.a_gradient(serial, t, vt, tile > begin, a_slot(slot));
         if (up_result) part.up(serial, t, static_cast<const T*>(nullptr), from > 0, up_result + first * n.v());
         part.make_d(serial, v_tile, d);
         run(part.b_gradient(u_tile, d, tile > begin || from > 0, b_slot(slot)));

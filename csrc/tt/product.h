@@ -32,4 +32,17 @@ void run(const Product<T>& product);
 template <class T>
 void run_parallel(const Product<T>& product);
 
+// A matrix transposed into panels of panel_width<T>() columns, the last filled up with zeros:
+//   from  [rows, columns], contiguous
+//   to    [panels, columns, width]: row r of `from` is column r % width of panel r / width; panels_size(..) values
+template <class T>
+int64_t panel_width();
+template <class T>
+int64_t panels_size(int64_t rows, int64_t columns) {
+  return (rows + panel_width<T>() - 1) / panel_width<T>() * panel_width<T>() * columns;
+}
+template <class T>
+void transpose_panels(int64_t rows, int64_t columns, const T* from, T* to);
+constexpr int64_t kPanelSlack = 16;  // what transpose_panels may write beyond
+
 }  // namespace finite_width::tt

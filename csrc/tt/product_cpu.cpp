@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/parallel.h"
+#include "common/workspace.h"
 
 #define FW_KERNEL_FILE "tt/product_kernel.h"
 #include "common/foreach_isa.h"
@@ -33,6 +34,20 @@ void run_parallel(const Product<T>& product) {
   });
 }
 
+template <class T>
+int64_t panel_width() {
+  return FW_DISPATCH(product_panel_width<T>)();
+}
+
+template <class T>
+void transpose_panels(int64_t rows, int64_t columns, const T* from, T* to) {
+  FW_DISPATCH(product_panels<T>)(rows, columns, from, to);
+}
+
+template int64_t panel_width<float>();
+template int64_t panel_width<double>();
+template void transpose_panels<float>(int64_t, int64_t, const float*, float*);
+template void transpose_panels<double>(int64_t, int64_t, const double*, double*);
 template void run<float>(const Product<float>&);
 template void run<double>(const Product<double>&);
 template void run_parallel<float>(const Product<float>&);

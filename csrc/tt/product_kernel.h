@@ -2,6 +2,7 @@
 //
 // A tile is up to kRows rows by two vectors. Operands are read where they lie, without packing: they fit in the L1
 // and L2 caches, and each value of A is broadcast from memory for two fused multiply-adds.
+#include "common/gemm_tile.h"
 #include "common/simd.h"
 
 namespace finite_width::FW_ISA {
@@ -135,6 +136,21 @@ void product_serial(const tt::Product<T>& p) {
       }
       row += rows;
     }
+  }
+}
+
+template <class T>
+int64_t product_panel_width() {
+  return tile::kTileColumns<T>;
+}
+
+template <class T>
+void product_panels(int64_t rows, int64_t columns, const T* from, T* to) {
+  static_assert(tile::kSlack<T> <= tt::kPanelSlack);
+  constexpr int64_t kWidth = tile::kTileColumns<T>;
+  for (int64_t row = 0; row < rows; row += kWidth, to += kWidth * columns) {
+    const int count = static_cast<int>(rows - row < kWidth ? rows - row : kWidth);
+    tile::pack_right(from + row * columns, columns, 1, count, columns, to);
   }
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,38 +48,52 @@ def tt_linear(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None, *,
         torch.Size([7, 20])
     """
     _check.is_tensor("x", x)
-    if x.is_floating_point() and _autocast(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, cores, bias = x.to(dtype), [core.to(dtype) for core in cores], None if bias is None else bias.to(dtype)
+    x, cores, bias = _autocast(x, cores, bias)
     _check.is_float("x", x, DTYPES)
-    shapes, in_cores, rows, columns = _check_call(x, cores, bias, layout)
-    return apply(x, cores, bias, shapes, in_cores, rows, columns)
+    return _apply(x, cores, bias, _check_call(x, cores, bias, layout))
 
 
-def _autocast(device_type: str) -> bool:
-    return bool(torch.is_autocast_enabled(device_type))
+class Signature(NamedTuple):
+    """What a call needs to know of its cores.
 
-
-def apply(
-    x: Tensor,
-    cores: Sequence[Tensor],
-    bias: Tensor | None,
-    shapes: tuple[planner.CoreShape, ...],
-    in_cores: int,
-    rows: int,
-    columns: int,
-) -> Tensor:
-    """`tt_linear` after its checks.
-
-    Args:
+    Attributes:
         shapes: of the cores, with four axes each.
         in_cores: how many of them hold input modes, or 0 for the layout "matrix" (`reference.Plan`).
         rows, columns: M, N.
     """
+
+    shapes: tuple[planner.CoreShape, ...]
+    in_cores: int
+    rows: int
+    columns: int
+
+
+def apply_checked(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, signature: Signature) -> Tensor:
+    """`tt_linear` of a layer, whose cores fit together and to x."""
+    x, cores, bias = _autocast(x, cores, bias)
+    first = cores[0]
+    if x.dtype != first.dtype or x.device != first.device:
+        _check.is_float("x", x, DTYPES)
+        _check.like("x", x, "the layer's cores", first)
+    return _apply(x, cores, bias, signature)
+
+
+def _autocast(
+    x: Tensor, cores: Sequence[Tensor], bias: Tensor | None
+) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
+    """The arguments in the autocast dtype, where autocast is on."""
+    if not (torch.is_autocast_enabled(x.device.type) and x.is_floating_point()):
+        return x, cores, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), [core.to(dtype) for core in cores], None if bias is None else bias.to(dtype)
+
+
+def _apply(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, signature: Signature) -> Tensor:
+    shapes, in_cores, rows, columns = signature
     inputs = x.reshape(-1, columns) if x.dim() != 2 else x
     if x.dtype == torch.float16:  # summed in float32
         wide = [core.float() for core in cores]
-        y = apply(inputs.float(), wide, None if bias is None else bias.float(), shapes, in_cores, rows, columns).half()
+        y = _apply(inputs.float(), wide, None if bias is None else bias.float(), signature).half()
     elif len(cores) == 1:
         y = F.linear(inputs, cores[0].reshape(rows, columns), bias)
     else:
@@ -99,10 +113,8 @@ def _chain(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, code: Any, i
     return y.to(x.dtype)
 
 
-def _check_call(
-    x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, layout: str
-) -> tuple[tuple[planner.CoreShape, ...], int, int, int]:
-    """Checks all arguments; returns what `apply` needs."""
+def _check_call(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, layout: str) -> Signature:
+    """Checks all arguments."""
     _check.one_of("layout", layout, LAYOUTS)
     decomposition.check_cores(cores, (4,) if layout == "matrix" else (3,))
     _check.like("cores[0]", cores[0], "x", x)
@@ -124,7 +136,7 @@ def _check_call(
         _check.like("bias", bias, "x", x)
         if bias.shape != (rows,):
             raise ValueError(f"bias must have shape [{rows}], the product of the output modes, got {list(bias.shape)}")
-    return shapes, in_cores, rows, columns
+    return Signature(shapes, in_cores, rows, columns)
 
 
 def four_axis_shapes(cores: Sequence[Tensor], in_cores: int) -> tuple[planner.CoreShape, ...]:

@@ -138,6 +138,9 @@ class TTLinear(TTCores):
             middles = [(size,) for size in sizes]
         bonds = (1, *ranks_within("rank", rank, sizes), 1)
         self._register_cores([(bonds[k], *middle, bonds[k + 1]) for k, middle in enumerate(middles)], device, dtype)
+        in_cores = 0 if layout == "matrix" else len(self.in_modes)
+        shapes = functional.four_axis_shapes(self.cores, in_cores)
+        self._signature = functional.Signature(shapes, in_cores, self.padded_out, self.padded_in)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
@@ -225,15 +228,15 @@ class TTLinear(TTCores):
             raise ValueError(f"x must have a last dimension of in_features = {self.in_features}, got {list(x.shape)}")
         if self.padded_in != self.in_features:
             x = F.pad(x, (0, self.padded_in - self.in_features))
+        # The cores fit together and to x already: all that is left to check is the dtype and the device.
         if self.padded_out == self.out_features:
-            return functional.tt_linear(x, self.cores, self.bias, layout=self.layout)
-        y = functional.tt_linear(x, self.cores, None, layout=self.layout)[..., : self.out_features]
+            return functional.apply_checked(x, self.cores, self.bias, self._signature)
+        y = functional.apply_checked(x, self.cores, None, self._signature)[..., : self.out_features]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def to_dense(self) -> Tensor:
         """W [out_features, in_features]; differentiable."""
-        in_cores = 0 if self.layout == "matrix" else len(self.in_modes)
-        weight = reference.merge(reference.as_matrix(self.cores, in_cores))[0, :, :, 0]
+        weight = reference.merge(reference.as_matrix(self.cores, self._signature.in_cores))[0, :, :, 0]
         return weight[: self.out_features, : self.in_features]
 
     @property
@@ -251,8 +254,7 @@ class TTLinear(TTCores):
             batch 64: cores merged as 2+2; fused halves, the left factor first
         """
         _check.positive_int("batch", batch)
-        in_cores = 0 if self.layout == "matrix" else len(self.in_modes)
-        return str(planner.plan(functional.four_axis_shapes(self.cores, in_cores), batch, self.cores[0].dtype))
+        return str(planner.plan(self._signature.shapes, batch, self.cores[0].dtype))
 
     def extra_repr(self) -> str:
         text = (
