@@ -28,11 +28,12 @@ const T* merge(Chain<T>& chain, T* room);
 template <class T>
 int64_t merge_room(const Chain<T>& chain);
 
-// The gradients of the cores from that of the whole product (same shape; overwritten).
+// The gradients of the cores from that of the whole product (same shape). Of a chain of one core it is the gradient
+// itself, which is copied unless it stands there already.
 //   room         2 * merge_room(chain) + the largest core, values
 //   gradients    one pointer for each core, of its shape
 template <class T>
-void unmerge(const Chain<T>& chain, T* gradient, T* room, const std::vector<T*>& gradients);
+void unmerge(const Chain<T>& chain, const T* gradient, T* room, const std::vector<T*>& gradients);
 
 // What the axes of a merged half become in the layout that a product reads.
 enum class Axes { m, n, rank };
@@ -40,6 +41,10 @@ enum class Axes { m, n, rank };
 // The merged half with its axes in another order, all m modes together and all n modes together: contiguous `to`.
 template <class T>
 void arrange(const Chain<T>& chain, const Axes (&order)[3], const T* merged, T* to);
+
+// Whether `arrange` in this order would copy the merged half as it is.
+template <class T>
+bool arranged_already(const Chain<T>& chain, const Axes (&order)[3]);
 
 // The inverse: from the arranged layout back to the merged half's.
 template <class T>

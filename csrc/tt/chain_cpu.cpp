@@ -125,7 +125,7 @@ const T* merge(Chain<T>& chain, T* room) {
 }
 
 template <class T>
-void unmerge(const Chain<T>& chain, T* gradient, T* room, const std::vector<T*>& gradients) {
+void unmerge(const Chain<T>& chain, const T* gradient, T* room, const std::vector<T*>& gradients) {
   const int64_t count = static_cast<int64_t>(chain.shapes.size());
   const std::vector<int64_t> sizes = partial_sizes(chain);
   if (chain.from_left) {
@@ -143,7 +143,7 @@ void unmerge(const Chain<T>& chain, T* gradient, T* room, const std::vector<T*>&
       room = next, gradient = next;
       room += sizes[k - 1];
     }
-    std::copy(gradient, gradient + sizes[0], gradients[0]);
+    if (gradients[0] != gradient) std::copy(gradient, gradient + sizes[0], gradients[0]);
     return;
   }
   for (int64_t k = 0; k + 1 < count; ++k) {
@@ -158,7 +158,7 @@ void unmerge(const Chain<T>& chain, T* gradient, T* room, const std::vector<T*>&
     run_parallel(Product<T>{rank, after, rows, chain.cores[k], 1, rank, gradient, after, next, after});
     room = next + sizes[k + 1], gradient = next;
   }
-  std::copy(gradient, gradient + sizes[count - 1], gradients[count - 1]);
+  if (gradients[count - 1] != gradient) std::copy(gradient, gradient + sizes[count - 1], gradients[count - 1]);
 }
 
 template <class T>
@@ -173,17 +173,24 @@ void arrange(const Chain<T>& chain, const Axes (&order)[3], const T* merged, T* 
 }
 
 template <class T>
+bool arranged_already(const Chain<T>& chain, const Axes (&order)[3]) {
+  const std::vector<Axis> axes = ordered_axes(chain, order);
+  return axes.size() == 1 && axes[0].stride == 1;
+}
+
+template <class T>
 void arrange_back(const Chain<T>& chain, const Axes (&order)[3], const T* arranged, T* merged) {
   for_each_line(ordered_axes(chain, order), [&](int64_t position, int64_t offset, int64_t length, int64_t stride) {
     for (int64_t k = 0; k < length; ++k) merged[offset + k * stride] = arranged[position + k];
   });
 }
 
-#define FW_INSTANTIATE(T)                                                    \
-  template int64_t merge_room<T>(const Chain<T>&);                           \
-  template const T* merge<T>(Chain<T>&, T*);                                 \
-  template void unmerge<T>(const Chain<T>&, T*, T*, const std::vector<T*>&); \
-  template void arrange<T>(const Chain<T>&, const Axes(&)[3], const T*, T*); \
+#define FW_INSTANTIATE(T)                                                          \
+  template int64_t merge_room<T>(const Chain<T>&);                                 \
+  template const T* merge<T>(Chain<T>&, T*);                                       \
+  template void unmerge<T>(const Chain<T>&, const T*, T*, const std::vector<T*>&); \
+  template void arrange<T>(const Chain<T>&, const Axes(&)[3], const T*, T*);       \
+  template bool arranged_already<T>(const Chain<T>&, const Axes(&)[3]);            \
   template void arrange_back<T>(const Chain<T>&, const Axes(&)[3], const T*, T*);
 FW_INSTANTIATE(float)
 FW_INSTANTIATE(double)

@@ -45,7 +45,7 @@ void halves_down(const Sizes& sizes, int64_t batch, const Halves<T>& halves, con
 
 // The gradients of the halves and, where wanted, one of the two products, from the same intermediates.
 //   u [B, (s q)], v [B, (i j)]
-//   a_gradient [(s r), i], b_gradient [q, (r j)]
+//   a_gradient [(s r), i], or [i, (s r)] where j = 1; b_gradient [q, (r j)]
 //   up_result [B, (i j)] or null, down_result [B, (s q)] or null; at most one of them
 // The rows are cut into slots by shape alone; each slot sums its own gradients, then the slots are added in order.
 template <class T>

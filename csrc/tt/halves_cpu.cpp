@@ -90,14 +90,16 @@ struct Part {
   }
 
   // a_gradient [(s r), i] (+)= sum_b T_b V_bᵀ; vt holds the panels of V_bᵀ for each row.
+  // Where j = 1, [i, (s r)]: one product whose inner index is the row.
   template <class Run>
   void a_gradient(const Run& run, const T* t, const T* vt, bool accumulate, T* result) const {
-    result += from * n.r * n.i;
-    if (n.j == 1) {  // one column each: the sum over the rows is the inner one, and V is its own transpose
-      Product<T> p{sr(), n.i, count, t, 1, sr(), vt, n.i, result, n.i};
-      if (accumulate) p.init = result, p.init_row = n.i;
+    if (n.j == 1) {
+      result += from * n.r;
+      Product<T> p{n.i, sr(), count, vt, 1, n.i, t, sr(), result, n.s * n.r};
+      if (accumulate) p.init = result, p.init_row = n.s * n.r;
       return run(p);
     }
+    result += from * n.r * n.i;
     const int64_t width = panel_width<T>(), size = panels_size<T>(n.i, n.j);
     for (int64_t i = 0; i < n.i; i += width) {
       Product<T> p{sr(), std::min(width, n.i - i), n.j, t, n.j, 1, vt + i * n.j, width, result + i, n.i};

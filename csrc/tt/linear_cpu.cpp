@@ -53,6 +53,7 @@ struct Layer {
   }
 
   static const T* arranged(const Chain<T>& chain, const Axes (&order)[3], const T* merged, Piece piece, int64_t size) {
+    if (arranged_already(chain, order)) return merged;
     T* to = scratch<T>(piece, size);
     arrange(chain, order, merged, to);
     return to;
@@ -169,8 +170,17 @@ void linear_backward(const Plan& plan, const std::vector<CoreShape>& shapes, int
     }
   }
   if (core_gradients.empty()) return;
-  T* a_gradient = scratch<T>(Piece::a_gradient, layer.a_size());
-  T* b_gradient = scratch<T>(Piece::b_gradient, layer.b_size());
+  const Axes rank_last[3] = {layer.outer, layer.inner, Axes::rank},
+             rank_second[3] = {layer.inner, Axes::rank, layer.outer};
+  const Axes(&left_order)[3] = fused_cores && n.j > 1 ? rank_second : rank_last;
+  const Axes(&right_order)[3] = rank_second;
+  // The gradient of a single core is written where it belongs, if its layout is the core's.
+  const auto split = core_gradients.begin() + plan.split;
+  auto place = [](const Chain<T>& chain, const Axes(&order)[3], T* only, Piece piece, int64_t size) {
+    return chain.shapes.size() == 1 && arranged_already(chain, order) ? only : scratch<T>(piece, size);
+  };
+  T* a_gradient = place(layer.left, left_order, core_gradients.front(), Piece::a_gradient, layer.a_size());
+  T* b_gradient = place(layer.right, right_order, core_gradients.back(), Piece::b_gradient, layer.b_size());
   if (fused_cores) {
     const bool up = fused_input && left_first, down = fused_input && !left_first;
     Halves<T> halves{layer.a(), up && n.j == 1 ? layer.a_transposed() : nullptr, layer.b(),
@@ -180,20 +190,19 @@ void linear_backward(const Plan& plan, const std::vector<CoreShape>& shapes, int
   } else {
     dense_gradients(layer, batch, u, v, a_gradient, b_gradient);
   }
-  const auto split = core_gradients.begin() + plan.split;
-  auto finish = [&](const Chain<T>& chain, const Axes(&order)[3], const T* arranged, int64_t size, Piece piece,
-                    std::vector<T*> gradients) {
-    int64_t largest = 0;
-    for (const CoreShape& core : chain.shapes) largest += core.size();
-    T* room = scratch<T>(piece, size + 2 * merge_room(chain) + largest);
-    arrange_back(chain, order, arranged, room);
-    unmerge(chain, room, room + size, gradients);
+  auto finish = [](const Chain<T>& chain, const Axes(&order)[3], const T* arranged, int64_t size, Piece piece,
+                   const std::vector<T*>& gradients) {
+    int64_t cores = 0;
+    for (const CoreShape& core : chain.shapes) cores += core.size();
+    T* room = scratch<T>(piece, size + 2 * merge_room(chain) + cores);
+    if (!arranged_already(chain, order)) {
+      arrange_back(chain, order, arranged, room);
+      arranged = room;
+    }
+    unmerge(chain, arranged, room + size, gradients);
   };
-  const Axes fused_order[3] = {layer.inner, Axes::rank, layer.outer},
-             dense_order[3] = {layer.outer, layer.inner, Axes::rank};
-  finish(layer.left, fused_cores ? fused_order : dense_order, a_gradient, layer.a_size(), Piece::gradient_left,
-         {core_gradients.begin(), split});
-  finish(layer.right, fused_order, b_gradient, layer.b_size(), Piece::gradient_right, {split, core_gradients.end()});
+  finish(layer.left, left_order, a_gradient, layer.a_size(), Piece::gradient_left, {core_gradients.begin(), split});
+  finish(layer.right, right_order, b_gradient, layer.b_size(), Piece::gradient_right, {split, core_gradients.end()});
 }
 
 #define FW_INSTANTIATE(T)                                                                                              \

@@ -223,7 +223,7 @@ def test_compiled_layer(backend):
 
 
 def test_jacobian_and_ntk_in_float64():
-    """jacrev over the parameters, the NTK from it, and fw.ntk's where it is there, against the dense network."""
+    """The NTK from jacrev over the parameters, and that of fw.ntk, against the dense network's."""
     network = nn.Sequential(fw.tt.TTLinear(12, 10, rank=2), nn.Tanh(), fw.tt.TTLinear(10, 3, rank=2)).double()
     x = torch.randn(4, 12, dtype=torch.float64)
     parameters = dict(network.named_parameters())
@@ -243,6 +243,7 @@ def test_jacobian_and_ntk_in_float64():
         flat = torch.cat([j.flatten(2) for j in jacobians.values()], 2)
         kernels.append(torch.einsum("axp,byp->abxy", flat, flat))
     torch.testing.assert_close(kernels[0], kernels[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fw.ntk.empirical_ntk(network, x), kernels[1], rtol=1e-12, atol=1e-12)
 
 
 def test_same_bits_for_any_number_of_threads():
