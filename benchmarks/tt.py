@@ -250,7 +250,7 @@ def main_case(name: str, batch: int, targets: dict[tuple[str, str], float]) -> C
         what=f"{shape.text}, B={batch}, float32, forward+backward",
         implementations=implementations,
         peers=peers(problem),
-        baseline="nn.Linear",
+        baseline="dense, best GEMM",
         exact=exact,
         flops=flops(shape, batch),
         bytes=4.0 * batch * (2 * problem.rows + 3 * problem.columns),
@@ -277,6 +277,7 @@ def grid_case(name: str, rank: int, batch: int) -> Case:
         "reconstruct + matmul": problem.both_ways(
             lambda: F.linear(problem.x, merge(problem.cores)[0, :, :, 0], problem.bias)
         ),
+        "dense, best GEMM": problem.dense_best(),
         **chains,
     }
     return Case(
@@ -284,10 +285,11 @@ def grid_case(name: str, rank: int, batch: int) -> Case:
         what=f"{shape.text}, B={batch}, float32, forward+backward",
         implementations=implementations,
         peers=missing,
-        baseline="reconstruct + matmul",
+        baseline="dense, best GEMM",
+        not_compared=("dense, best GEMM",),
         exact=problem.exact,
         flops=flops(shape, batch),
-        targets={("finite-width", each): 1 / 1.1 for each in implementations if each != "finite-width"},
+        targets={("finite-width", each): 1 / 1.1 for each in ("reconstruct + matmul", *chains)},
         min_runs=3 if batch > 1000 else 10,
         seconds=0.2,
         limit=6.0,
