@@ -286,6 +286,11 @@ def test_bad_input(call, message):
         call()
 
 
+def test_another_dtype_is_refused():
+    with pytest.raises(TypeError, match=r"x has dtype torch.float64, but the layer's cores has torch.float32"):
+        fw.tt.TTLinear(24, 18)(torch.randn(3, 24).double())
+
+
 def test_nan_weights_are_refused():
     linear = nn.Linear(24, 18)
     with torch.no_grad():
