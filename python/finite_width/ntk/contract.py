@@ -45,7 +45,8 @@ class Batch:
                     f"(shape {list(self.tensors[first].shape)}); all inputs must share the batch axis"
                 )
             rows = value.shape[0]
-            self.tensors[label] = value.detach()
+            with torch.inference_mode(False):  # what inference mode made cannot be saved for a backward
+                self.tensors[label] = value.clone() if value.is_inference() else value.detach()
         assert rows is not None
         if rows == 0:
             raise ValueError(f"{name} must have at least one row, got shape {self.describe()}")
