@@ -1,5 +1,5 @@
 """Matrix product on the better GEMM of this machine; shared by the wings."""
 
-from .ops import gemm
+from .ops import gemm, gemm_below_autograd
 
-__all__ = ["gemm"]
+__all__ = ["gemm", "gemm_below_autograd"]

@@ -76,6 +76,13 @@ class _Gemm(torch.autograd.Function):
 _call = _library.differentiable(_op, _Gemm)
 
 
+def gemm_below_autograd(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The op without checks, gradients or transforms, for callers that have made sure of all three."""
+    with torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = _op(a, b, bias)
+    return result
+
+
 def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Matrix product on the better GEMM of this machine: a b + bias.
 

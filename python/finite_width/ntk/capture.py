@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from .._gemm import gemm
+from .._gemm import gemm, gemm_below_autograd
 from .contract import FLOATS
 
 
@@ -53,6 +53,22 @@ class _Anchored(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         return None, None
+
+
+class _Dense(torch.autograd.Function):
+    """rows [R, I] times matrix [I, C] plus bias, forward and backward on the better matrix product.
+
+    Beside the rows nothing that requires a gradient comes in; the anchor gives the result its place in the graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrix: Tensor, bias: Tensor | None, anchor: Tensor) -> Tensor:
+        ctx.matrix = matrix
+        return gemm_below_autograd(rows, matrix, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        return gemm(grads[0], ctx.matrix.t()) if ctx.needs_input_grad[0] else None, None, None, None
 
 
 class Capture(TorchFunctionMode):
@@ -106,8 +122,8 @@ class Capture(TorchFunctionMode):
         weight_name, bias_name = self.name(weight), self.name(bias)
         used_weight = weight.detach() if weight is not None and weight_name else weight
         used_bias = bias.detach() if bias is not None and bias_name else bias
-        attached = [value for value in (input, used_weight, used_bias) if value is not None and value.requires_grad]
-        if attached:
+        attached = any(value is not None and value.requires_grad for value in (input, used_weight, used_bias))
+        if attached or kind == "dense":
             result = call(used_weight, used_bias)
         else:
             result = _Anchored.apply(self.anchor, lambda: call(used_weight, used_bias))
@@ -216,7 +232,11 @@ def _dense(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None,
     def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-        return gemm(rows, weight if flipped else weight.t(), bias)
+        matrix = weight if flipped else weight.t()
+        if matrix.requires_grad or (bias is not None and bias.requires_grad):
+            return gemm(rows, matrix, bias)
+        result: Tensor = _Dense.apply(rows, matrix, bias, capture.anchor)
+        return result
 
     result = capture.record("dense", weight, bias, input, call, lambda _: shape, flipped=flipped)
     return result if input.dim() == 2 else result.view(shape)

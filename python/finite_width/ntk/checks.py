@@ -64,7 +64,15 @@ def _vmaps(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Seque
 
 
 def make_plan(
-    target: Target, batch: Batch, sizes: Sizes, *, method: str, check: bool, separate: bool, loop: bool = False
+    target: Target,
+    batch: Batch,
+    sizes: Sizes,
+    *,
+    method: str,
+    check: bool,
+    separate: bool,
+    loop: bool = False,
+    compared: bool = True,
 ) -> Plan:
     """Run a few rows and choose how each parameter's part of the kernel is computed.
 
@@ -73,6 +81,8 @@ def make_plan(
         separate: one entry per parameter, nothing fused.
         loop: no structure: every Jacobian by a loop of torch.autograd.grad, for models whose graph changes with the
             rows.
+        compared: the first block's outputs will be compared with those of the probe (sweep.py), so that no further
+            forward is needed to see whether outputs depend on the other rows.
 
     Raises:
         ValueError: the model draws random numbers or mixes rows (with check=True), or cannot take the input.
@@ -98,7 +108,7 @@ def make_plan(
     unrecognised = capture.unrecognised(raw)
     layouts = _probe_rows(batch, uses, leaves, flat, rows, chosen, check)
     if check:
-        _check_repeats(target, batch, tensors, flat.detach(), chosen)
+        _check_repeats(target, batch, tensors, flat.detach(), chosen, compared and batch.rows > rows)
     names = list(target.parameters)
     roles = roles_of(uses, names)
     generic_names = [
@@ -155,7 +165,9 @@ def _probe_rows(
     return layouts
 
 
-def _check_repeats(target: Target, batch: Batch, tensors: Sequence[Tensor], expected: Tensor, chosen: int) -> None:
+def _check_repeats(
+    target: Target, batch: Batch, tensors: Sequence[Tensor], expected: Tensor, chosen: int, compared: bool
+) -> None:
     """Raise unless a second forward gives the same bits, and fewer rows nearly the same outputs."""
     again = flatten(_run(target, batch, [value.clone() for value in tensors])[1]).detach()
     if not torch.equal(torch.nan_to_num(again), torch.nan_to_num(expected)):
@@ -163,6 +175,8 @@ def _check_repeats(target: Target, batch: Batch, tensors: Sequence[Tensor], expe
             "model: two forwards of the same rows differ; it draws random numbers or keeps a state between calls "
             "(check=False skips this test)"
         )
+    if compared:
+        return
     with torch.no_grad():
         try:
             fewer = flatten(target.run(batch, [value[:chosen].clone() for value in tensors]))

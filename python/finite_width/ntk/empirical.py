@@ -21,8 +21,8 @@ from .ops import COMPUTE
 from .plan import METHODS, Plan, Sizes
 from .sweep import PlanMismatchError, collect
 
-# Rows of a sub-tile on the diagonal of a symmetric kernel, of which only the upper half is computed.
-DIAGONAL_TILE = 64
+# Bytes that any machine has: below, the default budget does not look at what is free.
+SMALL = 64 << 20
 
 
 class Problem:
@@ -60,7 +60,7 @@ class Problem:
         itemsize = torch.empty((), dtype=self.target.dtype).element_size()
         self.sizes = Sizes(self.left.rows, self.right.rows, 0, compute, itemsize, self.symmetric)
 
-    def plan(self, loop: bool = False) -> Plan:
+    def plan(self, loop: bool = False, compared: bool = True) -> Plan:
         return make_plan(
             self.target,
             self.left,
@@ -69,6 +69,7 @@ class Problem:
             check=self.check,
             separate=self.separate,
             loop=loop,
+            compared=compared,
         )
 
     def blocks(self, plan: Plan) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -88,6 +89,8 @@ class Problem:
         block = rows * plan.row_bytes
         tiles = [rows * entry.tile_bytes for entry in plan.entries]
         working = rows * plan.sweep_bytes
+        if self.budget is None and plan.row_bytes * self.sizes.sides + 2 * working <= SMALL:
+            return len(self.blocks(plan)[0])
         budget = free_memory(self.target.device) // 4 if self.budget is None else self.budget
         tile = max(tiles, default=0)
         least = working + 2 * (block + tile)
@@ -466,7 +469,7 @@ def explain(
         check=check,
     )
     with preserved(model):
-        plan = problem.plan()
+        plan = problem.plan(compared=False)
         held = problem.held_blocks(plan)
         walk = Walk(problem, plan, [])
         return Explanation.make(plan, problem.sizes, problem.method, walk.sweeps(held), len(walk.left), len(walk.right))

@@ -68,7 +68,7 @@ class NTKOperator:
             check=check,
         )
         with preserved(model):
-            self._plan: Plan = self._problem.plan()
+            self._plan: Plan = self._problem.plan(compared=False)
             plan = self._plan
             self._products = Products(self._problem.target, self._problem.left, plan.outputs, plan.copies_inputs)
         self._flipped = False

@@ -158,7 +158,7 @@ def kernel(problem: Problem) -> Tensor:
     """The kernel column by column: pull one row and output of x2 back, push the result forward over all of x1."""
     from .empirical import progress_bar
 
-    plan = problem.plan()
+    plan = problem.plan(compared=False)
     products = Products(problem.target, problem.left, plan.outputs, plan.copies_inputs)
     out = problem.empty(plan.outputs)
     left, _ = problem.blocks(plan)
