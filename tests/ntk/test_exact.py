@@ -506,3 +506,62 @@ def test_operator(name: str) -> None:
     assert error(op.diagonal(), matrix.diagonal()) <= 1e-12
     assert error(op.to_dense(), matrix) <= 1e-12
     assert error(op.T.to_dense(), matrix.t()) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["rows merged with positions", "rows on the second axis", "attention, time first"])
+def test_one_row_against_many(name: str) -> None:
+    """A single row would not tell how rows lie in a layer's input."""
+    model, x1, x2 = build(name)
+    for left, right in [(x1[:1], x2), (x1, x2[:1]), (x1[:1], x2[:1]), (x1[:2], x2[:3])]:
+        assert error(fw.ntk.empirical_ntk(model, left, right), exact(model, left, right)) <= 1e-12
+
+
+class OutArgument(nn.Module):
+    """A matrix product into a given tensor, beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.register_buffer("turn", torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.matmul(x, self.turn, out=torch.empty_like(x))
+        return self.out(self.layer(turned).tanh())
+
+
+def test_products_into_a_given_tensor() -> None:
+    torch.manual_seed(0)
+    model = OutArgument().double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    assert error(fw.ntk.empirical_ntk(model, x), exact(model, x, x)) <= 1e-12
+
+
+def test_a_compiled_model() -> None:
+    model, x1, x2 = build("mlp, in-place ReLU")
+    expected = exact(model, x1, x2)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x1)
+    assert error(fw.ntk.empirical_ntk(compiled, x1, x2), expected) <= 1e-12
+    compiled = torch.compile(model, backend="aot_eager")
+    assert error(fw.ntk.empirical_ntk(compiled, x1, x2), expected) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp, in-place ReLU",
+        "conv groups",
+        "wide conv, few positions",
+        "sequence",
+        "tied weights",
+        "embedding with padding",
+    ],
+)
+def test_references_and_kernels(name: str) -> None:
+    model, x1, x2 = build(name)
+    expected = exact(model, x1, x2)
+    with fw.reference_only():
+        assert error(fw.ntk.empirical_ntk(model, x1, x2), expected) <= 1e-12
+        symmetric = fw.ntk.empirical_ntk(model, x1)
+    assert torch.equal(symmetric, symmetric.permute(1, 0, 3, 2))
+    assert error(symmetric, exact(model, x1, x1)) <= 1e-12

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from .._gemm import gemm, gemm_below_autograd
@@ -39,8 +39,7 @@ class Use:
 
     def signature(self) -> tuple[Any, ...]:
         """What must agree between two row blocks for a plan made on one to hold for the other."""
-        options = tuple(sorted((key, str(value)) for key, value in self.options.items()))
-        return self.kind, self.weight, self.bias, len(self.shape), tuple(self.shape[2:]), options
+        return self.kind, self.weight, self.bias, len(self.shape), self.shape[2:], self.options
 
 
 class _Anchored(torch.autograd.Function):
@@ -90,7 +89,10 @@ class Capture(TorchFunctionMode):
         recognise = _RECOGNISED.get(func)
         if recognise is not None:
             if torch.is_grad_enabled() and _saved_tensors_hooks() is None:
-                result = recognise(self, *args, **kwargs)
+                try:
+                    result = recognise(self, *args, **kwargs)
+                except TypeError:  # other arguments than the recogniser knows, such as out=
+                    result = NotImplemented
                 if result is not NotImplemented:
                     return result
         elif (
@@ -135,7 +137,7 @@ class Capture(TorchFunctionMode):
                     bias_name,
                     input.detach(),
                     input._version,
-                    get_gradient_edge(result),
+                    GradientEdge(result.grad_fn, result.output_nr),  # type: ignore[arg-type]
                     shape(result),
                     options,
                 )

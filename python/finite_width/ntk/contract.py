@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -224,7 +225,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         if value is not None
     ]
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), _eager():
             yield
     finally:
         for module, name, value, saved, version in kept:
@@ -232,6 +233,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
             if value._version != version:
                 with torch.no_grad():
                     value.copy_(saved)
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled models run eagerly: their calls must be seen one by one."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def refuse_training_modules(model: nn.Module) -> None:

@@ -52,6 +52,8 @@ class Problem:
         self.right = self.left if x2 is None else Batch("x2", x2)
         if x2 is not None:
             self.right.check_like(self.left)
+        # The batch whose first rows are probed: from a single row nothing could be learned about the other batch.
+        self.probed = self.left if self.left.rows >= self.right.rows else self.right
         refuse_training_modules(model)
         if memory_budget is not None:
             _check.positive_int("memory_budget", memory_budget)
@@ -63,7 +65,7 @@ class Problem:
     def plan(self, loop: bool = False, compared: bool = True) -> Plan:
         return make_plan(
             self.target,
-            self.left,
+            self.probed,
             self.sizes,
             method=self.method,
             check=self.check,
@@ -167,7 +169,7 @@ class Walk:
                 mirror(kernel, self.left, self.problem.compute, done)
 
     def _collect(self, batch: Batch, block: tuple[int, int], advance: Callable[[int], Any]) -> list[Factor]:
-        check = self.problem.check and block[0] == 0 and batch is self.problem.left
+        check = self.problem.check and block[0] == 0 and batch is self.problem.probed
         factors = collect(self.problem.target, self.plan, batch, *block, check)
         advance(1)
         return factors

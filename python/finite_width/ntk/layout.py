@@ -40,5 +40,5 @@ def confined(delta: Tensor, layout: Layout, rows: int, chosen: int, must_reach: 
             shape alone admits.
     """
     arranged = by_rows(delta, layout, rows).reshape(rows, -1)
-    nonzero = (arranged != 0).any(1)
-    return not nonzero[chosen:].any() and not (must_reach and not nonzero[:chosen].all())
+    nonzero = (arranged != 0).any(1).tolist()
+    return not any(nonzero[chosen:]) and (not must_reach or all(nonzero[:chosen]))

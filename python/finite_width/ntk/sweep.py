@@ -221,6 +221,8 @@ def compare(found: Tensor, expected: Tensor) -> None:
     rows = min(len(found), len(expected))
     found, expected = found[:rows], expected[:rows]
     tolerance = 1e-3 if found.dtype == torch.float32 else 1e-7
+    if torch.equal(found, expected):
+        return
     difference, scale = float((found - expected).norm()), float(expected.norm())
     if difference > tolerance * max(scale, 1e-30):
         raise ValueError(
