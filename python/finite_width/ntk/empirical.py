@@ -21,6 +21,8 @@ from .ops import COMPUTE
 from .plan import METHODS, Plan, Sizes
 from .sweep import PlanMismatchError, collect
 
+# Rows of a sub-tile on the diagonal of a symmetric kernel without compiled kernels: only the upper half is computed.
+DIAGONAL_TILE = 64
 # Bytes that any machine has: below, the default budget does not look at what is free.
 SMALL = 64 << 20
 
@@ -92,7 +94,7 @@ class Problem:
         tiles = [rows * entry.tile_bytes for entry in plan.entries]
         working = rows * plan.sweep_bytes
         if self.budget is None and plan.row_bytes * self.sizes.sides + 2 * working <= SMALL:
-            return len(self.blocks(plan)[0])
+            return sum(map(len, self.blocks(plan)))
         budget = free_memory(self.target.device) // 4 if self.budget is None else self.budget
         tile = max(tiles, default=0)
         least = working + 2 * (block + tile)
@@ -157,6 +159,12 @@ class Walk:
                 if self.problem.symmetric:
                     self._triangle(rows, mine)
                     columns = range(rows.stop, len(self.right))
+                elif len(self.left) + len(self.right) <= held + 1:  # all is held: one walk over all pairs
+                    theirs_all = [self._collect(self.problem.right, block, advance) for block in self.right]
+                    pairs = [(row, column) for row in rows for column in range(len(self.right))]
+                    places = [(self.left[row], self.right[column]) for row, column in pairs]
+                    self._add(places, [mine[row] for row, _ in pairs], [theirs_all[column] for _, column in pairs])
+                    return
                 else:
                     columns = range(len(self.right))
                 for index in columns:
@@ -164,7 +172,10 @@ class Walk:
                     self._add([(self.left[row], self.right[index]) for row in rows], mine, [theirs] * len(rows))
         if self.problem.symmetric:
             # The kernels leave the blocks on the diagonal exactly symmetric, except where they sum over positions.
-            done = has_kernels() and all(entry.method not in ("ghost", "tokens") for entry in self.plan.entries)
+            on_cpu = self.problem.target.device.type == "cpu"
+            done = (
+                has_kernels() and on_cpu and all(entry.method not in ("ghost", "tokens") for entry in self.plan.entries)
+            )
             for kernel in {id(kernel): kernel for kernel in self.kernels}.values():
                 mirror(kernel, self.left, self.problem.compute, done)
 
