@@ -257,6 +257,12 @@ class BayesLayer(nn.Module):
             self._keep(torch.stack([kl for _, kl in pairs]).sum(), [weight for weight, _ in pairs])
         return [*(weight for weight, _ in pairs), None][:2]
 
+    def __path_weights__(self) -> tuple[str, ...]:
+        """What carries paths (`fw.pathsgd`): the means, in mean mode."""
+        if not self._mean_mode:
+            raise ValueError("a variational layer has paths in mean mode alone; use `with fw.bayes.mean_mode(model):`")
+        return ("weight_mu",) if self.bias_mu is None else ("weight_mu", "bias_mu")
+
     def mean_layer(self) -> nn.Module:
         """torch's own layer of the mean network, with copies of μ."""
         raise NotImplementedError
