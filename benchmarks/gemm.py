@@ -37,6 +37,7 @@ def _case(rows: int, columns: int, inner: int) -> Case:
         bytes=4.0 * (rows * inner + inner * columns + rows * columns),
         targets={("finite-width", "torch.mm"): 1.0},
         seconds=0.3,
+        limit=5.0,
         memory=False,
     )
 

@@ -111,6 +111,7 @@ def case(
         exact=exact,
         flops=flops,
         targets=targets,
+        limit=25.0,
     )
 
 

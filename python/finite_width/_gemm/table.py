@@ -1,7 +1,8 @@
 """Which matrix product serves which shape: decided from shapes alone and shown by `fw.build_info()`, never timed.
 
-Measured by `python benchmarks/run.py --wing gemm` on two Zen 5 cores (AVX-512), and by the same with
-FINITE_WIDTH_ISA=avx2. A route must keep the house rule: the same bits for any number of threads.
+Measured on two Zen 5 cores (AVX-512; medians of interleaved runs on the shapes of benchmarks/gemm.py, both layouts of
+B), and with FINITE_WIDTH_ISA=avx2 on one core at 512. A route must keep the house rule: the same bits for any number
+of threads.
 """
 
 from __future__ import annotations
