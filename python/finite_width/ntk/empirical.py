@@ -16,7 +16,7 @@ from . import products
 from .checks import make_plan
 from .contract import Batch, Inputs, Target, preserved, refuse_training_modules
 from .explanation import Explanation
-from .factors import Factor, Tiled
+from .factors import Factor, Jacobian, Tiled
 from .ops import COMPUTE
 from .plan import METHODS, Plan, Sizes
 from .sweep import PlanMismatchError, collect
@@ -141,6 +141,8 @@ class Walk:
         self.problem, self.plan = problem, plan
         self.kernels = kernels  # one per entry of the plan; the same tensor for all when they are summed
         self.left, self.right = problem.blocks(plan)
+        self.stores: dict[tuple[bool, int], Tensor] = {}
+        self.resident = False  # whether every block is held to the end
 
     def sweeps(self, held: int) -> int:
         """How many blocks are computed in all."""
@@ -152,6 +154,7 @@ class Walk:
         return len(self.left) + len(self.right) * (1 if resident else chunks_count)
 
     def run(self, held: int) -> None:
+        self.resident = held >= len(self.left) + (0 if self.problem.symmetric else len(self.right) - 1)
         with progress_bar(self.problem.progress, self.sweeps(held), "empirical NTK") as advance:
             for first in range(0, len(self.left), held):
                 rows = range(first, min(first + held, len(self.left)))
@@ -159,7 +162,7 @@ class Walk:
                 if self.problem.symmetric:
                     self._triangle(rows, mine)
                     columns = range(rows.stop, len(self.right))
-                elif len(self.left) + len(self.right) <= held + 1:  # all is held: one walk over all pairs
+                elif self.resident:  # one walk over all pairs
                     theirs_all = [self._collect(self.problem.right, block, advance) for block in self.right]
                     pairs = [(row, column) for row in rows for column in range(len(self.right))]
                     places = [(self.left[row], self.right[column]) for row, column in pairs]
@@ -183,7 +186,21 @@ class Walk:
         check = self.problem.check and block[0] == 0 and batch is self.problem.probed
         factors = collect(self.problem.target, self.plan, batch, *block, check)
         advance(1)
-        return factors
+        return [self._stored(batch, block, index, factor) for index, factor in enumerate(factors)]
+
+    def _stored(self, batch: Batch, block: tuple[int, int], index: int, factor: Factor) -> Factor:
+        """A Jacobian that is kept to the end moves to one array for all rows.
+
+        Kept among what a sweep allocates and frees, it would break up the heap, and the peak would be a matter of luck.
+        """
+        if not self.resident or not isinstance(factor, Jacobian) or batch.rows == block[1] - block[0]:
+            return factor
+        key = (batch is self.problem.left, index)
+        if key not in self.stores:
+            self.stores[key] = factor.j.new_empty(batch.rows, *factor.j.shape[1:])
+        place = self.stores[key][block[0] : block[1]]
+        place.copy_(factor.j)
+        return Jacobian(place)
 
     def _triangle(self, rows: range, mine: list[list[Factor]]) -> None:
         pairs = [(row, column) for row in rows for column in rows if row <= column]
