@@ -121,7 +121,8 @@ def sample(
     centred: bool,
 ) -> tuple[Tensor, Tensor]:
     """One sample of W, and the KL."""
-    return transform(mu, rho, noise(mu, seed, 0, stream), prior_mean, prior_std, centred)
+    weight, total = transform(mu, rho, noise(mu, seed, 0, stream), prior_mean, prior_std, centred)
+    return weight.contiguous(), total
 
 
 def sample_backward(
@@ -137,7 +138,8 @@ def sample_backward(
 ) -> tuple[Tensor, Tensor]:
     """∂μ and ∂ρ from ∂W (None: 0) and ∂kl (None: 0)."""
     normal = None if grad is None or seed is None else noise(mu, seed, 0, stream)
-    return transform_backward(grad, grad_kl, mu, rho, normal, prior_mean, prior_std, centred)
+    grads = transform_backward(grad, grad_kl, mu, rho, normal, prior_mean, prior_std, centred)
+    return grads[0].contiguous(), grads[1].contiguous()
 
 
 def kl(mu: Tensor, rho: Tensor, prior_mean: Tensor | None, prior_std: float) -> Tensor:
@@ -162,7 +164,7 @@ def linear(
     if bias_mu is not None and bias_rho is not None:
         bias, bias_kl = sample(bias_mu, bias_rho, seed, bias_prior_mean, prior_std, 1, False)
         y, total = y + bias, total + bias_kl
-    return y, total
+    return y.contiguous(), total
 
 
 def linear_backward(
@@ -183,9 +185,10 @@ def linear_backward(
     normal = noise(weight_mu, seed, 0, 0)
     weight = transform(weight_mu, weight_rho, normal, None, None, False)[0]
     grad_x = grad_y @ weight if needs_x else x.new_empty(0)
-    grad_mu, grad_rho = transform_backward(
+    grads = transform_backward(
         grad_y.mT @ x, grad_kl, weight_mu, weight_rho, normal, weight_prior_mean, prior_std, False
     )
+    grad_x, grad_mu, grad_rho = (grad.contiguous() for grad in (grad_x, *grads))
     if bias_mu is None or bias_rho is None:
         return grad_x, grad_mu, grad_rho, x.new_empty(0), x.new_empty(0)
     grad_bias = transform_backward(
