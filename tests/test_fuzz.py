@@ -1,0 +1,318 @@
+"""Every op on random shapes, strides, dtypes and modes: kernel against reference in float64, results and gradients.
+
+A few cases of each in every run; `make fuzz` runs 2,000 of each, `make fuzz-nightly` 50,000 (FINITE_WIDTH_FUZZ).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+import finite_width as fw
+from finite_width import _library
+from finite_width._gemm import gemm
+from finite_width.bayes import ops as bayes
+from finite_width.ntk import ops as ntk
+from finite_width.pathsgd import ops as pathsgd
+from op_battery import copy
+
+CASES = int(os.environ.get("FINITE_WIDTH_FUZZ", "20"))
+
+
+class Draw:
+    """Random sizes from hypothesis, which shrinks them; random values and layouts of tensors from one seed."""
+
+    def __init__(self, draw: Callable[[Any], Any]) -> None:
+        self.draw = draw
+        self.dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+        self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def size(self, low: int = 0, high: int = 40) -> int:
+        return int(self.draw(st.integers(low, high)))
+
+    def choice(self, choices: Sequence[Any]) -> Any:
+        return self.draw(st.sampled_from(choices))
+
+    def tensor(self, *shape: int, writable: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """Standard normal values; contiguous, axes stored in another order, with gaps, or repeated by stride 0."""
+        dtype = dtype or self.dtype
+        layout = self.choice(["contiguous", "permuted", "gaps", *([] if writable else ["repeated"])])
+        if layout == "permuted":
+            order = list(range(len(shape)))[::-1]
+            return self.normal([shape[axis] for axis in order], dtype).permute(order)
+        if layout == "gaps":
+            wide = self.normal([2 * size + 1 for size in shape], dtype)
+            return wide[tuple(slice(1, 1 + 2 * size, 2) for size in shape)]
+        if layout == "repeated" and shape:
+            axis = self.size(0, len(shape) - 1)
+            return self.normal([1 if i == axis else size for i, size in enumerate(shape)], dtype).expand(shape)
+        return self.normal(shape, dtype)
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.randn(tuple(shape), dtype=dtype, generator=self.generator)
+
+
+@dataclass
+class Call:
+    """One call: the public wrapper and its arguments.
+
+    linear: the result is multilinear in the arguments; its error is then held against the result of |arguments|,
+        since a sum that cancels has no small relative error in any arithmetic.
+    differentiable: gradients are compared as well.
+    view: what to compare of (results, arguments afterwards), where that is not all tensors as they are.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    linear: bool = False
+    differentiable: bool = False
+    tolerance: tuple[float, float] = (1e-5, 1e-12)  # float32, float64
+    view: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors
+
+
+def fuzz_gemm(d: Draw) -> Call:
+    rows, columns, inner = d.size(0, 70), d.size(0, 70), d.size(0, 90)
+    bias = d.tensor(columns) if d.choice([True, False]) else None
+    return Call(gemm, (d.tensor(rows, inner), d.tensor(inner, columns), bias), linear=True, differentiable=True)
+
+
+def tile(d: Draw, rows: int, columns: int, outputs: int) -> tuple[Tensor, str]:
+    compute = d.choice(["full", "diagonal", "trace"])
+    shape = [rows, columns] + {"full": [outputs, outputs], "diagonal": [outputs], "trace": []}[compute]
+    return d.tensor(*shape, writable=True), compute
+
+
+def fuzz_gram(d: Draw) -> Call:
+    n, m, i, o, c = d.size(0, 36), d.size(0, 36), d.size(1, 50), d.size(1, 4), d.size(1, 40)
+    out, compute = tile(d, n, m, o)
+    args = (out, d.tensor(n, i), d.tensor(m, i), d.tensor(n, o, c), d.tensor(m, o, c), d.choice([0.0, 1.0]), compute)
+    return Call(ntk.gram_accumulate, args, linear=True)
+
+
+def fuzz_jacobian(d: Draw) -> Call:
+    n, m, o, p = d.size(0, 36), d.size(0, 36), d.size(1, 4), d.size(1, 90)
+    out, compute = tile(d, n, m, o)
+    return Call(ntk.jacobian_accumulate, (out, d.tensor(n, o, p), d.tensor(m, o, p), compute), linear=True)
+
+
+def fuzz_ghost(d: Draw) -> Call:
+    n, m, t, s, i, o, c = (
+        d.size(low, high) for low, high in ((0, 7), (0, 7), (1, 6), (1, 6), (1, 30), (1, 3), (1, 20))
+    )
+    out, compute = tile(d, n, m, o)
+    operands = d.tensor(n, t, i), d.tensor(m, s, i), d.tensor(n, o, t, c), d.tensor(m, o, s, c)
+    return Call(ntk.ghost_accumulate, (out, *operands, d.choice([0.0, 1.0]), compute), linear=True)
+
+
+def fuzz_positions(d: Draw) -> Call:
+    n, t, i, o, c = d.size(0, 6), d.size(0, 20), d.size(1, 40), d.size(1, 3), d.size(1, 40)
+    return Call(ntk.position_gradients, (d.tensor(n, t, i), d.tensor(n, o, t, c)), linear=True)
+
+
+def fuzz_convolution(d: Draw) -> Call:
+    axes, groups = d.size(1, 3), d.size(1, 2)
+    kernel, stride = ([d.size(1, 3) for _ in range(axes)] for _ in range(2))
+    padding, dilation = [d.size(0, 2) for _ in range(axes)], [d.size(1, 2) for _ in range(axes)]
+    places = [d.size(1, 5) for _ in range(axes)]
+    reach = [(p - 1) * s + w * (k - 1) + 1 for p, s, w, k in zip(places, stride, dilation, kernel, strict=True)]
+    sizes = [max(r - 2 * p, 1) for r, p in zip(reach, padding, strict=True)]
+    places = [
+        (size + 2 * p - w * (k - 1) - 1) // s + 1
+        for size, p, w, k, s in zip(sizes, padding, dilation, kernel, stride, strict=True)
+    ]
+    n, o, c_in, c_out = d.size(0, 3), d.size(1, 2), groups * d.size(1, 4), groups * d.size(1, 9)
+    args = (d.tensor(n, c_in, *sizes), d.tensor(n, o, c_out, *places), kernel, stride, padding, dilation, groups)
+    return Call(ntk.conv_gradients, args, linear=True)
+
+
+def fuzz_tensor_train(d: Draw) -> Call:
+    cores = d.size(1, 4)
+    ranks = [1, *(d.size(1, 9) for _ in range(cores - 1)), 1]
+    modes = [(d.size(1, 6), d.size(1, 6)) for _ in range(cores)]
+    tensors = [d.tensor(ranks[k], *modes[k], ranks[k + 1]) for k in range(cores)]
+    columns, rows = math.prod(n for _, n in modes), math.prod(m for m, _ in modes)
+    lead = [d.size(0, 9) for _ in range(d.size(0, 2))]
+    bias = d.tensor(rows) if d.choice([True, False]) else None
+    return Call(fw.tt.tt_linear, (d.tensor(*lead, columns), tensors, bias), linear=True, differentiable=True)
+
+
+def vector(d: Draw, units: int) -> Tensor:
+    """A stored path vector: positive mantissas, then their common exponent."""
+    values = 0.5 + torch.rand(units + 1, dtype=torch.float64, generator=d.generator)
+    values[-1] = d.size(-12, 12)  # the step stays within float32
+    return values
+
+
+def fuzz_sweep(d: Draw) -> Call:
+    rows, columns, forward = d.size(0, 40), d.size(0, 70), d.choice([True, False])
+    into, out = (columns, rows) if forward else (rows, columns)
+    update, momentum, bias = d.choice([True, False]), d.choice([True, False]), d.choice([True, False])
+    momentum = momentum and update
+    rates = (0.1, 0.9, 1.0, 0.99, -1.0) if momentum else (0.1, 0.0, 0.0, 1.0, 1.0)
+
+    def pick(wanted: bool, *shape: int) -> Tensor | None:
+        return d.normal(shape, d.dtype) if wanted else None
+
+    args = (
+        *(d.tensor(rows, columns, writable=True), pick(update, rows, columns), pick(momentum, rows, columns)),
+        *(pick(bias, rows), pick(bias and update, rows), pick(bias and momentum, rows)),
+        *(vector(d, into), vector(d, into), vector(d, out)),
+        *(torch.zeros(out + 1, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)),
+        *(forward, d.choice([1.0, 2.0, 3.0, math.inf]), rates, rates),
+    )
+
+    def view(tensors: list[Tensor]) -> list[Tensor]:
+        # Mantissas and their exponent go together: a rounding may move a power of two from one to the other.
+        joined = [t[:-1] * torch.exp2(t[-1].clamp(-900, 900)) for t in tensors if t.shape == (out + 1,)]
+        return [t for t in tensors if t.dim() == 2 or t.shape == (rows,)] + joined
+
+    return Call(pathsgd.path_sweep, args, view=view)
+
+
+def fuzz_update(d: Draw) -> Call:
+    shape = [d.size(0, 9) for _ in range(d.size(1, 3))]
+    momentum = d.choice([True, False])
+    mass = torch.rand(shape, dtype=torch.float64, generator=d.generator) + 0.1
+    rates = (0.1, 0.9, 1.0, 0.99, -1.0) if momentum else (0.1, 0.0, 0.0, 1.0, 1.0)
+    args = (
+        *(d.tensor(*shape, writable=True), d.tensor(*shape), d.tensor(*shape, writable=True) if momentum else None),
+        *(mass, float(d.size(-4, 4)), d.choice([1.0, 2.0, 3.0]), rates),
+    )
+    return Call(pathsgd.path_update, args)
+
+
+# The noise is float32 noise in every dtype, so float64 results agree to that.
+NOISE = (2e-5, 1e-6)
+
+
+def weights(d: Draw, *shape: int) -> tuple[Tensor, Tensor]:
+    """Means, and ρ with σ between about 0.02 and 3."""
+    return d.tensor(*shape), 4 * d.tensor(*shape).clamp(-1, 0.7)
+
+
+def seed(d: Draw) -> Tensor:
+    return torch.tensor(d.draw(st.integers(-(2**63), 2**63 - 1)))
+
+
+def prior(d: Draw, *shape: int) -> tuple[Tensor | None, float | None]:
+    kind = d.choice(["none", "std", "mean"])
+    mean = d.tensor(*shape) if kind == "mean" else None
+    return mean, None if kind == "none" else d.choice([0.3, 1.0, 2.0])
+
+
+def fuzz_noise(d: Draw) -> Call:
+    shape = [d.size(0, 20) for _ in range(d.size(0, 3))]
+    return Call(bayes.noise, (d.tensor(*shape), seed(d), d.size(0, 5), d.size(0, 3)), tolerance=NOISE)
+
+
+def fuzz_sample(d: Draw) -> Call:
+    shape = [d.size(0, 20) for _ in range(d.size(1, 3))]
+    mean, std = prior(d, *shape)
+    args = (*weights(d, *shape), seed(d), mean, std, d.size(0, 2), d.choice([True, False]))
+    return Call(bayes.sample, args, differentiable=True, tolerance=NOISE)
+
+
+def fuzz_kl(d: Draw) -> Call:
+    shape = [d.size(0, 20) for _ in range(d.size(1, 3))]
+    mean, std = prior(d, *shape)
+    return Call(bayes.kl, (*weights(d, *shape), mean, std or 1.0), differentiable=True, tolerance=NOISE)
+
+
+def fuzz_bayes_linear(d: Draw) -> Call:
+    batch, inputs, outputs, bias = d.size(0, 40), d.size(1, 70), d.size(1, 70), d.choice([True, False])
+    mean, std = prior(d, outputs, inputs)
+    bias_mean = d.tensor(outputs) if bias and mean is not None else None
+    pairs = (*weights(d, outputs, inputs), *(weights(d, outputs) if bias else (None, None)))
+    args = (d.tensor(batch, inputs), *pairs, seed(d), mean, bias_mean, std)
+    return Call(bayes.linear, args, differentiable=True, tolerance=NOISE)
+
+
+def fuzz_bayes_samples(d: Draw) -> Call:
+    batch, inputs, outputs, samples = d.size(0, 20), d.size(1, 50), d.size(1, 50), d.size(1, 4)
+    pairs = (*weights(d, outputs, inputs), *(weights(d, outputs) if d.choice([True, False]) else (None, None)))
+    x = d.tensor(d.choice([1, samples]), batch, inputs)
+    return Call(bayes.linear_samples, (x, *pairs, seed(d), d.size(0, 3), samples), tolerance=NOISE)
+
+
+FUZZ: dict[str, Callable[[Draw], Call]] = {
+    "gemm": fuzz_gemm,
+    "ntk_gram_accumulate": fuzz_gram,
+    "ntk_jacobian_accumulate": fuzz_jacobian,
+    "ntk_ghost_accumulate": fuzz_ghost,
+    "ntk_position_gradients": fuzz_positions,
+    "ntk_conv_gradients": fuzz_convolution,
+    "tt_linear": fuzz_tensor_train,
+    "path_sweep": fuzz_sweep,
+    "path_update": fuzz_update,
+    "bayes_noise": fuzz_noise,
+    "bayes_sample": fuzz_sample,
+    "bayes_kl": fuzz_kl,
+    "bayes_linear": fuzz_bayes_linear,
+    "bayes_linear_samples": fuzz_bayes_samples,
+}
+# The backward of an op is reached through its gradients.
+THROUGH_GRADIENTS = {"tt_linear_backward", "bayes_sample_backward", "bayes_linear_backward"}
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
+def outcome(call: Call, args: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a call returns and leaves in its arguments; and its gradients for a cotangent without symmetry."""
+    args = copy(args)
+    leaves = [leaf for leaf in tensors(args) if leaf.is_floating_point()] if call.differentiable else []
+    for leaf in leaves:
+        leaf.requires_grad_()
+    result = tensors(call.function(*args))
+    gradients: list[Tensor] = []
+    if leaves:
+        ramps = [torch.linspace(-1, 0.7, out.numel(), dtype=out.dtype).reshape(out.shape) for out in result]
+        loss = torch.stack([(out * ramp).sum() for out, ramp in zip(result, ramps, strict=True)]).sum()
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        gradients = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+    everything = [leaf.detach() for leaf in (*result, *([] if leaves else tensors(args)))]
+    return call.view([t for t in everything if t.is_floating_point()]), gradients
+
+
+def check(call: Call) -> None:
+    dtype = next(t.dtype for t in tensors(call.args) if t.is_floating_point())
+    double = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, copy(call.args))
+    with fw.reference_only():
+        exact = outcome(call, double)
+        scale = exact
+        if call.linear:
+            scale = outcome(call, tree_map(lambda x: x.abs() if isinstance(x, Tensor) else x, double))
+    found = outcome(call, call.args)
+    bound = call.tolerance[dtype == torch.float64]
+    for results, rights, sizes in zip(found, exact, scale, strict=True):
+        for result, right, size in zip(results, rights, sizes, strict=True):
+            assert result.shape == right.shape
+            # Without the bound by |arguments|, an entry is held against a size of a tenth at least.
+            allowed = bound * float(size.norm() if call.linear else right.norm() + 0.1 * math.sqrt(right.numel()))
+            difference = float((result.double() - right).norm())
+            assert difference <= allowed or difference == 0, f"{difference:.2e} over {allowed:.2e}, {list(right.shape)}"
+
+
+def test_every_op_is_here() -> None:
+    assert set(FUZZ) | THROUGH_GRADIENTS == set(_library.SCHEMAS)
+
+
+@pytest.mark.parametrize("name", FUZZ)
+def test_fuzz(name: str) -> None:
+    @settings(max_examples=CASES, deadline=None, derandomize=CASES < 1000, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def every(data: Any) -> None:
+        check(FUZZ[name](Draw(data.draw)))
+
+    every()
