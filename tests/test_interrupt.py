@@ -1,0 +1,136 @@
+"""Ctrl-C at any moment of a long call: the model and the optimizer are as they were, or as after whole steps."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import finite_width as fw
+
+
+def interrupt(call: Callable[[], Any], after: float) -> bool:
+    """Run a call that gets a KeyboardInterrupt after some seconds; whether it came before the call's end."""
+
+    def handler(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, after)
+        call()
+        return False
+    except KeyboardInterrupt:
+        return True
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def at_many_moments(call: Callable[[], Any], check: Callable[[], None], moments: int = 12) -> None:
+    """Interrupt the call at moments spread over its duration, and check after each."""
+    call()
+    started = time.perf_counter()
+    call()
+    duration = time.perf_counter() - started
+    caught = 0
+    for moment in range(moments):
+        caught += interrupt(call, max(1e-4, duration * (moment + 0.5) / moments))
+        check()
+    assert caught >= moments // 3, "the call was too quick to be interrupted"
+
+
+def facts(model: nn.Module) -> dict[str, Any]:
+    """What a call may not leave changed: values, grads, flags, hooks, and the kinds of modules."""
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()]
+    return {
+        "values": {name: value.clone() for name, value in model.state_dict().items()},
+        "grads": {name: p.grad is None for name, p in model.named_parameters()},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "training": [m.training for m in model.modules()],
+        "hooks": hooks,
+        "kinds": [type(m).__name__ for m in model.modules()],
+    }
+
+
+def same(model: nn.Module, expected: dict[str, Any]) -> None:
+    found = facts(model)
+    values, rights = found.pop("values"), dict(expected)
+    for name, value in rights.pop("values").items():
+        assert torch.equal(values[name], value), name
+    assert found == rights
+
+
+def network(width: int = 64) -> nn.Sequential:
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8 * 12 * 12, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+@pytest.mark.parametrize("method", ["structured", "jacobian"])
+def test_empirical_ntk(method: str) -> None:
+    model, x = network(), torch.randn(40, 3, 12, 12)
+    expected, right = facts(model), fw.ntk.empirical_ntk(model, x, method=method)
+    at_many_moments(lambda: fw.ntk.empirical_ntk(model, x, method=method), lambda: same(model, expected))
+    assert torch.equal(fw.ntk.empirical_ntk(model, x, method=method), right)
+
+
+def test_regressor() -> None:
+    model, x, y = network(), torch.randn(48, 3, 12, 12), torch.randn(48, 3)
+    expected = facts(model)
+    regressor = fw.ntk.NTKRegressor(model, ridge=1e-2)
+    at_many_moments(lambda: regressor.fit(x, y), lambda: same(model, expected), 6)
+    assert regressor.fit(x, y).predict(x[:2]).shape == (2, 3)
+
+
+def test_path_sgd() -> None:
+    """An interrupted loop can go on: every value finite, and further steps lower the loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
+    x, y = torch.randn(128, 64), torch.randint(4, (128,))
+    optimizer = fw.pathsgd.PathSGD(model, lr=1e-4, momentum=0.5)
+
+    def loop(steps: int = 8) -> Tensor:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+        return loss.detach()
+
+    first = loop(1)
+
+    def check() -> None:
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+        assert len(optimizer.state_dict()["param_groups"]) == 1
+
+    at_many_moments(loop, check)
+    assert loop(20) < first
+
+
+def test_bayes_predict() -> None:
+    model = nn.Sequential(fw.bayes.BayesLinear(200, 400), nn.ReLU(), fw.bayes.BayesLinear(400, 3))
+    x = torch.randn(64, 200)
+    expected = facts(model)
+    at_many_moments(lambda: fw.bayes.predict(model, x, samples=200), lambda: same(model, expected))
+
+
+def test_bayes_convert_is_all_or_nothing() -> None:
+    plain = nn.Sequential(*(nn.Linear(150, 150) for _ in range(40)))
+    kinds: set[frozenset[str]] = set()
+    models = [copy.deepcopy(plain)]
+
+    def convert() -> None:
+        models[0] = copy.deepcopy(plain)
+        fw.bayes.convert(models[0], init="moped")
+
+    def check() -> None:
+        kinds.add(frozenset(type(layer).__name__ for layer in models[0]))
+
+    at_many_moments(convert, check)
+    assert kinds <= {frozenset({"Linear"}), frozenset({"BayesLinear"})}
