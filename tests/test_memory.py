@@ -18,6 +18,13 @@ from finite_width._selfcheck import EXAMPLES
 ALLOWED = 16 * 1024  # bytes in 1,000 calls: less than one leaked object a call
 
 
+# torch 2.13 itself leaks one std::string for every text argument of an op on the stable ABI, at each call: its
+# stableivalue_conversions.h copies it with `new` and returns a copy of that. 48 bytes, which we cannot free.
+TORCH_TEXT = 48
+# Of glibc's struct mallinfo2, in order.
+FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
 class MallocInfo(ctypes.Structure):
     """glibc's struct mallinfo2."""
 
@@ -72,7 +79,8 @@ def growth(call: Callable[[], Any], calls: int) -> int:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_op_leaks_nothing(name: str) -> None:
     op, args = getattr(torch.ops.finite_width, name).default, EXAMPLES[name]()
-    assert growth(lambda: op(*args), 1000) <= ALLOWED
+    texts = sum(isinstance(arg, str) for arg in args) if fw.has_kernels() else 0
+    assert growth(lambda: op(*args), 1000) <= ALLOWED + texts * 1000 * TORCH_TEXT
 
 
 def train(layer: nn.Module) -> Callable[[], Any]:
