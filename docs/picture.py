@@ -109,8 +109,8 @@ def bayes(axis: Any) -> None:
     y = torch.sin(2 * x) + 0.1 * torch.randn_like(x)
     model = nn.Sequential(fw.bayes.BayesLinear(1, 128), nn.Tanh(), fw.bayes.BayesLinear(128, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4000)
-    for _ in range(4000):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
+    for _ in range(1500):
         nll = (model(x) - y).square().sum() / (2 * 0.1**2)
         loss = fw.bayes.negative_elbo(nll, fw.bayes.kl(model), num_data=60, batch_size=60, reduction="sum")
         optimizer.zero_grad()
