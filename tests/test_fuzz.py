@@ -69,6 +69,8 @@ class Call:
     linear: the result is multilinear in the arguments; its error is then held against the result of |arguments|,
         since a sum that cancels has no small relative error in any arithmetic.
     differentiable: gradients are compared as well.
+    size: for other calls, the size of what is summed up in an entry: the error of an entry that cancels is held
+        against this.
     view: what to compare of (results, arguments afterwards), where that is not all tensors as they are.
     """
 
@@ -77,6 +79,7 @@ class Call:
     linear: bool = False
     differentiable: bool = False
     tolerance: tuple[float, float] = (1e-5, 1e-12)  # float32, float64
+    size: float = 0.1
     view: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors
 
 
@@ -193,6 +196,7 @@ def fuzz_update(d: Draw) -> Call:
 
 # The noise is float32 noise in every dtype, so float64 results agree to that.
 NOISE = (2e-5, 1e-6)
+SIGMA = 3.0  # the largest σ of `weights`: a summand σ ε x carries the error of its ε times this
 
 
 def weights(d: Draw, *shape: int) -> tuple[Tensor, Tensor]:
@@ -219,7 +223,7 @@ def fuzz_sample(d: Draw) -> Call:
     shape = [d.size(0, 20) for _ in range(d.size(1, 3))]
     mean, std = prior(d, *shape)
     args = (*weights(d, *shape), seed(d), mean, std, d.size(0, 2), d.choice([True, False]))
-    return Call(bayes.sample, args, differentiable=True, tolerance=NOISE)
+    return Call(bayes.sample, args, differentiable=True, tolerance=NOISE, size=SIGMA)
 
 
 def fuzz_kl(d: Draw) -> Call:
@@ -234,14 +238,20 @@ def fuzz_bayes_linear(d: Draw) -> Call:
     bias_mean = d.tensor(outputs) if bias and mean is not None else None
     pairs = (*weights(d, outputs, inputs), *(weights(d, outputs) if bias else (None, None)))
     args = (d.tensor(batch, inputs), *pairs, seed(d), mean, bias_mean, std)
-    return Call(bayes.linear, args, differentiable=True, tolerance=NOISE)
+    size = SIGMA * math.sqrt(max(batch, inputs, outputs))
+    return Call(bayes.linear, args, differentiable=True, tolerance=NOISE, size=size)
 
 
 def fuzz_bayes_samples(d: Draw) -> Call:
     batch, inputs, outputs, samples = d.size(0, 20), d.size(1, 50), d.size(1, 50), d.size(1, 4)
     pairs = (*weights(d, outputs, inputs), *(weights(d, outputs) if d.choice([True, False]) else (None, None)))
     x = d.tensor(d.choice([1, samples]), batch, inputs)
-    return Call(bayes.linear_samples, (x, *pairs, seed(d), d.size(0, 3), samples), tolerance=NOISE)
+    return Call(
+        bayes.linear_samples,
+        (x, *pairs, seed(d), d.size(0, 3), samples),
+        tolerance=NOISE,
+        size=SIGMA * math.sqrt(inputs),
+    )
 
 
 FUZZ: dict[str, Callable[[Draw], Call]] = {
@@ -298,8 +308,8 @@ def check(call: Call) -> None:
     for results, rights, sizes in zip(found, exact, scale, strict=True):
         for result, right, size in zip(results, rights, sizes, strict=True):
             assert result.shape == right.shape
-            # Without the bound by |arguments|, an entry is held against a size of a tenth at least.
-            allowed = bound * float(size.norm() if call.linear else right.norm() + 0.1 * math.sqrt(right.numel()))
+            entries = call.size * math.sqrt(right.numel())
+            allowed = bound * float(size.norm() if call.linear else right.norm() + entries)
             difference = float((result.double() - right).norm())
             assert difference <= allowed or difference == 0, f"{difference:.2e} over {allowed:.2e}, {list(right.shape)}"
 
