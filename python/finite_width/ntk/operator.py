@@ -149,5 +149,26 @@ class NTKOperator:
         matrix = kernel.permute(0, 2, 1, 3).reshape(kernel.shape[0] * self.outputs, kernel.shape[1] * self.outputs)
         return matrix.t() if self._flipped else matrix
 
+    def to_linear_operator(self) -> Any:
+        """The same operator as a `linear_operator.LinearOperator`, for GPyTorch and its solvers.
+
+        It is constant for autograd: scales, noise and other hyperparameters stand outside of it.
+
+        Returns:
+            A LinearOperator of this shape; nothing is computed or copied.
+
+        Raises:
+            ImportError: linear_operator is not installed.
+
+        Example:
+            >>> import torch, finite_width as fw
+            >>> op = fw.ntk.NTKOperator(torch.nn.Linear(3, 1), torch.randn(5, 3))
+            >>> lazy = op.to_linear_operator()  # doctest: +SKIP
+            >>> lazy.add_diagonal(torch.tensor(0.1)).solve(torch.randn(5, 1))  # doctest: +SKIP
+        """
+        from .handover import to_linear_operator
+
+        return to_linear_operator(self)
+
     def __repr__(self) -> str:
         return f"NTKOperator(shape={self.shape}, outputs={self.outputs}, dtype={self.dtype})"

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -39,6 +40,13 @@ class Ranks:
             raise outcome[1]
         result: T = outcome[0]
         return result
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, written to `value`; of rows that one rank each has filled, it is these rows' bits."""
+        if self.size > 1:
+            with _others():
+                dist.all_reduce(value, group=self._group)
+        return value
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks."""

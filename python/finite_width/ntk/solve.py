@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .. import _check
 from .empirical import free_memory
+from .stored import StoredKernel, is_stored
 
 # Columns solved together: beyond this the small [s, s] problems of block CG cost more than they save.
 _BLOCK = 64
@@ -56,7 +57,7 @@ class Solution:
 
 
 def solve(
-    K_or_operator: Tensor | Operator,
+    K_or_operator: Tensor | Operator | Any,
     y: Tensor,
     *,
     ridge: float,
@@ -76,7 +77,9 @@ def solve(
 
     Args:
         K_or_operator: [N, N], float32 or float64; or an operator with `shape`, `dtype`, `device`, `@` and
-            `to_dense()`, such as `NTKOperator`.
+            `to_dense()`, such as `NTKOperator`; or a stored kernel, such as the Zarr array of
+            `empirical_ntk(..., out=)`, [N, N] or [N, N, O, O], which conjugate gradients read panel by panel (under
+            torch.distributed each rank its share; all ranks make the same call).
         y: [N] or [N, C], on the same device.
         ridge: ρ ≥ 0, in the units of K.
         method: "cholesky", "cg", or "auto": Cholesky where a float64 copy of K fits in `memory_budget`.
@@ -109,6 +112,8 @@ def solve(
     _check.one_of("method", method, ("auto", "cholesky", "cg"))
     _check.is_tensor("y", y)
     _check.is_float("y", y)
+    if is_stored(K_or_operator) and not hasattr(K_or_operator, "to_dense"):
+        K_or_operator = StoredKernel(K_or_operator)
     size = _check_square(K_or_operator)
     if y.dim() not in (1, 2) or y.shape[0] != size:
         raise ValueError(f"y must have shape [{size}] or [{size}, C], as K has {size} rows, got {list(y.shape)}")
@@ -129,13 +134,14 @@ def solve(
     else:
         added = 0.0
         product = _product(K_or_operator)
+        default_rank = min(size // 4, 256 if isinstance(K_or_operator, Tensor | StoredKernel) else 64)
         x, iterations, residual = _conjugate_gradients(
             product,
             columns,
             ridge=float(ridge),
             tol=tol,
             max_iterations=10 * size if max_iterations is None else max_iterations,
-            rank=min(size // 4, 256 if isinstance(K_or_operator, Tensor) else 64) if rank is None else min(rank, size),
+            rank=default_rank if rank is None else min(rank, size),
             precision=torch.finfo(K_or_operator.dtype).eps,
             progress=progress,
         )
@@ -204,6 +210,8 @@ def _check_square(K: Tensor | Operator) -> int:
 
 def _product(K: Tensor | Operator) -> Callable[[Tensor], Tensor]:
     """v [N, S] float64 -> K v, float64; a stored float32 kernel is converted row block by row block."""
+    if isinstance(K, StoredKernel):
+        return lambda v: K @ v  # float64 already
     if not isinstance(K, Tensor):
         return lambda v: torch.cat([(K @ part.to(K.dtype)).double() for part in v.split(_OPERATOR_COLUMNS, 1)], 1)
     if K.dtype == torch.float64:
