@@ -139,8 +139,9 @@ class Stream:
         """The factors of every block of a tile row."""
         problem = self.problem
         batch = problem.left if side == 0 else problem.right
+        check = problem.check and batch is problem.probed
         return [
-            collect(problem.target, self.plan, batch, begin, end, problem.check and begin == 0 and side == 0)
+            collect(problem.target, self.plan, batch, begin, end, check and begin == 0)
             for begin, end in self.grid.blocks(side, index)
         ]
 
