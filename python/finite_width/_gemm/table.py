@@ -14,7 +14,7 @@ TABLE: list[tuple[str, str, str]] = [
     (
         "one row or one column",
         TORCH,
-        "up to 3 times the tile's speed, up to 1.3 times slower at 4096; the same bits for 1 and 2 threads on all 720 "
+        "up to 3 times the tile's speed, up to 1.3 times slower at 4096; the same bits for 1 and 2 threads on all 360 "
         "products tried, but not the bits that these rows have in a larger product",
     ),
     (
