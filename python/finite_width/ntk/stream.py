@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -183,6 +185,23 @@ class Stream:
                 self.to.write(region[::-1], turned.mT if self.problem.compute == "full" else turned)
             self.finished += 1
             advance(1)
+        _give_back()
+
+
+@functools.cache
+def _trim() -> Any:
+    """glibc's malloc_trim, where there is one."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps the pieces that were encoded and freed, as much as was written."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
 
 
 def held_tiles(problem: Problem, plan: Plan, grid: Grid, ranks: Ranks) -> int:
