@@ -68,6 +68,11 @@ def cases(record: dict[str, Any]) -> dict[str, list[Row]]:
     by_case: dict[str, list[Row]] = defaultdict(list)
     for row in record["rows"]:
         by_case[row["case"]].append(row)
+    for rows in by_case.values():
+        # A record that does not name its baseline: the row whose time all ratios are to.
+        base = next((row["implementation"] for row in rows if row.get("ratio") == 1), "")
+        for row in rows:
+            row.setdefault("baseline", base)
     return by_case
 
 
@@ -229,6 +234,8 @@ def write_benchmark_page() -> None:
         facts = record["machine"]
         lines += ["", f"## {title(name)}", "", f"`{record['command']}`, {record['date']}.", ""]
         lines.append(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items()) + ".")
+        if "note" in record:
+            lines += ["", str(record["note"])]
         time, memory = (plot_case_bars(name, record, quantity) for quantity in ("seconds", "peak_bytes"))
         if time:
             lines += ["", f"![Time of every case](figures/{time})"]
