@@ -154,6 +154,7 @@ def plot_case_bars(name: str, record: dict[str, Any], quantity: str) -> str | No
             axis.text(value * 1.06, place, f"{value:.3g}", va="center", fontsize=7)
         axis.set_yticks(range(len(rows)), [short(each) for each in names], fontsize=7)
         axis.tick_params(axis="x", labelsize=7)
+        axis.xaxis.set_minor_formatter("")
         axis.set_title(f"{case} ({unit})", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(shown) :]:
