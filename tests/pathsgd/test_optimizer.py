@@ -328,12 +328,15 @@ def test_state_is_at_most_16_bytes_a_unit() -> None:
     assert optimizer._vectors.nbytes() <= 16 * (784 + 100 + 100 + 10) + 16 * (layers + 1)
 
 
-def test_interrupted_step_is_finished_first(monkeypatch) -> None:
+def test_interrupted_step_is_finished_first(monkeypatch, request) -> None:
     torch.manual_seed(0)
     model = mlp(6, 11, 9, 2)
     other = copy.deepcopy(model)
     optimizer, twin = PathSGD(model, 1e-3), PathSGD(other, 1e-3)
     original = chain_module.path_sweep
+    # A shell that starts the tests in the background has them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for seed in range(4):
         backward(model, seed, dtype=torch.float32)
         backward(other, seed, dtype=torch.float32)
