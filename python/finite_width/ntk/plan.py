@@ -14,7 +14,7 @@ from .layout import Layout
 
 # Rows of one block: a power of two such that what a block's sweep touches stays near this many bytes. It depends on
 # shapes alone, so that the result has the same bits for any memory budget.
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 64 << 20
 BLOCK_ROWS = 512
 # One tile of a convolution's Jacobian, over the rows of a block.
 TILE_BYTES = 16 << 20
