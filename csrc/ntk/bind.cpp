@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "common/check.h"
@@ -35,10 +34,11 @@ bool same_memory(const Tensor& one, const Tensor& two) {
   return same;
 }
 
-Contraction contraction_named(const std::string& compute) {
-  STD_TORCH_CHECK(compute == "full" || compute == "diagonal" || compute == "trace",
-                  "finite_width: compute must be full, diagonal or trace, got ", compute);
-  return compute == "full" ? Contraction::full : compute == "diagonal" ? Contraction::diagonal : Contraction::trace;
+// A number and not a name: torch's stable-ABI headers leak a string for every text argument of every call.
+Contraction contraction_of(int64_t compute) {
+  STD_TORCH_CHECK(compute >= 0 && compute <= 2,
+                  "finite_width: compute must be 0 (full), 1 (diagonal) or 2 (trace), got ", compute);
+  return static_cast<Contraction>(compute);
 }
 
 template <class T>
@@ -89,8 +89,8 @@ void accumulate(const Tensor& out, const Tensor* a1, const Tensor* a2, const Ten
 }
 
 void gram_cpu(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tensor& d1, const Tensor& d2, double bias,
-              const std::string& compute) {
-  const Contraction contraction = contraction_named(compute);
+              int64_t compute) {
+  const Contraction contraction = contraction_of(compute);
   check_dim(a1, "a1", 2);
   check_shape(a2, "a2", {-1, a1.size(1)});
   check_dim(d1, "d1", 3);
@@ -104,8 +104,8 @@ void gram_cpu(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tenso
   accumulate(out, &a1, &a2, d1, d2, 1, 1, bias, contraction);
 }
 
-void jacobian_cpu(const Tensor& out, const Tensor& j1, const Tensor& j2, const std::string& compute) {
-  const Contraction contraction = contraction_named(compute);
+void jacobian_cpu(const Tensor& out, const Tensor& j1, const Tensor& j2, int64_t compute) {
+  const Contraction contraction = contraction_of(compute);
   check_dim(j1, "j1", 3);
   check_shape(j2, "j2", {-1, j1.size(1), j1.size(2)});
   check_tile(out, j1.size(0), j2.size(0), j1.size(1), contraction);
@@ -125,8 +125,8 @@ Tensor rows_of_cotangents(const Tensor& d) {
 }
 
 void ghost_cpu(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tensor& d1, const Tensor& d2, double bias,
-               const std::string& compute) {
-  const Contraction contraction = contraction_named(compute);
+               int64_t compute) {
+  const Contraction contraction = contraction_of(compute);
   check_dim(a1, "a1", 3);
   check_shape(a2, "a2", {-1, -1, a1.size(2)});
   check_dim(d1, "d1", 4);

@@ -5,8 +5,9 @@
 
 namespace finite_width::ntk {
 
-// What is kept of the outputs o of the first batch and p of the second: all pairs, o = p, or the sum over o = p.
-enum class Contraction { full, diagonal, trace };
+// What is kept of the outputs o of the first batch and p of the second: all pairs, o = p, or the sum over o = p. The
+// ops get it as this number.
+enum class Contraction { full = 0, diagonal = 1, trace = 2 };
 
 // Where a kernel tile stands: element (n, m, o, p) at data[n * row + m * column + o * left + p * right]. `diagonal`
 // has right = 0, and `trace` left = right = 0.

@@ -24,10 +24,10 @@ SCHEMAS: dict[str, str] = {
     "gemm": "(Tensor a, Tensor b, Tensor? bias) -> Tensor",
     # NTK.
     "ntk_gram_accumulate": "(Tensor(a!) out, Tensor a1, Tensor a2, Tensor d1, Tensor d2, float bias, "
-    "str compute) -> ()",
-    "ntk_jacobian_accumulate": "(Tensor(a!) out, Tensor j1, Tensor j2, str compute) -> ()",
+    "int compute) -> ()",
+    "ntk_jacobian_accumulate": "(Tensor(a!) out, Tensor j1, Tensor j2, int compute) -> ()",
     "ntk_ghost_accumulate": "(Tensor(a!) out, Tensor a1, Tensor a2, Tensor d1, Tensor d2, float bias, "
-    "str compute) -> ()",
+    "int compute) -> ()",
     "ntk_position_gradients": "(Tensor a, Tensor d) -> Tensor",
     "ntk_conv_gradients": "(Tensor input, Tensor delta, int[] kernel_size, int[] stride, int[] padding, "
     "int[] dilation, int groups) -> Tensor",

@@ -9,33 +9,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# What the ops' argument `compute` may be, in the order of the names in ops.COMPUTE.
+FULL, DIAGONAL, TRACE = range(3)
 
-def _add_pairs(out: Tensor, inner: Tensor, left: Tensor, right: Tensor, compute: str) -> None:
+
+def _add_pairs(out: Tensor, inner: Tensor, left: Tensor, right: Tensor, compute: int) -> None:
     """out += inner [N, M] (a factor, 1 where empty) times the products of left [N, O, K] and right [M, O, K]."""
-    if compute == "full":
+    if compute == FULL:
         out += inner[:, :, None, None] * torch.einsum("nak,mbk->nmab", left, right)
-    elif compute == "diagonal":
+    elif compute == DIAGONAL:
         out += inner[:, :, None] * torch.einsum("nak,mak->nma", left, right)
     else:
         out += inner * torch.einsum("nak,mak->nm", left, right)
 
 
-def gram_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: str) -> None:
+def gram_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: int) -> None:
     """out[n, m, a, b] += (a1[n] · a2[m] + bias) (d1[n, a] · d2[m, b])."""
     _add_pairs(out, a1 @ a2.mT + bias, d1, d2, compute)
 
 
-def jacobian_accumulate(out: Tensor, j1: Tensor, j2: Tensor, compute: str) -> None:
+def jacobian_accumulate(out: Tensor, j1: Tensor, j2: Tensor, compute: int) -> None:
     """out[n, m, a, b] += j1[n, a] · j2[m, b]."""
     _add_pairs(out, out.new_ones(()).expand(j1.shape[0], j2.shape[0]), j1, j2, compute)
 
 
-def ghost_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: str) -> None:
+def ghost_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: int) -> None:
     """out[n, m, a, b] += Σ_{t, s} (a1[n, t] · a2[m, s] + bias) (d1[n, a, t] · d2[m, b, s])."""
     inner = torch.einsum("nti,msi->nmts", a1, a2) + bias
-    if compute == "full":
+    if compute == FULL:
         out += torch.einsum("nmts,nmabts->nmab", inner, torch.einsum("natc,mbsc->nmabts", d1, d2))
-    elif compute == "diagonal":
+    elif compute == DIAGONAL:
         out += torch.einsum("nmts,nmats->nma", inner, torch.einsum("natc,masc->nmats", d1, d2))
     else:
         out += torch.einsum("nmts,nmats->nm", inner, torch.einsum("natc,masc->nmats", d1, d2))
