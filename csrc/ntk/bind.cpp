@@ -60,11 +60,14 @@ void check_tile(const Tensor& out, int64_t rows, int64_t columns, int64_t output
   }
 }
 
-// Cotangents [rows, O, C] with adjacent channels, and for a trace with adjacent outputs too.
+constexpr int64_t kShortRun = 64;  // adjacent channels that take longer to pack than to copy
+
+// Cotangents [rows, O, C] with adjacent channels; where these are few, for a trace with adjacent outputs too.
 Tensor cotangents(const Tensor& d, Contraction contraction) {
   const bool adjacent = d.size(2) <= 1 || d.stride(2) == 1;
   const bool outputs_adjacent = d.size(1) <= 1 || d.stride(1) == d.size(2);
-  return adjacent && (contraction != Contraction::trace || outputs_adjacent) ? d : torch::stable::contiguous(d);
+  const bool long_runs = contraction != Contraction::trace || outputs_adjacent || d.size(2) >= kShortRun;
+  return adjacent && long_runs ? d : torch::stable::contiguous(d);
 }
 
 // The kernel on cotangents [rows, O, C] and inputs [rows, I] or none.

@@ -9,11 +9,45 @@ using finite_width::ntk::Tile;
 
 constexpr int64_t kMostScratch = 1 << 20;  // values of the inner products that a task holds at once
 
+// Cotangents as an operand: row (n, t, o) of `outputs` outputs, and for a trace the outputs one behind the other in k.
+// So nothing is copied where the outputs of a row do not lie side by side, as a batched backward leaves them.
+template <class T>
+struct Cotangents {
+  const T* d;
+  int64_t outputs, d_row, d_output, C;
+
+  void pack_left(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
+    runs(k, depth, [&](const T* from, int64_t some) {
+      tile::Nested<T>{from, outputs, d_row, d_output}.pack_left(panel, first, count, 0, some);
+      panel += tile::kTileRows<T> * some;
+    });
+  }
+  void pack_right(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
+    runs(k, depth, [&](const T* from, int64_t some) {
+      tile::Nested<T>{from, outputs, d_row, d_output}.pack_right(panel, first, count, 0, some);
+      panel += tile::kTileColumns<T> * some;
+    });
+  }
+
+ private:
+  // The adjacent channels that [k, k + depth) is made of. What a run packs past its end, the next one overwrites.
+  template <class Body>
+  void runs(int64_t k, int64_t depth, const Body& body) const {
+    while (depth > 0) {
+      const int64_t some = tile::smaller(depth, C - k % C);
+      body(d + k / C * d_output + k % C, some);
+      k += some;
+      depth -= some;
+    }
+  }
+};
+
 // One pair of batches, as products of matrices: rows (n, t, o) of the first and columns (m, s, p) of the second.
 template <class T>
 struct Gram {
   Side<T> one, two;
   int64_t I, O, C;
+  int64_t depth;      // of the product of cotangents: C, or all channels of all outputs for a trace
   int64_t diagonals;  // this many products, each of one output (O = 1)
   bool inner, symmetric;
   T bias;
@@ -52,7 +86,7 @@ struct Gram {
       for (int64_t m = 0; m < M; m += examples) {
         const int64_t some_columns = tile::smaller(examples, M - m) * step;
         tile::multiply_block<T>(
-            rows_of(one), rows_of(two), n0 * one.positions * O + row, some_rows, (m0 + m) * step, some_columns, C,
+            rows_of(one), rows_of(two), n0 * one.positions * O + row, some_rows, (m0 + m) * step, some_columns, depth,
             products, some_columns,
             [&](int64_t r, int count, int64_t q, int width, T* values, int64_t row_step) {
               for (int i = 0; i < count; ++i) {
@@ -65,7 +99,7 @@ struct Gram {
   }
 
   // Cotangents by row (n, t, o).
-  tile::Nested<T> rows_of(const Side<T>& side) const { return {side.d, O, side.d_row, side.d_output}; }
+  Cotangents<T> rows_of(const Side<T>& side) const { return {side.d, O, side.d_row, side.d_output, C}; }
 
   int64_t limit(int64_t row_end, int64_t rows_per_example, int64_t columns_per_example) const {
     return symmetric ? ((row_end - 1) / rows_per_example + 1) * columns_per_example : INT64_MAX;
@@ -159,9 +193,18 @@ void gram_accumulate(const Side<T>& one, const Side<T>& two, int64_t I, int64_t 
                          one.d_output == two.d_output &&
                          (!inner || (one.a == two.a && one.a_row == two.a_row && one.a_col == two.a_col));
   const bool full = contraction == Contraction::full, trace = contraction == Contraction::trace;
-  const Gram<T> gram{
-      one,   two,       I,    full ? O : 1, trace ? O * C : C, contraction == Contraction::diagonal ? O : 1,
-      inner, symmetric, bias, out};
+  const bool joined = trace && one.d_output == C && two.d_output == C;  // a row's outputs are one run of channels
+  const Gram<T> gram{one,
+                     two,
+                     I,
+                     full ? O : 1,
+                     joined ? O * C : C,
+                     trace ? O * C : C,
+                     contraction == Contraction::diagonal ? O : 1,
+                     inner,
+                     symmetric,
+                     bias,
+                     out};
   const int64_t threads = num_threads();
   const double work = static_cast<double>(N * one.positions) * static_cast<double>(M * two.positions) *
                       static_cast<double>((full ? O * O : O) * C + (inner ? I : 0));

@@ -30,7 +30,7 @@ struct Side {
 };
 
 // out[n, m, o, p] += sum over t, s of (a1[n, t] . a2[m, s] + bias) (d1[n, t, o] . d2[m, s, p]), contracted as asked.
-// Without `inner`, the first factor is 1. `trace` needs d_output = C. Where both sides are the same memory, the lower
+// Without `inner`, the first factor is 1. Where both sides are the same memory, the lower
 // triangle is computed and mirrored.
 //
 // Floor: 2 N M T S (I + O O C) operations at the multiply-add rate; the tile is read and written once for each t.

@@ -185,6 +185,22 @@ def test_one_batch_gives_a_symmetric_tile(compute: str) -> None:
     torch.testing.assert_close(out, mirrored, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [5, 63, 64, 130])
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_outputs_may_lie_anywhere(compute: str, channels: int) -> None:
+    """The layout that a batched backward leaves, outputs outermost, gives the bits of a contiguous one."""
+    generator = torch.Generator().manual_seed(4)
+    a1, a2 = (normal(rows, 6, dtype=torch.float32, generator=generator) for rows in (14, 35))
+    d1, d2 = (normal(7, rows, channels, dtype=torch.float32, generator=generator).transpose(0, 1) for rows in (14, 35))
+    for a, d in ((a2, d2), (a1, d1)):  # two batches, and one alone
+        expected = torch.zeros_like(tile(compute, 14, len(a), 7, torch.float32, generator))
+        found = torch.zeros_like(expected)
+        left = d1.contiguous()
+        ops.gram_accumulate(expected, a1, a, left, left if d is d1 else d.contiguous(), 1.0, compute)
+        ops.gram_accumulate(found, a1, a, d1, d, 1.0, compute)
+        assert torch.equal(found, expected)
+
+
 def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape)
 
