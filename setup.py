@@ -8,6 +8,9 @@ Environment:
   FINITE_WIDTH_SANITIZE=address,undefined | thread   build the CPU kernels with these sanitizers (make sanitize)
 """
 
+import ast
+import hashlib
+import json
 import os
 import shutil
 import warnings
@@ -22,6 +25,27 @@ VERSION = next(
 REQUIRED = os.environ.get("FINITE_WIDTH_REQUIRE_EXT") == "1"
 # The stable ABI of torch 2.11: the module runs on that version and every later one.
 TORCH_TARGET = "0x020b000000000000"
+
+
+def write_schema_header():
+    """A header with the fingerprint of the ops' schemas: the package refuses a module that was built for others.
+
+    A kernel called with arguments of another schema would crash the process. Written only where it changed, so that
+    ninja rebuilds nothing else.
+    """
+    tree = ast.parse((ROOT / "python" / "finite_width" / "_library.py").read_text())
+    schemas = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "SCHEMAS"
+    )
+    fingerprint = hashlib.sha256(json.dumps(schemas, sort_keys=True).encode()).hexdigest()[:16]
+    text = f'// Written by setup.py.\n#define FINITE_WIDTH_SCHEMAS "{fingerprint}"\n'
+    header = ROOT / "build" / "generated" / "schemas.h"
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return header.parent
 
 
 def cuda_home():
@@ -83,7 +107,7 @@ def extension():
         compile_flags["cxx"] += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g", "-O1"]
         compile_flags["cxx"] += ["-fno-sanitize-recover=undefined"]
         link["extra_link_args"] = [f"-fsanitize={sanitizers}"]
-    include = [str(ROOT / "csrc"), pybind11.get_include()]
+    include = [str(ROOT / "csrc"), str(write_schema_header()), pybind11.get_include()]
     cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*_cuda.cu"))
     home = cuda_home()
     if home and cuda_sources:

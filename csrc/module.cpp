@@ -8,6 +8,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/philox.h"
+#include "schemas.h"  // written by setup.py
 
 namespace py = pybind11;
 namespace fw = finite_width;
@@ -35,6 +36,7 @@ static std::array<uint32_t, 4> philox4x32_10(std::array<uint32_t, 4> counter, st
 PYBIND11_MODULE(_C, module) {
   fw::isa();  // a wrong FINITE_WIDTH_ISA fails the import, not the first kernel
   module.attr("version") = FW_STRINGIFY(FINITE_WIDTH_VERSION);
+  module.attr("schemas") = FINITE_WIDTH_SCHEMAS;
   module.def("build_facts", &build_facts);
   module.def("isa", [] { return fw::isa_name(fw::isa()); });
   module.def("detected_isa", [] { return fw::isa_name(fw::detected_isa()); });

@@ -121,3 +121,10 @@ def test_main_prints_the_self_check() -> None:
 
 def test_relative_error_lets_no_nan_pass() -> None:
     assert not op_battery.relative_error(torch.tensor([float("nan")]), torch.ones(1)) <= 1e9
+
+
+@pytest.mark.skipif(not fw.has_kernels(), reason="no compiled module to refuse")
+def test_a_module_built_for_other_schemas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_library.SCHEMAS, "gemm", "(Tensor a, Tensor b) -> Tensor")
+    with pytest.raises(ImportError, match=r"built for other schemas.*rebuild"):
+        _library._load_compiled_module()

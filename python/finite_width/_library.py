@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -181,6 +183,11 @@ def reference_only() -> Iterator[None]:
 _reference_depth = 0
 
 
+def _schema_fingerprint() -> str:
+    """What setup.py wrote into the compiled module, of the schemas that it was built for."""
+    return hashlib.sha256(json.dumps(SCHEMAS, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _load_compiled_module() -> ModuleType | None:
     """The module finite_width._C, or None where it was not built or is switched off."""
     if os.environ.get("FINITE_WIDTH_DISABLE_EXT") == "1":
@@ -192,6 +199,11 @@ def _load_compiled_module() -> ModuleType | None:
     if module.version != VERSION:
         raise ImportError(
             f"finite_width {VERSION} found a compiled module of version {module.version}; reinstall finite-width"
+        )
+    if getattr(module, "schemas", None) != _schema_fingerprint():
+        raise ImportError(
+            f"{module.__file__} was built for other schemas than {__file__} has, and its kernels would be called with "
+            "the wrong arguments; rebuild it: `make setup` in a clone, or reinstall finite-width"
         )
     return module
 
