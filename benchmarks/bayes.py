@@ -75,7 +75,7 @@ class Local(_Plain):
         return mean + variance.sqrt() * torch.randn_like(mean), _closed_kl(self.pairs, sigmas)
 
 
-def _step(module: nn.Module, x: Tensor, forward: Callable[[], tuple[Tensor, Tensor | None]]) -> Callable[[], None]:
+def step(module: nn.Module, x: Tensor, forward: Callable[[], tuple[Tensor, Tensor | None]]) -> Callable[[], None]:
     leaves = [x, *module.parameters()]
 
     def run() -> None:
@@ -88,13 +88,13 @@ def _step(module: nn.Module, x: Tensor, forward: Callable[[], tuple[Tensor, Tens
     return run
 
 
-def _plain_step(module: nn.Module, x: Tensor) -> Callable[[], None]:
-    return _step(module, x, lambda: module(x))
+def plain_step(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    return step(module, x, lambda: module(x))
 
 
 def _ours(size: int, x: Tensor, estimator: str) -> Callable[[], None]:
     layer = fw.bayes.BayesLinear(size, size, estimator=estimator, init_std=SIGMA, device=harness.DEVICE)
-    return _step(layer, x, lambda: (layer(x), fw.bayes.kl(layer)))
+    return step(layer, x, lambda: (layer(x), fw.bayes.kl(layer)))
 
 
 def _peers(size: int, x: Tensor) -> dict[str, Any]:
@@ -105,14 +105,14 @@ def _peers(size: int, x: Tensor) -> dict[str, Any]:
 
         for name, kind in (("Reparameterization", LinearReparameterization), ("Flipout", LinearFlipout)):
             layer = kind(size, size, posterior_rho_init=RHO).to(harness.DEVICE)
-            peers[f"bayesian-torch {name}"] = _plain_step(layer, x)
+            peers[f"bayesian-torch {name}"] = plain_step(layer, x)
     except ImportError as error:
         peers["bayesian-torch"] = f"not installed: pip install --no-deps bayesian-torch ({error})"
     try:
         from blitz.modules import BayesianLinear
 
         blitz = BayesianLinear(size, size, posterior_rho_init=RHO).to(harness.DEVICE)
-        peers["blitz"] = _step(blitz, x, lambda: (blitz(x), blitz.log_variational_posterior - blitz.log_prior))
+        peers["blitz"] = step(blitz, x, lambda: (blitz(x), blitz.log_variational_posterior - blitz.log_prior))
     except ImportError as error:
         peers["blitz"] = f"not installed: pip install --no-deps blitz-bayesian-pytorch ({error})"
     try:
@@ -120,7 +120,7 @@ def _peers(size: int, x: Tensor) -> dict[str, Any]:
 
         bnn = torchbnn.BayesLinear(0, SIGMA, size, size).to(harness.DEVICE)
         kl_loss = torchbnn.BKLLoss(reduction="sum")
-        peers["torchbnn"] = _step(bnn, x, lambda: (bnn(x), kl_loss(bnn)))
+        peers["torchbnn"] = step(bnn, x, lambda: (bnn(x), kl_loss(bnn)))
     except ImportError as error:
         peers["torchbnn"] = f"not installed: pip install --no-deps torchbnn ({error})"
     return peers
@@ -130,12 +130,12 @@ def _layer(size: int, against_usual: float) -> Case:
     torch.manual_seed(0)
     x = torch.randn(BATCH, size, device=harness.DEVICE, requires_grad=True)
     linear = nn.Linear(size, size, device=harness.DEVICE)
-    usual, closed, local = (_plain_step(kind(size), x) for kind in (Usual, Closed, Local))
+    usual, closed, local = (plain_step(kind(size), x) for kind in (Usual, Closed, Local))
     return Case(
         name=f"layer {size}",
         what=f"{size}→{size} with bias, batch {BATCH}, float32, forward + KL + backward to x, μ, ρ",
         implementations={
-            "nn.Linear": _step(linear, x, lambda: (linear(x), None)),
+            "nn.Linear": step(linear, x, lambda: (linear(x), None)),
             "finite-width": _ours(size, x, "weight"),
             "finite-width flipout": _ours(size, x, "flipout"),
             "finite-width local": _ours(size, x, "local"),

@@ -20,7 +20,8 @@ import torch
 
 import harness
 
-WINGS = ("gemm", "ntk", "tt", "pathsgd", "bayes")
+# Each is a file beside this one with CASES: the matrix product, the four wings, large kernels, and growth with size.
+WINGS = ("gemm", "ntk", "tt", "pathsgd", "bayes", "scale", "sweeps")
 
 
 def arguments() -> argparse.Namespace:

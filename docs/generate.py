@@ -18,19 +18,23 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from known_results import table as known_results_table
+import known_results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "figures"
 OURS, BASE, PEER, FLOOR = "#e64a19", "#3949ab", "#9fa8da", "#222222"
 TITLES = {
-    "gemm": "The shared matrix product",
+    "sweeps": "How time grows",
     "ntk": "NTK",
     "tt": "Tensor-Train layers",
     "pathsgd": "Path-SGD",
     "bayes": "Variational layers",
+    "scale": "Large kernels, sketches, loss gradients",
+    "gemm": "The shared matrix product",
 }
+# Where a record has more cases than this, its cases become rows of one table.
+MANY_CASES = 20
 
 # How the benchmark page begins.
 PREAMBLE = """\
@@ -165,6 +169,51 @@ def plot_case_bars(name: str, record: dict[str, Any], quantity: str) -> str | No
     return file
 
 
+def ours_of(rows: list[Row]) -> Row | None:
+    """This library's row of a case: the plain one, or the first of several variants."""
+    mine = [row for row in rows if "seconds" in row and is_ours(row["implementation"])]
+    return next((row for row in mine if row["implementation"] == "finite-width"), mine[0] if mine else None)
+
+
+def many_cases_table(record: dict[str, Any]) -> list[str]:
+    """A line for each case, a column for each implementation: times, and this library's against the best other."""
+    by_case = cases(record)
+    names = list(dict.fromkeys(row["implementation"] for rows in by_case.values() for row in rows))
+    lines = ["| case | " + " | ".join(names) + " | best other ÷ ours |", "| --- |" + " ---: |" * (len(names) + 1)]
+    for case, rows in by_case.items():
+        seconds = {row["implementation"]: row["seconds"] for row in rows if "seconds" in row}
+        ours = ours_of(rows)
+        others = [value for name, value in seconds.items() if not is_ours(name)]
+        ratio = f"{min(others) / ours['seconds']:.2f}" if ours and others else "–"
+        cells = [duration(seconds[name]) if name in seconds else "–" for name in names]
+        lines.append("| " + " | ".join([case, *cells, ratio]) + " |")
+    return lines
+
+
+def plot_many_ratios(name: str, record: dict[str, Any]) -> str | None:
+    """A dot for each case and other implementation: its time over this library's, against this library's time."""
+    import matplotlib.pyplot as plt
+
+    dots: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for rows in cases(record).values():
+        ours = ours_of(rows)
+        for row in rows:
+            if ours and "seconds" in row and not is_ours(row["implementation"]):
+                dots[row["implementation"]].append((ours["seconds"] * 1e3, row["seconds"] / ours["seconds"]))
+    if not dots:
+        return None
+    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    for each, points in dots.items():
+        axis.plot(*zip(*points, strict=True), "o", ms=4, alpha=0.7, label=short(each))
+    axis.axhline(1, color=FLOOR, lw=1, ls="--")
+    axis.set(xscale="log", yscale="log", xlabel="this library's time, ms", ylabel="other's time ÷ this library's")
+    axis.legend(fontsize=7, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FIGURES / f"{name}-ratios.svg")
+    plt.close(figure)
+    return f"{name}-ratios.svg"
+
+
 def short(text: str, length: int = 34) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
@@ -237,60 +286,59 @@ def write_benchmark_page() -> None:
         lines.append(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items()) + ".")
         if "note" in record:
             lines += ["", str(record["note"])]
+        for caption, file in plot_series(name, record):
+            lines += ["", f"![{caption}](figures/{file})"]
+        if len(cases(record)) > MANY_CASES:
+            if file := plot_many_ratios(name, record):
+                lines += ["", f"![Speed of every case against its baseline](figures/{file})"]
+            lines += ["", '??? info "Every case"', "", *("    " + line for line in many_cases_table(record))]
+            continue
         time, memory = (plot_case_bars(name, record, quantity) for quantity in ("seconds", "peak_bytes"))
         if time:
             lines += ["", f"![Time of every case](figures/{time})"]
         if memory:
             lines += ["", '??? info "Peak memory"', "", f"    ![Peak memory of every case](figures/{memory})"]
-        for caption, file in plot_series(name, record):
-            lines += ["", f"![{caption}](figures/{file})"]
         for case, rows in cases(record).items():
             lines += ["", f"### {title(name)}: {case}", "", rows[0].get("what", ""), "", *case_table(rows)]
     PAGE.write_text("\n".join(lines) + "\n")
 
 
 def ratio_table() -> list[str]:
-    """The README's table: this library against the baseline and the best other implementation of every case.
+    """The README's table: every ratio that was aimed at, or else the one to the baseline, and the best other.
 
-    The shared matrix product's many shapes are on the benchmark page alone.
+    Records of many cases (the shared matrix product, growth with size) are on the benchmark page alone.
     """
     lines = [
-        "| | case | against the baseline | against the best other | peak memory ÷ baseline | floor ÷ time |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| | case | this library is | best other: its time ÷ ours | floor ÷ time |",
+        "| --- | --- | --- | ---: | ---: |",
     ]
+    machines = set()
     for name, record in records().items():
-        if name == "gemm":
+        if len(cases(record)) > MANY_CASES:
             continue
+        machines.add(f"{record['machine']['processor']}, {record['machine']['threads']} threads, {record['date']}")
         for case, rows in cases(record).items():
-            measured = [row for row in rows if "seconds" in row]
-            ours = next((row for row in measured if row["implementation"] == "finite-width"), None)
-            ours = ours or next((row for row in measured if is_ours(row["implementation"])), None)
-            others = [row for row in measured if not is_ours(row["implementation"])]
+            ours = ours_of(rows)
+            others = [row for row in rows if "seconds" in row and not is_ours(row["implementation"])]
             if not ours or not others:
                 continue
-            base = next((row for row in measured if row["implementation"] == ours["baseline"]), None)
             best = min(others, key=lambda row: row["seconds"])
+            named = dict.fromkeys(aim["against"] for aim in ours.get("targets", []))
+            compared = [row for row in others if row["implementation"] in (named or {ours["baseline"]: None})]
             cells = [title(name), f"{case}: {rows[0].get('what', '')}".replace("|", "\\|")]
-            cells.append(against(base, ours) if base else "–")
-            cells.append(against(best, ours) if best is not base else "the baseline is the best")
-            memory = base and base.get("peak_bytes") and ours.get("peak_bytes")
-            cells.append(f"{ours['peak_bytes'] / base['peak_bytes']:.2f}" if base and memory else "–")
+            cells.append("; ".join(against(row, ours) for row in compared))
+            cells.append(f"{best['seconds'] / ours['seconds']:.2f} ({best['implementation']})")
             floor = ours.get("floor_seconds")
             cells.append(f"{100 * floor / ours['seconds']:.0f} %" if floor else "–")
             lines.append("| " + " | ".join(cells) + " |")
     if len(lines) == 2:
         return ["No results are recorded yet: `make bench` writes them under `benchmarks/results/`."]
-    machines = {
-        f"{r['machine']['processor']}, {r['machine']['threads']} threads, {r['date']}" for r in records().values()
-    }
     return [*lines, "", "Measured on: " + "; ".join(sorted(machines)) + "."]
 
 
 def against(other: Row, ours: Row) -> str:
-    """ "3.2× faster than X", the other way round where this library is slower."""
-    ratio = other["seconds"] / ours["seconds"]
-    text = f"{ratio:.3g}× faster" if ratio >= 1 else f"{1 / ratio:.3g}× slower"
-    return f"{text} than {other['implementation']}"
+    """ "3.2× as fast as X", below 1 where this library is slower."""
+    return f"{other['seconds'] / ours['seconds']:.3g}× as fast as {other['implementation']}"
 
 
 def between_markers(file: Path, name: str, lines: list[str]) -> str:
@@ -307,7 +355,7 @@ def generated_tables() -> dict[Path, str]:
     return {
         ROOT / "README.md": between_markers(ROOT / "README.md", "ratios", ratio_table()),
         ROOT / "docs" / "results.md": between_markers(
-            ROOT / "docs" / "results.md", "known results", known_results_table()
+            ROOT / "docs" / "results.md", "known results", known_results.tables()
         ),
     }
 

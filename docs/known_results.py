@@ -92,7 +92,7 @@ KNOWN = [
         "–",
         "74.62 %",
         "ntk_cifar2",
-        None,
+        lambda f: percent(f["ntk_after_nngp"]),
     ),
     Known(
         "NTK",
@@ -292,17 +292,20 @@ def seeds(figures: Figures | None) -> str:
     return "–" if found is None else str(found)
 
 
-def table() -> list[str]:
-    """All known results as a Markdown table."""
-    lines = [
-        "| wing | result | published | expected | ours | seed | seconds | run |",
-        "| --- | --- | --- | --- | --- | --- | ---: | --- |",
-    ]
-    for known in KNOWN:
-        figures = recorded(known.run) if known.read else None
-        cells = [known.wing, known.what, known.published, known.expected, text(known, figures), seeds(figures)]
-        seconds = figures.get("seconds") if figures else None
-        cells.append(f"{seconds:g}" if isinstance(seconds, (int, float)) else "–")
-        command = {"known": "`docs/measure_known.py`", "no example": "–"}.get(known.run, f"`examples/{known.run}.py`")
-        lines.append("| " + " | ".join([*cells, command]) + " |")
-    return lines
+def tables() -> list[str]:
+    """All known results as Markdown, a table for each wing."""
+    lines: list[str] = []
+    for wing in dict.fromkeys(known.wing for known in KNOWN):
+        lines += ["", f"## {wing}", "", "| result | published | expected | ours | seed | seconds | run |"]
+        lines.append("| --- | --- | --- | --- | --- | ---: | --- |")
+        lines += [row(known) for known in KNOWN if known.wing == wing]
+    return lines[1:]
+
+
+def row(known: Known) -> str:
+    figures = recorded(known.run) if known.read else None
+    cells = [known.what, known.published, known.expected, text(known, figures), seeds(figures)]
+    seconds = figures.get("seconds") if figures else None
+    cells.append(f"{seconds:g}" if isinstance(seconds, (int, float)) else "–")
+    command = {"known": "`docs/measure_known.py`", "no example": "–"}.get(known.run, f"`examples/{known.run}.py`")
+    return "| " + " | ".join([*cells, command]) + " |"
