@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ JACOBIAN_LIMIT = 3 << 30
 def _ntk(variable: str, rows: int, width: int) -> Case:
     """Trace kernels of a 784-width-width-10 network."""
     widths = (784, width, width, 10)
-    parameters = sum((inputs + 1) * outputs for inputs, outputs in zip(widths, widths[1:], strict=False))
+    parameters = sum((inputs + 1) * outputs for inputs, outputs in pairwise(widths))
     fits = 2 * rows * widths[-1] * parameters * 4 <= JACOBIAN_LIMIT
     case = ntk.case("", widths, rows, rows, "trace", {}, (ntk.CONTRACTION,) if fits else ())
     return _short(case, f"NTK {variable}={rows if variable == 'N' else width}")

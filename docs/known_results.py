@@ -168,8 +168,8 @@ KNOWN = [
         "Novikov et al. 2015: 32×32 MNIST, all ranks 8",
         "98.4 % (a replication: 98.2 %)",
         "–",
-        "no example",
-        None,
+        "tt_hidden_layer",
+        lambda f: f"{f['tensor_train']['accuracy'][-1]:.2f} % (dense {f['dense']['accuracy'][-1]:.2f} %)",
     ),
     Known(
         "Path-SGD",
@@ -272,12 +272,13 @@ def recorded(run: str) -> Figures | None:
 
 
 def text(known: Known, figures: Figures | None) -> str:
-    """What a run's figures say about a result; "not run" where there is no such run."""
-    if known.read is None:
+    """What a run's figures say about a result; "not run" where there is no such run, or it has no such figure."""
+    if known.read is None or figures is None:
         return "not run"
-    if figures is None:
+    try:
+        return known.read(figures)
+    except KeyError:
         return "not run"
-    return known.read(figures)
 
 
 def seeds(figures: Figures | None) -> str:
@@ -307,5 +308,5 @@ def row(known: Known) -> str:
     cells = [known.what, known.published, known.expected, text(known, figures), seeds(figures)]
     seconds = figures.get("seconds") if figures else None
     cells.append(f"{seconds:g}" if isinstance(seconds, (int, float)) else "–")
-    command = {"known": "`docs/measure_known.py`", "no example": "–"}.get(known.run, f"`examples/{known.run}.py`")
+    command = "`docs/measure_known.py`" if known.run == "known" else f"`examples/{known.run}.py`"
     return "| " + " | ".join([*cells, command]) + " |"

@@ -31,7 +31,7 @@ from known_results import KNOWN, Known, recorded  # noqa: E402
 # In the order of the page; an example that is not here yet is skipped, one that is not listed comes last.
 ORDER = [
     *("demo", "ntk_cifar2", "ntk_tutorial", "ntk_dynamics"),
-    *("tt_mnist", "tt_finetune", "dcgan_mnist"),
+    *("tt_mnist", "tt_hidden_layer", "tt_finetune", "dcgan_mnist"),
     *("path_sgd_loop", "path_sgd_mnist"),
     *("bayes_regression", "bayes_mnist", "boids"),
 ]
