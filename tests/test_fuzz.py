@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+import bayes_summands
 import finite_width as fw
 from finite_width import _library
 from finite_width._gemm import gemm
@@ -71,6 +72,8 @@ class Call:
     differentiable: gradients are compared as well.
     size: for other calls, the size of what is summed up in an entry: the error of an entry that cancels is held
         against this.
+    summands: the sizes of what is summed up in each entry, of the results and of the gradients; every entry is held
+        against its own, times `tolerance`.
     view: what to compare of (results, arguments afterwards), where that is not all tensors as they are.
     """
 
@@ -80,6 +83,7 @@ class Call:
     differentiable: bool = False
     tolerance: tuple[float, float] = (1e-5, 1e-12)  # float32, float64
     size: float = 0.1
+    summands: Callable[..., tuple[list[Tensor], list[Tensor]]] | None = None
     view: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors
 
 
@@ -194,11 +198,6 @@ def fuzz_update(d: Draw) -> Call:
     return Call(pathsgd.path_update, args)
 
 
-# The noise is float32 noise in every dtype, so float64 results agree to that.
-NOISE = (2e-5, 1e-6)
-SIGMA = 3.0  # the largest σ of `weights`: a summand σ ε x carries the error of its ε times this
-
-
 def weights(d: Draw, *shape: int) -> tuple[Tensor, Tensor]:
     """Means, and ρ with σ between about 0.02 and 3."""
     return d.tensor(*shape), 4 * d.tensor(*shape).clamp(-1, 0.7)
@@ -214,22 +213,35 @@ def prior(d: Draw, *shape: int) -> tuple[Tensor | None, float | None]:
     return mean, None if kind == "none" else d.choice([0.3, 1.0, 2.0])
 
 
+def variational(function: Callable[..., Any], args: tuple[Any, ...], terms: int, differentiable: bool = True) -> Call:
+    """A call of a variational op, whose entries are sums of so many terms: within the bound of bayes_summands."""
+    summands = getattr(bayes_summands, function.__name__)
+    return Call(
+        function, args, differentiable=differentiable, tolerance=bayes_summands.roundings(terms), summands=summands
+    )
+
+
 def fuzz_noise(d: Draw) -> Call:
     shape = [d.size(0, 20) for _ in range(d.size(0, 3))]
-    return Call(bayes.noise, (d.tensor(*shape), seed(d), d.size(0, 5), d.size(0, 3)), tolerance=NOISE)
+    args = (d.tensor(*shape), seed(d), d.size(0, 5), d.size(0, 3))
+    return variational(bayes.noise, args, terms=1, differentiable=False)
+
+
+# The KL adds 16 terms in float32 at most before it goes on in float64.
+KL_TERMS = 16
 
 
 def fuzz_sample(d: Draw) -> Call:
     shape = [d.size(0, 20) for _ in range(d.size(1, 3))]
     mean, std = prior(d, *shape)
     args = (*weights(d, *shape), seed(d), mean, std, d.size(0, 2), d.choice([True, False]))
-    return Call(bayes.sample, args, differentiable=True, tolerance=NOISE, size=SIGMA)
+    return variational(bayes.sample, args, KL_TERMS)
 
 
 def fuzz_kl(d: Draw) -> Call:
     shape = [d.size(0, 20) for _ in range(d.size(1, 3))]
     mean, std = prior(d, *shape)
-    return Call(bayes.kl, (*weights(d, *shape), mean, std or 1.0), differentiable=True, tolerance=NOISE)
+    return variational(bayes.kl, (*weights(d, *shape), mean, std or 1.0), KL_TERMS)
 
 
 def fuzz_bayes_linear(d: Draw) -> Call:
@@ -238,20 +250,14 @@ def fuzz_bayes_linear(d: Draw) -> Call:
     bias_mean = d.tensor(outputs) if bias and mean is not None else None
     pairs = (*weights(d, outputs, inputs), *(weights(d, outputs) if bias else (None, None)))
     args = (d.tensor(batch, inputs), *pairs, seed(d), mean, bias_mean, std)
-    size = SIGMA * math.sqrt(max(batch, inputs, outputs))
-    return Call(bayes.linear, args, differentiable=True, tolerance=NOISE, size=size)
+    return variational(bayes.linear, args, max(batch, inputs, outputs, KL_TERMS))
 
 
 def fuzz_bayes_samples(d: Draw) -> Call:
     batch, inputs, outputs, samples = d.size(0, 20), d.size(1, 50), d.size(1, 50), d.size(1, 4)
     pairs = (*weights(d, outputs, inputs), *(weights(d, outputs) if d.choice([True, False]) else (None, None)))
-    x = d.tensor(d.choice([1, samples]), batch, inputs)
-    return Call(
-        bayes.linear_samples,
-        (x, *pairs, seed(d), d.size(0, 3), samples),
-        tolerance=NOISE,
-        size=SIGMA * math.sqrt(inputs),
-    )
+    args = (d.tensor(d.choice([1, samples]), batch, inputs), *pairs, seed(d), d.size(0, 3), samples)
+    return variational(bayes.linear_samples, args, inputs, differentiable=False)
 
 
 FUZZ: dict[str, Callable[[Draw], Call]] = {
@@ -287,7 +293,9 @@ def outcome(call: Call, args: tuple[Any, ...]) -> tuple[list[Tensor], list[Tenso
     result = tensors(call.function(*args))
     gradients: list[Tensor] = []
     if leaves:
-        ramps = [torch.linspace(-1, 0.7, out.numel(), dtype=out.dtype).reshape(out.shape) for out in result]
+        # Rounded from float64: where the ramp crosses 0, the float32 one would be another number altogether.
+        ramps = [torch.linspace(-1, 0.7, out.numel(), dtype=torch.float64).reshape(out.shape) for out in result]
+        ramps = [ramp.to(out.dtype) for ramp, out in zip(ramps, result, strict=True)]
         loss = torch.stack([(out * ramp).sum() for out, ramp in zip(result, ramps, strict=True)]).sum()
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
         gradients = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
@@ -305,6 +313,15 @@ def check(call: Call) -> None:
             scale = outcome(call, tree_map(lambda x: x.abs() if isinstance(x, Tensor) else x, double))
     found = outcome(call, call.args)
     bound = call.tolerance[dtype == torch.float64]
+    if call.summands:
+        for results, rights, sizes in zip(found, exact, call.summands(*double), strict=True):
+            for result, right, size in zip(results, rights, sizes, strict=True):
+                assert result.shape == right.shape == size.shape
+                over = (result.double() - right).abs() - bound * size
+                assert not (over > 0).any(), (
+                    f"{result[over > 0][0]} for {right[over > 0][0]}, {float(over.max()):.1e} too far"
+                )
+        return
     for results, rights, sizes in zip(found, exact, scale, strict=True):
         for result, right, size in zip(results, rights, sizes, strict=True):
             assert result.shape == right.shape

@@ -32,8 +32,13 @@ FW_MATH typename Ops::F minus_two_log(typename Ops::F u) {
   return Ops::fma(Ops::to_float(exponent), Ops::constant(-1.386294361e+00f), p * f);
 }
 
-// Two random words -> two independent normals: √(-2 ln u) (cos θ, sin θ), u = (x + ½) / 2³², and θ = (π/2)(q + f):
-// q the top two bits of y and f in [-½, ½) its other thirty, as a signed number of quarter turns. |normal| <= 6.77.
+// Two random words -> two independent normals: √(-2 ln u) (cos θ, sin θ), and θ = (π/2)(q + f): q the top two bits of y
+// and f in [-½, ½) its other thirty, as a signed number of quarter turns. |normal| <= 6.77, off by 8 · 2^-24 of itself
+// at most (tests/bayes_summands.py).
+//
+// u in [2^-33, 1] is (x + ½) / 2³² as float32 has it, by definition: x is rounded to 24 bits, then the sum. Where u is
+// small it keeps its digits, so the tail reaches further than from 24 equally spaced bits; near 1, it is a multiple of
+// 2^-24.
 template <class Ops>
 FW_MATH void box_muller(typename Ops::U x, typename Ops::U y, typename Ops::F& first, typename Ops::F& second) {
   using F = typename Ops::F;

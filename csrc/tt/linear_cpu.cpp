@@ -66,10 +66,20 @@ struct Layer {
             down ? b_transposed() : nullptr};
   }
 
-  // W as [(s q), (i j)].
-  const T* dense() const {
-    const T *a_half = a(), *b_half = b();
+  // W as [(s q), (i j)], or as [i, (s q)] where `transposed`, which needs j = 1.
+  const T* dense(bool transposed) const {
     T* to = scratch<T>(Piece::dense, n.u() * n.v());
+    if (n.j == 1) {  // whole rows of W along the lanes
+      const T *rows = transposed ? a() : b(), *columns = transposed ? b_transposed() : a_transposed();
+      for (int64_t s = 0; s < n.s; ++s) {
+        run_parallel(
+            transposed
+                ? Product<T>{n.i, n.q, n.r, rows + s * n.r, n.s * n.r, 1, columns, n.q, to + s * n.q, n.u()}
+                : Product<T>{n.q, n.i, n.r, rows, n.r, 1, columns + s * n.r * n.i, n.i, to + s * n.q * n.i, n.i});
+      }
+      return to;
+    }
+    const T *a_half = a(), *b_half = b();
     parallel_blocks(n.s, [&](int64_t s) {
       for (int64_t q = 0; q < n.q; ++q) {
         run(Product<T>{n.i, n.j, n.r, a_half + s * n.r, n.s * n.r, 1, b_half + q * n.r * n.j, n.j,
@@ -80,13 +90,26 @@ struct Layer {
   }
 };
 
+// out [M, N] = in W (+ bias [N]), element (m, k) of `in` at m * in_row + k * in_inner, W [K, N] at k * w_row + n *
+// w_column. Small products read their operands in place; packing them would cost more than it saves.
+template <class T>
+void matrix_product(int64_t M, int64_t N, int64_t K, const T* in, int64_t in_row, int64_t in_inner, const T* weight,
+                    int64_t w_row, int64_t w_column, const T* bias, T* out) {
+  constexpr int64_t kSmall = 1 << 21;
+  if (w_column == 1 && M * N * K <= kSmall) {
+    return run_parallel(Product<T>{M, N, K, in, in_row, in_inner, weight, w_row, out, N, bias, 0});
+  }
+  gemm<T>(M, N, K, in, in_row, in_inner, weight, w_row, w_column, bias, out, N);
+}
+
 // out [B, columns] = in [B, rows] W (+ bias), W [(s q), (i j)] or its transpose, whichever has `rows` rows.
 template <class T>
-void dense_product(const Sizes& n, bool transposed, int64_t batch, const T* in, const T* weight, const T* bias,
-                   T* out) {
+void dense_product(const Layer<T>& layer, bool transposed, int64_t batch, const T* in, const T* bias, T* out) {
+  const Sizes& n = layer.n;
   const int64_t rows = transposed ? n.v() : n.u(), columns = transposed ? n.u() : n.v();
-  gemm<T>(batch, columns, rows, in, rows, 1, weight, transposed ? 1 : n.v(), transposed ? n.v() : 1, bias, out,
-          columns);
+  const bool stands = !transposed || n.j == 1;  // as [rows, columns]
+  const T* weight = layer.dense(transposed && n.j == 1);
+  matrix_product<T>(batch, columns, rows, in, rows, 1, weight, stands ? columns : 1, stands ? 1 : rows, bias, out);
 }
 
 // The gradients of the halves from that of W: a_gradient [i, (s r)], b_gradient [q, (r j)].
@@ -95,8 +118,19 @@ template <class T>
 void dense_gradients(const Layer<T>& layer, int64_t batch, const T* u, const T* v, T* a_gradient, T* b_gradient) {
   const Sizes& n = layer.n;
   T* weight = scratch<T>(Piece::dense_gradient, n.u() * n.v());  // [(s q), (i j)]
-  gemm<T>(n.u(), n.v(), batch, u, 1, n.u(), v, n.v(), 1, nullptr, weight, n.v());
+  matrix_product<T>(n.u(), n.v(), batch, u, 1, n.u(), v, n.v(), 1, nullptr, weight);
   const T* a = layer.a();
+  if (n.j == 1) {  // the rank along the lanes
+    Product<T> p{n.q, n.r, n.i, weight, n.v(), 1, a, n.s * n.r, b_gradient, n.r};
+    p.outer = n.s, p.a_outer = n.q * n.v(), p.b_outer = n.r;
+    run_parallel(p);
+    const T* b = layer.b();
+    for (int64_t s = 0; s < n.s; ++s) {
+      run_parallel(
+          Product<T>{n.i, n.r, n.q, weight + s * n.q * n.v(), 1, n.v(), b, n.r, a_gradient + s * n.r, n.s * n.r});
+    }
+    return;
+  }
   parallel_blocks(n.q, [&](int64_t q) {
     Product<T> p{n.r, n.j, n.i, a, 1, n.s * n.r, weight + q * n.v(), n.j, b_gradient + q * n.r * n.j, n.j};
     p.outer = n.s, p.a_outer = n.r, p.b_outer = n.q * n.v();
@@ -137,7 +171,7 @@ template <class T>
 void linear(const Plan& plan, const std::vector<CoreShape>& shapes, int64_t batch, const T* x,
             const std::vector<const T*>& cores, const T* bias, T* y) {
   const Layer<T> layer(plan, shapes, cores);
-  if (plan.dense_forward) return dense_product(layer.n, plan.left_first, batch, x, layer.dense(), bias, y);
+  if (plan.dense_forward) return dense_product(layer, plan.left_first, batch, x, bias, y);
   if (plan.left_first) return halves_down(layer.n, batch, layer.halves(false, true), x, bias, y);
   halves_up(layer.n, batch, layer.halves(true, false), x, bias, y);
 }
@@ -160,7 +194,7 @@ void linear_backward(const Plan& plan, const std::vector<CoreShape>& shapes, int
   const T* u = left_first ? grad : x;
   const T* v = left_first ? x : grad;
   if (x_gradient && plan.dense_input_grad) {
-    dense_product<T>(n, !left_first, batch, grad, layer.dense(), nullptr, x_gradient);
+    dense_product<T>(layer, !left_first, batch, grad, nullptr, x_gradient);
   }
   if (fused_input && !fused_cores) {
     if (left_first) {

@@ -18,13 +18,15 @@ void run(const Product<T>& product) {
 
 template <class T>
 void run_parallel(const Product<T>& product) {
-  constexpr int64_t kRows = 48, kLanes = 128, kSerial = 1 << 17;
+  constexpr int64_t kRows = 48, kLanes = 128;
+  constexpr int64_t kSerial = 1 << 18;  // multiply-adds that take about as long as handing half of them to a thread
   if (product.rows * product.lanes * product.inner * product.outer <= kSerial) return run(product);
   const int64_t row_blocks = (product.rows + kRows - 1) / kRows, lane_blocks = (product.lanes + kLanes - 1) / kLanes;
+  const int64_t height = (product.rows + row_blocks - 1) / row_blocks;  // all blocks alike
   parallel_blocks(row_blocks * lane_blocks, [&](int64_t block) {
-    const int64_t row = block / lane_blocks * kRows, lane = block % lane_blocks * kLanes;
+    const int64_t row = block / lane_blocks * height, lane = block % lane_blocks * kLanes;
     Product<T> part = product;
-    part.rows = std::min(kRows, product.rows - row);
+    part.rows = std::min(height, product.rows - row);
     part.lanes = std::min(kLanes, product.lanes - lane);
     part.a += row * product.a_row;
     part.b += lane;

@@ -54,8 +54,9 @@ def philox(block: Tensor, seed: Tensor, sample: int, stream: int) -> list[Tensor
 
 
 def box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Two words -> two normals, as csrc/bayes/gaussian_math.h numbers them."""
-    radius = torch.sqrt(-2 * torch.log((x.double() + 0.5) * 2.0**-32))
+    """Two words -> two normals, in float64 from the float32 number u that csrc/bayes/gaussian_math.h defines."""
+    u = (x.to(torch.float32).double() * 2.0**-32 + 2.0**-33).to(torch.float32).double()  # two roundings, both exact
+    radius = torch.sqrt(-2 * torch.log(u))
     quadrant, low = y >> 30, y & 0x3FFFFFFF
     quarter_turns = quadrant + torch.where(low >= 0x20000000, low - 0x40000000, low).double() * 2.0**-30
     angle = quarter_turns * (math.pi / 2)

@@ -271,11 +271,17 @@ _library.derivatives(
 )
 
 
+_apply_linear = _library.applied(_Linear)
+_apply_backward = _library.applied(_Backward)
+
+
 def _linear(x: Tensor, cores: Cores, bias: Tensor | None, plan: Sequence[int]) -> Tensor:
-    if torch.compiler.is_compiling() or _library.nothing_to_differentiate():
+    if torch.compiler.is_compiling():
         result: Tensor = _linear_op(x, cores, bias, plan)
+    elif _library.nothing_to_differentiate():
+        result = _library.below_autograd(_linear_op, x, cores, bias, plan)
     else:
-        result = _Linear.apply(x, bias, plan, *cores)
+        result = _apply_linear(x, bias, plan, *cores)
     return result
 
 
@@ -299,9 +305,11 @@ def tt_linear_backward(
     """
     if x.dim() != 2 or grad.dim() != 2 or x.shape[0] != grad.shape[0]:
         raise ValueError(f"x must have shape [B, N] with the B of grad, {list(grad.shape)}; got {list(x.shape)}")
-    if torch.compiler.is_compiling() or _library.nothing_to_differentiate():
+    if torch.compiler.is_compiling():
         return list(_backward_op(grad, x, cores, plan, needs))
-    return list(_Backward.apply(grad, x, plan, needs, *cores))
+    if _library.nothing_to_differentiate():
+        return list(_library.below_autograd(_backward_op, grad, x, cores, plan, needs))
+    return list(_apply_backward(grad, x, plan, needs, *cores))
 
 
 def tt_linear(x: Tensor, cores: Cores, bias: Tensor | None, plan: Sequence[int]) -> Tensor:

@@ -154,19 +154,19 @@ def _halves(shapes: tuple[CoreShape, ...], batch: int, itemsize: int) -> Iterato
         m2, n2 = prod(s[1] for s in right), prod(s[2] for s in right)
         rank = right[0][0]
         merge = _merge_adds(left, True) + _merge_adds(right, False)
-        build = _product(m1 * m2 * n1, n2, rank, itemsize)
-        unbuild = _product(m1 * n1 * m2, rank, n2, itemsize) + _product(m1 * m2 * rank, n2, n1, itemsize)
-        whole = _product(batch, rows, columns, itemsize)
+        to_rows, to_columns = (_product(batch, *pair, itemsize) for pair in ((rows, columns), (columns, rows)))
         sizes = rank * (m1 * n1 + m2 * n2)
         for left_first in (True, False):
             first, second, grad_first, grad_second = _pair(batch, m1, n1, m2, n2, rank, left_first, itemsize)
+            outer = _product(*((rows, columns) if left_first else (columns, rows)), batch, itemsize)
+            builds, unbuild = _dense(m1, n1, m2, n2, rank, left_first, itemsize)
             for dense in product((False, True), repeat=3):
-                forward = merge + (build + whole if dense[0] else first + second)
+                forward = merge + (builds[0] + to_rows if dense[0] else first + second)
                 backward = 3 * merge  # merged again, then unmerged
                 middle = 0.0 if dense[1] and dense[2] else second  # the gradient of the intermediate
                 backward += middle
-                backward += build + whole if dense[1] else first
-                backward += whole + unbuild if dense[2] else first + grad_first + grad_second
+                backward += builds[1] + to_columns if dense[1] else first
+                backward += outer + unbuild if dense[2] else first + grad_first + grad_second
                 moved = itemsize * (batch * (2 * rows + 3 * columns) + 6.0 * sizes + 2.0 * rows * columns * sum(dense))
                 cost = (forward + backward) / rate + moved / BANDWIDTH + 2 * FUSED_LAUNCH
                 method = "dense" if all(dense) else "halves"
@@ -192,6 +192,23 @@ def _pair(
     first = _left_product(batch, m1 * rank, n2, n1, itemsize)
     second = _product(batch * m1, m2, rank * n2, itemsize)
     return first, second, _product(m1 * rank, n1, batch * n2, itemsize), _product(m2, rank * n2, batch * m1, itemsize)
+
+
+def _dense(
+    m1: int, n1: int, m2: int, n2: int, rank: int, left_first: bool, itemsize: int
+) -> tuple[tuple[float, float], float]:
+    """Multiply-adds of building W for the result and for the gradient of x, and of the factors' gradients from W's.
+
+    In the kernel's letters (csrc/tt/halves.h): W [(s q), (i j)].
+    """
+    i, s, q, j = (n1, m1, m2, n2) if left_first else (m1, n1, n2, m2)
+    if j > 1:
+        build = _product(s * q * i, j, rank, itemsize)
+        unbuild = _product(q * rank, j, s * i, itemsize) + _product(s * i, rank, q * j, itemsize)
+        return (build, build), unbuild
+    builds = (_product(s * i, q, rank, itemsize), _product(s * q, i, rank, itemsize))
+    unbuild = _product(q, rank, s * i, itemsize) + _product(s * i, rank, q, itemsize)
+    return (builds if left_first else (builds[1], builds[0])), unbuild
 
 
 def _left_product(batch: int, rows: int, lanes: int, inner: int, itemsize: int) -> float:
