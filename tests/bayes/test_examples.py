@@ -34,6 +34,9 @@ def test_regression(tmp_path: Path) -> None:
 
 def test_digits(tmp_path: Path) -> None:
     figures = run("bayes_mnist", tmp_path)
+    held_out = figures["held_out_error_percent_by_prior_std"]
+    assert set(held_out) == {"0.1", "0.3", "1.0"}
+    assert held_out[str(figures["prior_std"])] == min(held_out.values())
     for name in ("deterministic", "mean network", "10 samples"):
         assert figures[name]["error_percent"] < 15
         assert 0 <= figures[name]["ece"] <= 1

@@ -57,13 +57,13 @@ def test_replaces_and_reports():
     assert first.relative_error == pytest.approx(error, rel=1e-5)
     assert first.parameters_before == 128 * 256 + 256
     assert first.parameters_after == sum(p.numel() for p in model.body[0].parameters())
-    assert rows["depthwise"].kept == "groups=16"
+    assert rows["depthwise"].kept == "depthwise, groups=16"
     assert "parameters" in rows["tiny"].kept
     before, after = sum(r.parameters_before for r in report.replaced), sum(r.parameters_after for r in report.replaced)
     assert report.ratio == pytest.approx(before / after)
     text = str(report)
     assert "relative error" in text
-    assert "kept: groups=16" in text
+    assert "kept: depthwise, groups=16" in text
 
 
 def test_ratio_holds_for_the_replaced_layers():

@@ -25,6 +25,9 @@ CONVOLUTIONS = [
     {"in_channels": 3, "out_channels": 11, "kernel_size": 1, "bias": False, "rank": 4},
     {"in_channels": 4, "out_channels": 4, "kernel_size": (2, 4), "padding": "same", "rank": 3},
     {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "padding": 1, "padding_mode": "reflect", "rank": 3},
+    {"in_channels": 12, "out_channels": 8, "kernel_size": 3, "groups": 2, "stride": 2, "rank": 3},
+    {"in_channels": 6, "out_channels": 6, "kernel_size": 3, "groups": 6, "padding": 1, "rank": 2},  # depthwise
+    {"in_channels": 22, "out_channels": 26, "kernel_size": (1, 2), "groups": 2, "rank": 3},  # padded in each group
 ]
 
 
@@ -142,8 +145,47 @@ def test_from_embedding():
     layer = fw.tt.TTEmbedding.from_embedding(bags, max_rank=4)
     assert layer.mode == "mean"
     assert max(layer.ranks) <= 4
-    with pytest.raises(ValueError, match="neither max_norm nor padding_idx"):
-        fw.tt.TTEmbedding.from_embedding(nn.Embedding(100, 16, padding_idx=0), max_rank=4)
+    with pytest.raises(ValueError, match="no max_norm"):
+        fw.tt.TTEmbedding.from_embedding(nn.Embedding(100, 16, max_norm=1.0), max_rank=4)
+    padded = nn.Embedding(100, 16, padding_idx=7)
+    layer = fw.tt.TTEmbedding.from_embedding(padded, eps=1e-7)
+    assert layer.padding_idx == 7
+    torch.testing.assert_close(layer.to_dense(), padded.weight, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        padded.weight[7, 0] = 1.0
+    with pytest.raises(ValueError, match="zeros at its padding_idx = 7"):
+        fw.tt.TTEmbedding.from_embedding(padded, max_rank=4)
+
+
+@pytest.mark.parametrize("mode", [None, "sum", "mean"])
+@pytest.mark.parametrize("padding_idx", [0, -1])
+def test_padding(mode, padding_idx):
+    """The padding row is zero, has no gradient, and bags leave it out: as in torch's layers."""
+    layer = fw.tt.TTEmbedding(60, 12, rank=3, mode=mode, padding_idx=padding_idx, dtype=torch.float64)
+    place = padding_idx % 60
+    assert layer.padding_idx == place
+    assert f"padding_idx={place}" in repr(layer)
+    table = layer.to_dense()
+    assert not table[place].any()
+    indices = torch.randint(60, (6, 5))
+    indices[0], indices[1, 2] = place, place  # a bag of padding alone, and padding within a bag
+
+    def exact(*args):
+        if mode is None:
+            return F.embedding(*args, table, padding_idx=place)
+        return F.embedding_bag(args[0], table, *args[1:], mode=mode, padding_idx=place)
+
+    calls = [(indices,)] if mode is None else [(indices,), (indices.flatten(), torch.tensor([0, 5, 5, 12]))]
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for args in calls:
+        found, right = layer(*args), exact(*args)
+        torch.testing.assert_close(found, right)
+        torch.testing.assert_close(compiled(*args), right)
+        grad = torch.randn_like(found)
+        got = torch.autograd.grad(found, layer.cores, grad)
+        for a, b in zip(got, torch.autograd.grad(right, layer.cores, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_embedding_never_builds_the_table():
@@ -169,7 +211,8 @@ BAD = [
     (lambda: fw.tt.TTEmbedding(60, 12, rank=0), ValueError, "rank must be at least 1"),
     (lambda: CONVOLUTION(torch.randn(2, 5, 8, 8)), ValueError, r"x must have shape \[B, 4, H, W\]"),
     (lambda: fw.tt.TTConv2d(4, 6, 3, stride=2, padding="same"), ValueError, "needs a stride of 1"),
-    (lambda: fw.tt.TTConv2d.from_conv(nn.Conv2d(4, 4, 3, groups=2), max_rank=2), ValueError, "groups=1, got groups=2"),
+    (lambda: fw.tt.TTConv2d(6, 4, 3, groups=3), ValueError, "groups must divide out_channels = 4, got 3"),
+    (lambda: fw.tt.TTEmbedding(60, 12, padding_idx=60), ValueError, "padding_idx must lie between -60 and 59, got 60"),
     (lambda: fw.tt.TTConv2d.from_conv(nn.Conv2d(4, 4, 3)), ValueError, "give eps"),
     (lambda: fw.tt.TTConv2d.from_conv(nn.Linear(4, 4), max_rank=2), TypeError, "conv must be an nn.Conv2d"),
 ]

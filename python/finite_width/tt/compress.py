@@ -89,8 +89,9 @@ def compress(
     """Replace a trained model's linear, convolution and embedding layers by their Tensor Trains, in place.
 
     Every train is computed first; then all layers are replaced. If anything fails, or is interrupted, the model is as
-    it was. A layer whose train would not be smaller stays dense, and so do subclasses of the layers, layers with
-    groups, max_norm or padding_idx: the report says so. The new layers hold new parameters: make the optimizer after.
+    it was. A layer whose train would not be smaller stays dense, and so do subclasses of the layers, depthwise
+    convolutions, and embeddings with max_norm or a padding row that is not zero: the report says so. The new layers
+    hold new parameters: make the optimizer after.
 
     Args:
         model: changed in place.
@@ -218,11 +219,13 @@ def _replace(
 
 
 def _reason_to_keep(layer: nn.Module) -> str:
-    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-        return f"groups={layer.groups}"
+    if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
+        return f"depthwise, groups={layer.groups}"
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
-        if layer.max_norm is not None or layer.padding_idx is not None:
-            return "max_norm or padding_idx"
+        if layer.max_norm is not None:
+            return "max_norm"
+        if layer.padding_idx is not None and bool(layer.weight[layer.padding_idx].any()):
+            return "the row of padding_idx is not zero"
         if isinstance(layer, nn.EmbeddingBag) and layer.mode not in ("sum", "mean"):
             return f"mode={layer.mode!r}"
     return ""

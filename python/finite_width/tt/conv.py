@@ -20,19 +20,21 @@ class TTConv2d(TTCores):
     """Convolution with the kernel K[m, n, h, w] = F[h, w] G_1[m_1, n_1] ··· G_d[m_d, n_d], never built.
 
     The spatial core F [1, kh, kw, r_0] is a bank of r_0 filters that all channels share; the channel cores
-    [r_{k-1}, m_k, n_k, r_k] are one Tensor-Train product (`tt_linear`) at every position of the result.
+    [r_{k-1}, m_k, n_k, r_k] are one Tensor-Train product (`tt_linear`) at every position of the result. With groups,
+    the group stands before m_1 in G_1 [r_0, groups m_1, n_1, r_1], the other cores are shared, and there is a product
+    for each group.
 
     Args:
-        in_channels, out_channels: N and M.
-        kernel_size, stride, padding, dilation, padding_mode: as in nn.Conv2d; groups are not supported.
+        in_channels, out_channels: N and M of all groups together.
+        kernel_size, stride, padding, dilation, groups, padding_mode: as in nn.Conv2d.
         rank: one integer for all inner bonds, lowered where a bond cannot use so many; or a list, one for each:
             r_0 between filters and channels, then r_1, ...
-        in_modes, out_modes: factors of the channels; balanced ones if left out, padded where there are none.
+        in_modes, out_modes: factors of one group's channels; balanced ones if left out, padded where there are none.
         bias: whether to add a bias.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: modes that do not multiply to the channels, a rank of 0.
+        ValueError: modes that do not multiply to a group's channels, channels that groups do not divide, a rank of 0.
 
     Source: Garipov et al., "Ultimate tensorization: compressing convolutional and FC layers alike", 2016.
 
@@ -52,6 +54,7 @@ class TTConv2d(TTCores):
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
         rank: Ranks = 8,
         in_modes: Sequence[int] | None = None,
         out_modes: Sequence[int] | None = None,
@@ -64,7 +67,12 @@ class TTConv2d(TTCores):
         _check.positive_int("in_channels", in_channels)
         _check.positive_int("out_channels", out_channels)
         _check.one_of("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))
+        _check.positive_int("groups", groups)
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                raise ValueError(f"groups must divide {name} = {channels}, got {groups}")
         self.in_channels, self.out_channels, self.padding_mode = in_channels, out_channels, padding_mode
+        self.groups = groups
         self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
         if isinstance(padding, str):
             _check.one_of("padding", padding, ("valid", "same"))
@@ -77,14 +85,14 @@ class TTConv2d(TTCores):
             self.padding = tuple((t // 2, t - t // 2) for t in total)
         else:
             self.padding = tuple((p, p) for p in _pair(padding))
-        self.in_modes, self.out_modes = find_modes(in_channels, out_channels, in_modes, out_modes, "matrix")
+        self._in, self._out = in_channels // groups, out_channels // groups  # of one group
+        self.in_modes, self.out_modes = find_modes(self._in, self._out, in_modes, out_modes, "matrix")
         self.padded_in, self.padded_out = prod(self.in_modes), prod(self.out_modes)
-        sizes = (prod(self.kernel_size), *(m * n for m, n in zip(self.out_modes, self.in_modes, strict=True)))
+        pairs = _group_pairs(groups, self.out_modes, self.in_modes)
+        sizes = (prod(self.kernel_size), *(m * n for m, n in pairs))
         bonds = (*ranks_within("rank", rank, sizes), 1)
         shapes: list[tuple[int, ...]] = [(1, *self.kernel_size, bonds[0])]
-        shapes += [
-            (bonds[k], m, n, bonds[k + 1]) for k, (m, n) in enumerate(zip(self.out_modes, self.in_modes, strict=True))
-        ]
+        shapes += [(bonds[k], m, n, bonds[k + 1]) for k, (m, n) in enumerate(pairs)]
         self._register_cores(shapes, device, dtype)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
@@ -94,7 +102,7 @@ class TTConv2d(TTCores):
 
     def reset_parameters(self, variance: float | None = None) -> None:
         """Draw new values: K of the given mean square (default nn.Conv2d's, 1 / (3 fan_in)), bias as nn.Conv2d."""
-        fan_in = self.in_channels * prod(self.kernel_size)
+        fan_in = self._in * prod(self.kernel_size)
         if variance is None:
             variance = 1 / (3 * fan_in)
         if not variance > 0:
@@ -117,31 +125,31 @@ class TTConv2d(TTCores):
         """The Tensor Train of a trained convolution's kernel (TT-SVD in float64), with its bias and geometry.
 
         Args:
-            conv: an nn.Conv2d with groups=1; left as it is.
+            conv: left as it is.
             eps, max_rank, target_params, in_modes, out_modes: as in `TTLinear.from_linear`.
 
         Raises:
-            ValueError: groups, none of eps, max_rank and target_params, NaN weights.
+            ValueError: none of eps, max_rank and target_params, NaN weights.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
-        if conv.groups != 1:
-            raise ValueError(f"conv must have groups=1, got groups={conv.groups}")
-        weight, bias = conv.weight.detach(), conv.bias
-        modes_in, modes_out = find_modes(conv.in_channels, conv.out_channels, in_modes, out_modes, "matrix")
+        weight, bias, groups = conv.weight.detach(), conv.bias, conv.groups
+        wide_in, wide_out = conv.in_channels // groups, conv.out_channels // groups
+        modes_in, modes_out = find_modes(wide_in, wide_out, in_modes, out_modes, "matrix")
         kernel = (conv.kernel_size[0], conv.kernel_size[1])
-        middles = [kernel, *zip(modes_out, modes_in, strict=True)]
+        middles = [kernel, *_group_pairs(groups, modes_out, modes_in)]
         sizes = [a * b for a, b in middles]
         if target_params is not None:
             _check.positive_int("target_params", target_params)
             room = target_params - (0 if bias is None else bias.numel())
             max_rank = largest_rank(tuple(sizes), room, max_rank, f"target_params = {target_params}")
         padded = F.pad(
-            weight.double(), (0, 0, 0, 0, 0, prod(modes_in) - conv.in_channels, 0, prod(modes_out) - conv.out_channels)
+            weight.double().unflatten(0, (groups, wide_out)),
+            (0, 0, 0, 0, 0, prod(modes_in) - wide_in, 0, prod(modes_out) - wide_out),
         )
         d = len(modes_in)
-        pairs = padded.reshape(*modes_out, *modes_in, *kernel).permute(
-            2 * d, 2 * d + 1, *(axis for k in range(d) for axis in (k, d + k))
+        pairs = padded.reshape(groups, *modes_out, *modes_in, *kernel).permute(
+            2 * d + 1, 2 * d + 2, 0, *(axis for k in range(1, d + 1) for axis in (k, d + k))
         )
         cores = decomposition.tt_svd(pairs.reshape(sizes), eps=eps, max_rank=max_rank)
         layer = cls(
@@ -151,9 +159,10 @@ class TTConv2d(TTCores):
             stride=(conv.stride[0], conv.stride[1]),
             padding=conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
             dilation=(conv.dilation[0], conv.dilation[1]),
+            groups=groups,
             rank=[core.shape[0] for core in cores[1:]],
-            in_modes=exact(modes_in, conv.in_channels),
-            out_modes=exact(modes_out, conv.out_channels),
+            in_modes=exact(modes_in, wide_in),
+            out_modes=exact(modes_out, wide_out),
             bias=bias is not None,
             padding_mode=conv.padding_mode,
             device=weight.device,
@@ -181,33 +190,44 @@ class TTConv2d(TTCores):
         images = x.reshape(-1, 1, *x.shape[2:])
         filtered = F.conv2d(images, bank, None, self.stride, padding, self.dilation)
         filtered = filtered.reshape(x.shape[0], self.in_channels, *filtered.shape[1:])
-        rows = filtered.permute(0, 3, 4, 2, 1)  # [B, H', W', r_0, N]
-        if self.padded_in != self.in_channels:
-            rows = F.pad(rows, (0, self.padded_in - self.in_channels))
-        # The filters join the first input mode.
-        rank, m, n, rank_right = channels[0].shape
-        first = channels[0].transpose(0, 1).reshape(1, m, rank * n, rank_right)
-        whole = self.bias if self.padded_out == self.out_channels else None
-        y = functional.tt_linear(rows.reshape(*rows.shape[:3], -1), [first, *channels[1:]], whole)
-        if self.padded_out != self.out_channels:
-            y = y[..., : self.out_channels]
-            y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y.permute(0, 3, 1, 2)
+        rows = filtered.permute(0, 3, 4, 2, 1).unflatten(-1, (self.groups, self._in))  # [B, H', W', r_0, groups, N]
+        if self.padded_in != self._in:
+            rows = F.pad(rows, (0, self.padded_in - self._in))
+        biases = [None] * self.groups if self.bias is None else self.bias.chunk(self.groups)
+        parts = [
+            self._group_product(part.flatten(3), first, channels[1:], bias)
+            for part, first, bias in zip(rows.unbind(-2), self._first_cores(), biases, strict=True)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).permute(0, 3, 1, 2)
+
+    def _first_cores(self) -> list[Tensor]:
+        """G_1 of each group, [1, m_1, (r_0 n_1), r_1]: the filters join the first input mode."""
+        core = self.cores[1]
+        rank, _, n, rank_right = core.shape
+        m = self.out_modes[0]
+        return [c.transpose(0, 1).reshape(1, m, rank * n, rank_right) for c in core.split(m, 1)]
+
+    def _group_product(self, rows: Tensor, first: Tensor, rest: list[Tensor], bias: Tensor | None) -> Tensor:
+        """[B, H', W', (r_0 N)] -> [B, H', W', M] of one group."""
+        if self.padded_out == self._out:
+            return functional.tt_linear(rows, [first, *rest], bias)
+        y = functional.tt_linear(rows, [first, *rest])[..., : self._out]
+        return y if bias is None else y + bias.to(y.dtype)
 
     def to_dense(self) -> Tensor:
-        """K [out_channels, in_channels, kh, kw]; differentiable."""
-        filters, *channels = self.cores
-        rank, m, n, rank_right = channels[0].shape
-        first = channels[0].transpose(0, 1).reshape(1, m, rank * n, rank_right)
-        dense = decomposition.tt_to_dense([first, *channels[1:]]).reshape(self.padded_out, rank, self.padded_in)
-        kernel = torch.einsum("mrn,hwr->mnhw", dense, filters[0])
-        return kernel[: self.out_channels, : self.in_channels]
+        """K [out_channels, in_channels / groups, kh, kw]; differentiable."""
+        filters, _, *rest = self.cores
+        kernels = []
+        for first in self._first_cores():
+            dense = decomposition.tt_to_dense([first, *rest]).reshape(self.padded_out, -1, self.padded_in)
+            kernels.append(torch.einsum("mrn,hwr->mnhw", dense, filters[0])[: self._out, : self._in])
+        return torch.cat(kernels)
 
     @property
     def compression_ratio(self) -> float:
         """Parameters of the dense convolution over those of this one, bias included in both."""
         extra = 0 if self.bias is None else self.out_channels
-        dense = self.in_channels * self.out_channels * prod(self.kernel_size)
+        dense = self._in * self.out_channels * prod(self.kernel_size)
         return (dense + extra) / (self.core_parameters + extra)
 
     def extra_repr(self) -> str:
@@ -215,8 +235,17 @@ class TTConv2d(TTCores):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, in_modes={self.in_modes}, out_modes={self.out_modes}, ranks={self.ranks}"
         )
-        if self.padded_in != self.in_channels:
-            text += f", channels of x padded with zeros to {self.padded_in}"
-        if self.padded_out != self.out_channels:
-            text += f", channels beyond {self.out_channels} of {self.padded_out} dropped"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        each = "" if self.groups == 1 else " in each group"
+        if self.padded_in != self._in:
+            text += f", channels of x padded with zeros to {self.padded_in}{each}"
+        if self.padded_out != self._out:
+            text += f", channels beyond {self._out} of {self.padded_out} dropped{each}"
         return text
+
+
+def _group_pairs(groups: int, out_modes: Sequence[int], in_modes: Sequence[int]) -> list[tuple[int, int]]:
+    """(m_k, n_k) of each channel core; the first holds all groups."""
+    pairs = list(zip(out_modes, in_modes, strict=True))
+    return [(groups * pairs[0][0], pairs[0][1]), *pairs[1:]]

@@ -28,11 +28,13 @@ class TTEmbedding(TTCores):
         num_embeddings, embedding_dim: of the table.
         rank: one integer for all inner bonds, lowered where a bond cannot use so many; or a list, one for each.
         mode: None for single rows; "sum" or "mean" of bags of rows.
+        padding_idx: the index of a row that is zero and has no gradient; bags leave it out, of the mean's count too.
+            Negative ones count from the end.
         num_modes, dim_modes: factors of num_embeddings and embedding_dim; balanced ones if left out.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: modes that do not multiply to the size, a rank of 0.
+        ValueError: modes that do not multiply to the size, a rank of 0, a padding_idx outside of the table.
 
     Source: Hrinchuk et al., "Tensorized Embedding Layers", 2020; Yin et al., "TT-Rec", MLSys 2021.
 
@@ -50,6 +52,7 @@ class TTEmbedding(TTCores):
         *,
         rank: Ranks = 8,
         mode: str | None = None,
+        padding_idx: int | None = None,
         num_modes: Sequence[int] | None = None,
         dim_modes: Sequence[int] | None = None,
         device: Any = None,
@@ -59,7 +62,12 @@ class TTEmbedding(TTCores):
         _check.positive_int("num_embeddings", num_embeddings)
         _check.positive_int("embedding_dim", embedding_dim)
         _check.one_of("mode", mode, (None, "sum", "mean"))
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(
+                f"padding_idx must lie between {-num_embeddings} and {num_embeddings - 1}, got {padding_idx}"
+            )
         self.num_embeddings, self.embedding_dim, self.mode = num_embeddings, embedding_dim, mode
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.dim_modes, self.num_modes = find_modes(
             embedding_dim, num_embeddings, dim_modes, num_modes, "matrix", ("embedding_dim", "num_embeddings")
         )
@@ -96,19 +104,24 @@ class TTEmbedding(TTCores):
         """The Tensor Train of a trained table (TT-SVD in float64).
 
         Args:
-            embedding: an nn.Embedding, or an nn.EmbeddingBag of mode "sum" or "mean", without max_norm and
-                padding_idx; left as it is.
+            embedding: an nn.Embedding, or an nn.EmbeddingBag of mode "sum" or "mean", without max_norm; the row of
+                its padding_idx must be zero. Left as it is.
             eps, max_rank, target_params: as in `TTLinear.from_linear`.
             num_modes, dim_modes: as in the constructor.
 
         Raises:
-            ValueError: none of eps, max_rank and target_params; NaN weights; max_norm or padding_idx.
+            ValueError: none of eps, max_rank and target_params; NaN weights; max_norm; a row of
+                padding_idx that is not zero.
         """
         if not isinstance(embedding, (nn.Embedding, nn.EmbeddingBag)):
             raise TypeError(f"embedding must be an nn.Embedding or nn.EmbeddingBag, got {type(embedding).__name__}")
-        if embedding.max_norm is not None or embedding.padding_idx is not None:
-            raise ValueError("embedding must have neither max_norm nor padding_idx: rows of a train are not free")
-        weight = embedding.weight.detach()
+        if embedding.max_norm is not None:
+            raise ValueError("embedding must have no max_norm: rows of a train are not free")
+        weight, padding_idx = embedding.weight.detach(), embedding.padding_idx
+        if padding_idx is not None and bool(weight[padding_idx].any()):
+            raise ValueError(
+                f"embedding must have a row of zeros at its padding_idx = {padding_idx}, since TTEmbedding has it so"
+            )
         modes_dim, modes_num = find_modes(
             embedding.embedding_dim,
             embedding.num_embeddings,
@@ -131,6 +144,7 @@ class TTEmbedding(TTCores):
             embedding.embedding_dim,
             rank=[core.shape[0] for core in cores[1:]],
             mode=embedding.mode if isinstance(embedding, nn.EmbeddingBag) else None,
+            padding_idx=padding_idx,
             num_modes=exact(modes_num, embedding.num_embeddings),
             dim_modes=exact(modes_dim, embedding.embedding_dim),
             device=weight.device,
@@ -166,15 +180,27 @@ class TTEmbedding(TTCores):
             distinct, places = torch.unique(indices, return_inverse=True)
             rows = self._rows(distinct)
             if offsets is not None:
-                return F.embedding_bag(places, rows, offsets.to(places.dtype), mode=str(self.mode))
+                offsets = offsets.to(places.dtype)
+                if self.mode == "sum" or self.padding_idx is None:
+                    return F.embedding_bag(places, rows, offsets, mode=str(self.mode))
+                counts = F.embedding_bag(places, self._counted(distinct, rows)[:, None], offsets, mode="sum")
+                return F.embedding_bag(places, rows, offsets, mode="sum") / counts.clamp_min(1)
             found = F.embedding(places, rows)
         else:
             found = self._rows(indices.reshape(-1)).reshape(*indices.shape, self.embedding_dim)
             if offsets is not None:
-                return self._flat_bags(found, offsets)
+                return self._flat_bags(found, self._counted(indices, found), offsets)
         if self.mode is None:
             return found
-        return found.sum(-2) if self.mode == "sum" else found.sum(-2) / max(indices.shape[-1], 1)
+        if self.mode == "sum":
+            return found.sum(-2)
+        return found.sum(-2) / self._counted(indices, found).sum(-1, keepdim=True).clamp_min(1)
+
+    def _counted(self, indices: Tensor, like: Tensor) -> Tensor:
+        """1 for each index that a mean counts, 0 for padding; of `like`'s dtype."""
+        if self.padding_idx is None:
+            return torch.ones_like(indices, dtype=like.dtype)
+        return (indices != self.padding_idx).to(like.dtype)
 
     def _check_bags(self, indices: Tensor, offsets: Tensor | None) -> None:
         if self.mode is None:
@@ -188,17 +214,24 @@ class TTEmbedding(TTCores):
                 f"indices and offsets must have shapes [n] and [B], got {list(indices.shape)} and {list(offsets.shape)}"
             )
 
-    def _flat_bags(self, rows: Tensor, offsets: Tensor) -> Tensor:
+    def _flat_bags(self, rows: Tensor, counted: Tensor, offsets: Tensor) -> Tensor:
         """Bags of adjacent rows [n, D] by plain indexing, for torch.compile and vmap."""
         bag = torch.bucketize(torch.arange(rows.shape[0], device=rows.device), offsets, right=True) - 1
         sums = rows.new_zeros(offsets.shape[0], rows.shape[1]).index_add(0, bag, rows)
         if self.mode == "sum":
             return sums
-        counts = torch.zeros_like(sums[:, 0]).index_add(0, bag, torch.ones_like(rows[:, 0]))
+        counts = torch.zeros_like(sums[:, 0]).index_add(0, bag, counted)
         return sums / counts.clamp_min(1)[:, None]
 
     def _rows(self, indices: Tensor) -> Tensor:
-        """The rows [n, embedding_dim] of indices [n]: a product of two looked-up factors each."""
+        """The rows [n, embedding_dim] of indices [n]; that of padding_idx is zero and has no gradient."""
+        rows = self._products(indices)
+        if self.padding_idx is None:
+            return rows
+        return rows.masked_fill((indices == self.padding_idx)[:, None], 0.0)
+
+    def _products(self, indices: Tensor) -> Tensor:
+        """The rows of the train: a product of two looked-up factors each."""
         cores = self.cores
         if len(cores) == 1:
             return cores[0][0, :, :, 0][indices][:, : self.embedding_dim]
@@ -209,7 +242,11 @@ class TTEmbedding(TTCores):
 
     def to_dense(self) -> Tensor:
         """W [num_embeddings, embedding_dim]; differentiable."""
-        return decomposition.tt_to_dense(self.cores)[: self.num_embeddings, : self.embedding_dim]
+        table = decomposition.tt_to_dense(self.cores)[: self.num_embeddings, : self.embedding_dim]
+        if self.padding_idx is None:
+            return table
+        padding = torch.arange(self.num_embeddings, device=table.device) == self.padding_idx
+        return table.masked_fill(padding[:, None], 0.0)
 
     @property
     def compression_ratio(self) -> float:
@@ -221,6 +258,8 @@ class TTEmbedding(TTCores):
             f"{self.num_embeddings}, {self.embedding_dim}, num_modes={self.num_modes}, dim_modes={self.dim_modes}, "
             f"ranks={self.ranks}, mode={self.mode!r}"
         )
+        if self.padding_idx is not None:
+            text += f", padding_idx={self.padding_idx}"
         if self.padded_num != self.num_embeddings:
             text += f", rows beyond {self.num_embeddings} of {self.padded_num} never looked up"
         if self.padded_dim != self.embedding_dim:
