@@ -8,7 +8,7 @@ using pathsgd::Rates;
 using pathsgd::Sweep;
 
 enum class Norm { one, two, any, infinity };
-enum class Rule { none, plain, momentum };
+enum class Rule { none, plain, decay, momentum };
 
 constexpr int kParts = 8 / simd::kLanes<double>;
 typedef simd::Vec<double> Part;
@@ -23,6 +23,7 @@ struct Octet {
 };
 
 #define FW_INLINE inline __attribute__((always_inline))
+#define FW_LAMBDA __attribute__((always_inline))
 
 // __builtin_convertvector widens in two halves (g++ 12); the instruction takes the whole.
 FW_INLINE Part widened(FloatPart value) {
@@ -76,14 +77,19 @@ FW_INLINE Part store_part(Bf16* to, Part value) {
   return widened((FloatPart)(chosen << 16));
 }
 
-// Asks for the cache line of T that `ahead` elements from here starts, once per line. The rows of a group are as many
-// streams, which the processor's own prefetcher does not follow across pages.
+// Values of T in a cache line.
+template <class T>
+constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+
+// Asks for the cache lines at `place`, which are far ahead. The rows of a group are as many streams, which the
+// processor's own prefetcher does not follow across pages. Into the second level: eight streams ahead by pages would
+// push each other, and the path vectors, out of the first.
 template <class T, Rule R>
-FW_INLINE void prefetch(const Sweep<T>& task, int64_t at, int64_t place) {
-  if (at % (64 / static_cast<int64_t>(sizeof(T)))) return;
-  __builtin_prefetch(task.weight + place, R == Rule::none ? 0 : 1);
-  if constexpr (R != Rule::none) __builtin_prefetch(task.grad + place);
-  if constexpr (R == Rule::momentum) __builtin_prefetch(task.momentum + place, 1);
+FW_INLINE void prefetch(const Sweep<T>& task, int64_t place) {
+  constexpr int kSecondLevel = 2;
+  __builtin_prefetch(task.weight + place, 0, kSecondLevel);
+  if constexpr (R != Rule::none) __builtin_prefetch(task.grad + place, 0, kSecondLevel);
+  if constexpr (R == Rule::momentum) __builtin_prefetch(task.momentum + place, 0, kSecondLevel);
 }
 
 template <Norm N>
@@ -110,29 +116,37 @@ FW_INLINE Part collect(Part power, Part source, Part total) {
   }
 }
 
-// The updated weights; `factor` is 1 / gamma with the sign. Momentum is rounded to its storage before it is used, so
-// that a resumed run continues with the same bits.
+// What a row's elements are multiplied by: its unit's part of 1 / gamma, with the sign, and in a plain step the rate.
+template <Rule R>
+double row_part(double factor, const Rates& rates) {
+  return R == Rule::momentum ? factor : -rates.lr * factor;
+}
+
+// The updated weights. Momentum is rounded to its storage before it is used, so that a resumed run continues with the
+// same bits. Few operations matter here: this loop takes about as long as the memory does.
 template <class T, Rule R>
-FW_INLINE Part updated(Part w, const T* grad, T* momentum, Part factor, const Rates& rates) {
-  Part step = load_part(grad) * factor;
+FW_INLINE Part updated(Part w, const T* grad, T* momentum, Part in_factor, double row, const Rates& rates) {
+  const Part part = load_part(grad) * in_factor;
+  if constexpr (R != Rule::plain) w = w * rates.keep;
   if constexpr (R == Rule::momentum) {
-    const Part mu = simd::broadcast(rates.momentum), direction = step;
-    step = store_part(momentum, simd::fma(mu, load_part(momentum), direction));
+    const Part mu = simd::broadcast(rates.momentum), direction = part * row;
+    Part step = store_part(momentum, simd::fma(mu, load_part(momentum), direction));
     if (rates.nesterov) step = simd::fma(mu, step, direction);
+    return simd::fma(simd::broadcast(-rates.lr), step, w);
   }
-  return simd::fma(simd::broadcast(-rates.lr), step, w * rates.keep);
+  return simd::fma(part, simd::broadcast(row), w);
 }
 
 // Updates eight weights at one place and returns the powers of the old and of the new ones.
 template <class T, Norm N, Rule R>
-FW_INLINE void edge(T* weight, const T* grad, T* momentum, Part in_factor, double out_factor, const Rates& rates,
-                    double p, Part& power_old, Part& power_new) {
+FW_INLINE void edge(T* weight, const T* grad, T* momentum, Part in_factor, double row, const Rates& rates, double p,
+                    Part& power_old, Part& power_new) {
   const Part w = load_part(weight);
   power_old = power<N>(w, p);
   if constexpr (R == Rule::none) {
     power_new = power_old;
   } else {
-    power_new = power<N>(store_part(weight, updated<T, R>(w, grad, momentum, in_factor * out_factor, rates)), p);
+    power_new = power<N>(store_part(weight, updated<T, R>(w, grad, momentum, in_factor, row, rates)), p);
   }
 }
 
@@ -149,10 +163,10 @@ void forward_rows(const Sweep<T>& shared, int64_t row, const double* in_factor, 
   constexpr int kLanes = simd::kLanes<double>;
   const Sweep<T> task = shared;  // a copy that no store to the weights can alias: it stays in registers
   double row_factor[Count];
-  for (int r = 0; r < Count; ++r) row_factor[r] = out_factor[row + r];
+  for (int r = 0; r < Count; ++r) row_factor[r] = row_part<R>(out_factor[row + r], task.weight_rates);
   Octet old_total[Count] = {}, new_total[Count] = {};
   const int64_t cols = task.cols, whole = cols / 8 * 8, first = row * cols;
-  for (int64_t col = 0; col < whole; col += 8) {
+  auto eight = [&](int64_t col, auto ahead) FW_LAMBDA {
     for (int part = 0; part < kParts; ++part) {
       const int64_t at = col + part * kLanes;
       const Part factor = simd::load(in_factor + at);
@@ -160,7 +174,9 @@ void forward_rows(const Sweep<T>& shared, int64_t row, const double* in_factor, 
 #pragma GCC unroll 4
       for (int r = 0; r < Count; ++r) {
         const int64_t place = first + r * cols + at;
-        prefetch<T, R>(task, at, place + 2048 / static_cast<int64_t>(sizeof(T)));
+        if constexpr (ahead.value) {
+          if (part == 0) prefetch<T, R>(task, place + 4096 / static_cast<int64_t>(sizeof(T)));
+        }
         Part power_old, power_new;
         edge<T, N, R>(task.weight + place, R == Rule::none ? nullptr : task.grad + place,
                       R == Rule::momentum ? task.momentum + place : nullptr, factor, row_factor[r], task.weight_rates,
@@ -169,7 +185,13 @@ void forward_rows(const Sweep<T>& shared, int64_t row, const double* in_factor, 
         new_total[r].part[part] = collect<N>(power_new, from_new, new_total[r].part[part]);
       }
     }
+  };
+  int64_t col = 0;
+  for (; col + kLine<T> <= whole; col += kLine<T>) {
+    eight(col, std::true_type());
+    for (int more = 8; more < kLine<T>; more += 8) eight(col + more, std::false_type());
   }
+  for (; col < whole; col += 8) eight(col, std::false_type());
   if (whole < cols) {
     const size_t bytes = static_cast<size_t>(cols - whole) * sizeof(T);
     for (int r = 0; r < Count; ++r) {
@@ -234,28 +256,39 @@ void backward_rows(const Sweep<T>& shared, int64_t row, int64_t col_begin, int64
   const Sweep<T> task = shared;  // as in forward_rows
   double row_factor[Count], row_old[Count], row_new[Count];
   for (int r = 0; r < Count; ++r) {
-    row_factor[r] = out_factor[row + r];
+    row_factor[r] = row_part<R>(out_factor[row + r], task.weight_rates);
     row_old[r] = old_source[row + r];
     row_new[r] = new_source[row + r];
   }
   const int64_t cols = task.cols, whole = col_begin + (col_end - col_begin) / 8 * 8, first = row * cols;
-  for (int64_t at = col_begin; at < whole; at += kLanes) {
-    const Part factor = simd::load(in_factor + at);
-    Part old_sum = simd::load(sum_old + at), new_sum = simd::load(sum_new + at);
+  auto eight = [&](int64_t col, auto ahead) FW_LAMBDA {
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t at = col + part * kLanes;
+      const Part factor = simd::load(in_factor + at);
+      Part old_sum = simd::load(sum_old + at), new_sum = simd::load(sum_new + at);
 #pragma GCC unroll 4
-    for (int r = 0; r < Count; ++r) {
-      const int64_t place = first + r * cols + at;
-      prefetch<T, R>(task, at, place + Count * cols);  // the next group of rows
-      Part power_old, power_new;
-      edge<T, N, R>(task.weight + place, R == Rule::none ? nullptr : task.grad + place,
-                    R == Rule::momentum ? task.momentum + place : nullptr, factor, row_factor[r], task.weight_rates,
-                    task.p, power_old, power_new);
-      old_sum = collect<N>(power_old, simd::broadcast(row_old[r]), old_sum);
-      new_sum = collect<N>(power_new, simd::broadcast(row_new[r]), new_sum);
+      for (int r = 0; r < Count; ++r) {
+        const int64_t place = first + r * cols + at;
+        if constexpr (ahead.value) {
+          if (part == 0) prefetch<T, R>(task, place + 2 * Count * cols);  // the group of rows after the next
+        }
+        Part power_old, power_new;
+        edge<T, N, R>(task.weight + place, R == Rule::none ? nullptr : task.grad + place,
+                      R == Rule::momentum ? task.momentum + place : nullptr, factor, row_factor[r], task.weight_rates,
+                      task.p, power_old, power_new);
+        old_sum = collect<N>(power_old, simd::broadcast(row_old[r]), old_sum);
+        new_sum = collect<N>(power_new, simd::broadcast(row_new[r]), new_sum);
+      }
+      simd::store(sum_old + at, old_sum);
+      simd::store(sum_new + at, new_sum);
     }
-    simd::store(sum_old + at, old_sum);
-    simd::store(sum_new + at, new_sum);
+  };
+  int64_t col = col_begin;
+  for (; col + kLine<T> <= whole; col += kLine<T>) {
+    eight(col, std::true_type());
+    for (int more = 8; more < kLine<T>; more += 8) eight(col + more, std::false_type());
   }
+  for (; col < whole; col += 8) eight(col, std::false_type());
   if (whole < col_end) {  // the sums have room for eight
     const size_t bytes = static_cast<size_t>(col_end - whole) * sizeof(T);
     for (int r = 0; r < Count; ++r) {
@@ -295,6 +328,17 @@ void backward_tile(const Sweep<T>& task, int64_t begin, int64_t end, int64_t col
   }
 }
 
+FW_INLINE Part root(Part value) {
+#if FW_ISA_LEVEL == 2
+  return _mm512_maskz_sqrt_pd(0xff, value);  // the unmasked form warns in g++ 12
+#elif FW_ISA_LEVEL == 1
+  return _mm256_sqrt_pd(value);
+#else
+  for (int lane = 0; lane < simd::kLanes<double>; ++lane) value[lane] = std::sqrt(value[lane]);
+  return value;
+#endif
+}
+
 // A block of the update alone. (g s) s with s = mass^(-1/p) stays in range where g s^2 would pass through infinity.
 template <class T, Rule R>
 void update_range(int64_t begin, int64_t end, T* param, const T* grad, T* momentum, const double* mass, double scale,
@@ -314,10 +358,10 @@ void update_range(int64_t begin, int64_t end, T* param, const T* grad, T* moment
     Part from = simd::load(full ? mass + at : known);
     if (p == 1) {
       from = scale / from;
+    } else if (p == 2) {
+      from = scale / root(from);
     } else {
-      for (int lane = 0; lane < simd::kLanes<double>; ++lane) {
-        from[lane] = p == 2 ? scale / std::sqrt(from[lane]) : scale * std::pow(from[lane], -1 / p);
-      }
+      for (int lane = 0; lane < simd::kLanes<double>; ++lane) from[lane] = scale * std::pow(from[lane], -1 / p);
     }
     // No path, no step: also where 1 / mass leaves the range.
     from = from <= 1.7976931348623157e308 ? from : Part{};
@@ -339,12 +383,16 @@ void update_range(int64_t begin, int64_t end, T* param, const T* grad, T* moment
 
 // The variant for a norm and a rule.
 template <class T, class Run>
-FW_INLINE void choose(double p, const T* grad, const T* momentum, const Run& run) {
+FW_INLINE void choose(double p, const T* grad, const T* momentum, double keep, const Run& run) {
   auto with_rule = [&]<Norm N>(std::integral_constant<Norm, N>) {
     if (!grad) {
       run.template operator()<N, Rule::none>();
     } else if (!momentum) {
-      run.template operator()<N, Rule::plain>();
+      if (keep == 1) {
+        run.template operator()<N, Rule::plain>();
+      } else {
+        run.template operator()<N, Rule::decay>();
+      }
     } else {
       run.template operator()<N, Rule::momentum>();
     }
@@ -364,7 +412,7 @@ template <class T>
 void path_forward_block(const Sweep<T>& task, int64_t begin, int64_t end, const double* in_factor,
                         const double* out_factor, const double* old_source, const double* new_source, double* sum_old,
                         double* sum_new) {
-  choose(task.p, task.grad, task.momentum, [&]<Norm N, Rule R>() {
+  choose(task.p, task.grad, task.momentum, task.weight_rates.keep, [&]<Norm N, Rule R>() {
     forward_block<T, N, R>(task, begin, end, in_factor, out_factor, old_source, new_source, sum_old, sum_new);
   });
 }
@@ -373,7 +421,7 @@ template <class T>
 void path_backward_tile(const Sweep<T>& task, int64_t begin, int64_t end, int64_t col_begin, int64_t col_end,
                         const double* in_factor, const double* out_factor, const double* old_source,
                         const double* new_source, double* sum_old, double* sum_new) {
-  choose(task.p, task.grad, task.momentum, [&]<Norm N, Rule R>() {
+  choose(task.p, task.grad, task.momentum, task.weight_rates.keep, [&]<Norm N, Rule R>() {
     backward_tile<T, N, R>(task, begin, end, col_begin, col_end, in_factor, out_factor, old_source, new_source, sum_old,
                            sum_new);
   });
@@ -390,5 +438,6 @@ void path_update_range(int64_t begin, int64_t end, T* param, const T* grad, T* m
 }
 
 #undef FW_INLINE
+#undef FW_LAMBDA
 
 }  // namespace finite_width::FW_ISA
