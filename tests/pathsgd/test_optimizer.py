@@ -228,6 +228,37 @@ def test_weights_changed_outside(edit, at) -> None:
             torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_divergence_is_no_change_from_outside(value, p) -> None:
+    """A gradient that is not finite: no warning, and the optimizer is sound once good weights are written back."""
+    torch.manual_seed(0)
+    model = mlp(6, 11, 9, 2).double()
+    good = copy.deepcopy(model.state_dict())
+    optimizer = PathSGD(model, 1e-3, p=p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(5):
+            backward(model, seed)
+            if seed == 2:
+                model[2].weight.grad[3, 4] = value
+                model[0].bias.grad.fill_(value)
+            optimizer.step()
+        assert not torch.isfinite(model[2].weight).all()
+        if math.isinf(p):  # maxima pass over NaN, so that writing good weights back is a change like any other
+            return
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(good[name])  # without a trace
+        other = copy.deepcopy(model)
+        for seed in range(5, 8):
+            backward(model, seed)
+            backward(other, seed)
+            optimizer.step()
+            by_definition(other, 1e-3, p)()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-13)
+
+
 def test_refresh_after_a_hidden_edit() -> None:
     torch.manual_seed(0)
     model = mlp(6, 11, 2).double()

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
+from .operations import IDENTITY_FUNCTIONS, IDENTITY_METHODS, IDENTITY_MODULES
 from .ops import UNCHANGED, path_sweep
-from .structure import IDENTITY_FUNCTIONS, IDENTITY_METHODS, IDENTITY_MODULES, Structure, Walk, attribute
+from .structure import Structure, attribute
+from .walk import Walk
 
 Rates = tuple[float, float, float, float, float]
 # What a sweep needs of a parameter: gradient, momentum buffer, rates; None leaves the parameter as it is.
@@ -150,8 +152,6 @@ def total(pairs: list[tuple[float, float]], p: float) -> tuple[float, float]:
 def agree(one: tuple[float, float], other: tuple[float, float]) -> bool:
     """Whether two such sums are the same up to rounding."""
     (a, a_exponent), (b, b_exponent) = one, other
-    if math.isnan(a) or math.isnan(b):
-        return True  # a run that has diverged tells nothing
     if not (a > 0 and b > 0):
         return a == b
     return abs(math.log2(a) - math.log2(b) + (a_exponent - b_exponent)) < 1e-7

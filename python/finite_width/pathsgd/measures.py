@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from . import reference
 from .chain import Dense, Norm, PathVectors, find_chain
 from .network import PathSum, Scaled, masses, powered
-from .structure import Structure, Walk, trace
+from .structure import Structure, trace
+from .walk import Walk
 
 
 def _check_p(p: float) -> float:

@@ -1,7 +1,7 @@
 """The |w|^p network: Φ = Σ over paths of Π|w_e|^p, as the output of the network on a ones input with |w|^p for w.
 
-γ(w) = (∂Φ/∂|w|^p)^(2/p) then takes one backward pass. Everything is in float64 with batch 1; values that leave
-2^±200 are rescaled by a power of two, which their exponent remembers.
+γ(w) = (∂Φ/∂|w|^p)^(2/p) then takes one backward pass. Everything is in float64 with batch 1 (an optimizer's
+convolutions: convolution.py); values that leave 2^±200 are rescaled by a power of two, which their exponent remembers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from . import reference
 from .chain import norm_statistics
-from .structure import Structure, Walk, path_weights
+from .convolution import PathConvolution, bridged
+from .operations import path_weights
+from .structure import Structure
+from .walk import Walk
 
 _RANGE = 200  # binary exponents that are left as they are
 
@@ -279,33 +282,68 @@ class Masses(NamedTuple):
     total: Scaled
 
 
-def masses(structure: Structure, p: float, sigma: dict[Any, Tensor] | None = None, shared: str = "kappa1") -> Masses:
+class _Masses(PathSum):
+    """Sums paths with leaves whose gradients are ∂Φ/∂|w|^p; `stand_ins` are those of convolutions in float32."""
+
+    def __init__(self, structure: Structure, p: float, sigma: dict[Any, Tensor] | None, exact: bool) -> None:
+        super().__init__(structure, p, self.leaf, sigma)
+        self.exact = exact
+        self.leaves: dict[Tensor, Tensor] = {}
+        self.stand_ins: dict[Tensor, Tensor] = {}
+
+    def leaf(self, param: Tensor) -> Tensor:
+        """|w|^p, which takes the gradient."""
+        if param not in self.leaves:
+            self.leaves[param] = powered(param.detach(), self.p).detach().requires_grad_()
+        return self.leaves[param]
+
+    def convolution(
+        self, x: Scaled, weight: Tensor, bias: Tensor | None, function: Any, settings: dict[str, Any]
+    ) -> Scaled:
+        settings = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | settings
+        plain = self.p in (1, 2) and weight.dtype != torch.float64 and not isinstance(settings["padding"], str)
+        if self.exact or not plain or not bridged(x.value, self.p):
+            return super().convolution(x, weight, bias, function, settings)
+        if weight not in self.stand_ins:
+            zero = torch.zeros((), dtype=torch.float64, device=weight.device)
+            self.stand_ins[weight] = zero.expand(weight.shape).requires_grad_()
+        edges, raw = self.stand_ins[weight], weight.detach().float().contiguous()
+
+        def apply(value: Tensor, edge: Tensor | None) -> Tensor:
+            result: Tensor = PathConvolution.apply(value, edges, raw, self.p, function, settings)  # type: ignore[no-untyped-call]
+            return result if edge is None else result + edge.view(-1, *[1] * (value.dim() - 2))
+
+        return self._affine(x, bias, apply)
+
+
+def masses(
+    structure: Structure,
+    p: float,
+    sigma: dict[Any, Tensor] | None = None,
+    shared: str = "kappa1",
+    exact: bool = True,
+) -> Masses:
     """(γ^(p/2) of every parameter, from one forward and one backward pass of the |w|^p network.
 
-    shared="kappa" adds κ2 = |w|^p ∂²Φ/∂(|w|^p)² for weights that a path passes more than once.
+    shared="kappa" adds κ2 = |w|^p ∂²Φ/∂(|w|^p)² for weights that a path passes more than once. exact=False lets
+    convolutions whose weights are not float64 sum in float32.
     """
-    leaves: dict[Tensor, Tensor] = {}
-
-    def power(param: Tensor) -> Tensor:
-        if param not in leaves:
-            leaves[param] = powered(param.detach(), p).detach().requires_grad_()
-        return leaves[param]
-
     with torch.enable_grad():
-        total = PathSum(structure, p, power, sigma).total()
-        params, edges = list(leaves), list(leaves.values())
+        network = _Masses(structure, p, sigma, exact)
+        total = network.total()
+        pairs = [*network.leaves.items(), *network.stand_ins.items()]
         if not total.value.requires_grad:
             raise ValueError("model has no parameter between its input and its output, hence no paths")
-        found = torch.autograd.grad(total.value, edges, allow_unused=True)
-    gradients = {
-        param: torch.zeros_like(edge) if gradient is None else gradient
-        for param, edge, gradient in zip(params, edges, found, strict=True)
-    }
+        found = torch.autograd.grad(total.value, [leaf for _, leaf in pairs], allow_unused=True)
+    gradients: dict[Tensor, Tensor] = {}
+    for (param, leaf), gradient in zip(pairs, found, strict=True):
+        mass = torch.zeros_like(leaf) if gradient is None else gradient
+        gradients[param] = gradients[param] + mass if param in gradients else mass
     if shared == "kappa":
         for param in gradients:
             if _recurs(structure, param):
                 second = _second_derivative(structure, p, param, sigma, total.exponent)
-                gradients[param] = gradients[param] + leaves[param].detach() * second
+                gradients[param] = gradients[param] + powered(param.detach(), p) * second
     return Masses(gradients, total.exponent, Scaled(total.value.detach(), total.exponent))
 
 

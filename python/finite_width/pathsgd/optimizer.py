@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import _check
+from .batches import BatchDeviations
 from .chain import PathVectors, agree, find_chain
+from .interruption import uninterrupted
 from .network import Masses, masses
+from .operations import BATCHNORMS
 from .ops import DTYPES, path_update
-from .structure import BATCHNORMS, trace
+from .structure import trace
 
 Given = tuple[Tensor, Tensor | None, tuple[float, float, float, float, float]]
 
@@ -125,7 +125,7 @@ class PathSGD(Optimizer):
         super().__init__(self._structure.module.parameters() if params is None else params, defaults)
         if self._vectors is None:
             masses(self._structure, self._p, self._probe(), shared)  # a structure that cannot run fails here, by name
-        self._batches = _BatchDeviations(
+        self._batches = BatchDeviations(
             [m for m in self._structure.module.modules() if isinstance(m, BATCHNORMS)] if batchnorm == "batch" else [],
             distributed=isinstance(model, nn.parallel.DistributedDataParallel),
         )
@@ -198,11 +198,11 @@ class PathSGD(Optimizer):
         if not given:
             return loss
         sigma = self._batches.deviations()
-        with _uninterrupted():
+        with uninterrupted():
             if self._update_every > 1:
                 self._step_with_kept(given, sigma)
             elif self._vectors is None:
-                self._apply(masses(self._structure, self._p, sigma, self._shared), given)
+                self._apply(self._masses(sigma), given)
             elif sigma:
                 self._vectors.sweep(True, _nothing, sigma)
                 self._vectors.sweep(False, given.get, sigma)
@@ -221,8 +221,10 @@ class PathSGD(Optimizer):
             _, self._total = self._vectors.sweep(not forward, _nothing)
         self._ready = False
         old, new = self._vectors.sweep(forward, given.get)
-        self._ready = agree(old, self._total)
-        if not self._ready:
+        diverged = math.isnan(old[0]) or math.isnan(self._total[0])  # Φ is infinite or NaN: nothing to compare
+        self._ready = not diverged and agree(old, self._total)
+        # At p = ∞ the maxima pass over NaN, and Φ stays finite: there the weights themselves are asked.
+        if not (self._ready or diverged) and all(bool(torch.isfinite(each).all()) for each in self._names):
             warnings.warn(
                 "weights changed outside the optimizer without a trace (a write through .data): this step used the γ "
                 "of the weights before, the next one recomputes; call refresh() after such writes",
@@ -234,7 +236,7 @@ class PathSGD(Optimizer):
         if self._kept is None or self._age >= self._update_every:
             self._age = 0
             if self._vectors is None:
-                self._kept = masses(self._structure, self._p, sigma, self._shared)
+                self._kept = self._masses(sigma)
             else:
                 self._vectors.sweep(True, _nothing, sigma)
                 forward = [vector.clone() for vector in self._vectors.forward]
@@ -246,6 +248,9 @@ class PathSGD(Optimizer):
         else:
             forward, backward, kept_sigma = self._kept
             self._vectors.step_with(forward, backward, given.get, kept_sigma)
+
+    def _masses(self, sigma: dict[Any, Tensor]) -> Masses:
+        return masses(self._structure, self._p, sigma, self._shared, exact=False)
 
     def _apply(self, found: Masses, given: dict[Tensor, Given]) -> None:
         for parameter, (grad, momentum, rates) in given.items():
@@ -368,76 +373,3 @@ class PathSGD(Optimizer):
 
 def _nothing(parameter: Tensor) -> None:
     return None
-
-
-class _BatchDeviations:
-    """Records σ = sqrt(var + eps) of what BatchNorms see in training mode, averaged over the forwards of a step."""
-
-    def __init__(self, modules: Sequence[Any], distributed: bool) -> None:
-        self.modules, self.distributed = list(modules), distributed
-        self.sums: dict[Any, Tensor] = {}
-        self.counts: dict[Any, int] = {}
-        for module in self.modules:
-            module.register_forward_pre_hook(self.record)
-
-    def record(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        """The forward pre-hook."""
-        if not (_uses_batch(module) and torch.is_grad_enabled()):
-            return
-        x = inputs[0].detach()
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        deviation = (x.to(torch.float64).var(axes, unbiased=False) + module.eps).sqrt()
-        self.sums[module] = self.sums[module] + deviation if module in self.sums else deviation
-        self.counts[module] = self.counts.get(module, 0) + 1
-
-    def deviations(self) -> dict[Any, Tensor]:
-        """BatchNorm in training mode -> its σ."""
-        found = {}
-        for module in self.modules:
-            if not _uses_batch(module):
-                continue
-            if module not in self.sums:
-                raise RuntimeError(
-                    "a BatchNorm in training mode saw no batch since the last step; run a forward with "
-                    "gradients first, call eval() on it, or use batchnorm='running'"
-                )
-            found[module] = self.sums[module] / self.counts[module]
-            if self.distributed:
-                torch.distributed.all_reduce(found[module])
-                found[module] /= torch.distributed.get_world_size()
-        return found
-
-    def clear(self) -> None:
-        self.sums, self.counts = {}, {}
-
-    def state(self, root: nn.Module) -> dict[str, tuple[Tensor, int]]:
-        names = {module: name for name, module in root.named_modules()}
-        return {names[module]: (total, self.counts[module]) for module, total in self.sums.items()}
-
-    def load(self, state: dict[str, tuple[Tensor, int]], root: nn.Module) -> None:
-        self.sums = {root.get_submodule(name): total.clone() for name, (total, _) in state.items()}
-        self.counts = {root.get_submodule(name): count for name, (_, count) in state.items()}
-
-
-def _uses_batch(module: Any) -> bool:
-    return bool(module.training or module.running_var is None)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the step is over, so that no network is left half updated."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    pending: list[Any] = []
-    if not callable(before):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pending:
-            before(*pending[0])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Dense, find_chain
-from .structure import Structure, Walk, trace
+from .structure import Structure, trace
+from .walk import Walk
 
 
 class Units(Walk):

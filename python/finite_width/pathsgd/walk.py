@@ -1,0 +1,152 @@
+"""Runs a traced module node by node; network.py, rescale.py and chain.py say what each operation does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .operations import (
+    ADD_FUNCTIONS,
+    CONVOLUTION_FUNCTIONS,
+    CONVOLUTIONS,
+    IDENTITY_FUNCTIONS,
+    IDENTITY_METHODS,
+    POOL_FUNCTIONS,
+    module_kind,
+)
+from .structure import Structure, attribute
+
+
+class Walk:
+    """Runs a structure node by node; subclasses define what each operation does to their values."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+
+    def run(self, value: Any) -> Any:
+        """The output for the given input value."""
+        known: dict[fx.Node, Any] = {}
+        for node in self.structure.graph.nodes:
+            if node.op == "placeholder":
+                known[node] = value if node.users else None
+                continue
+            args = fx.node.map_arg(node.args, known.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, known.__getitem__)
+            if node.op == "output":
+                return args[0]
+            known[node] = self._call(node, args, kwargs)
+        raise AssertionError("a graph ends in an output")
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
+        if node.op == "get_attr":
+            return attribute(self.structure.module, target)
+        if node.op == "call_module":
+            module = self.structure.module.get_submodule(target)
+            if isinstance(module, nn.RNN) and len(args) + len(kwargs) > 1:
+                raise ValueError(f"{target}: an RNN with a given initial state is not supported")
+            return getattr(self, str(module_kind(module)))(args[0], module)
+        if node.op == "call_method":
+            if target in IDENTITY_METHODS:
+                return args[0]
+            if target in ("mean", "sum"):
+                return self._reduce(target, *args, **kwargs)
+            if target in ("add", "add_"):
+                return self.add(args[0], args[1])
+            return self.reshape(lambda first, *rest, **named: getattr(first, target)(*rest, **named), args, kwargs)
+        if target in IDENTITY_FUNCTIONS:
+            return args[0] if args else kwargs["input"]
+        if target in ADD_FUNCTIONS:
+            if all(isinstance(arg, int) for arg in args[:2]):
+                return target(*args)
+            return self.add(args[0], args[1])
+        if target in (torch.cat, torch.concat):
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+            return self.cat(list(args[0] if args else kwargs["tensors"]), dim)
+        if target in (torch.mean, torch.sum):
+            return self._reduce("mean" if target is torch.mean else "sum", *args, **kwargs)
+        if target is F.linear:
+            weight, bias, x = _named(("input", "weight", "bias"), args, kwargs, "weight", "bias", "input")
+            return self.linear(x, weight, bias)
+        if target in CONVOLUTION_FUNCTIONS:
+            names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+            return self.convolution(x, weight, bias, target, given)
+        if target in POOL_FUNCTIONS:
+            kind: Any = POOL_FUNCTIONS[target]
+            given = {key: value for key, value in kwargs.items() if key != "input"}
+            module = kind(*args[1:], **given)
+            return getattr(self, str(module_kind(module)))(args[0] if args else kwargs["input"], module)
+        return self.reshape(target, args, kwargs)
+
+    def _reduce(self, how: str, x: Any, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
+        if set(named) - {"axis"} or (dim is None and "axis" not in named):
+            raise ValueError(f"{how} needs its dimensions given")
+        dims = dim if dim is not None else named["axis"]
+        return self.reduce(how, x, (dims,) if isinstance(dims, int) else tuple(dims), keepdim)
+
+    def identity(self, x: Any, module: nn.Module) -> Any:
+        return x
+
+    def shape(self, x: Any, module: nn.Module) -> Any:
+        return self.reshape(module, (x,), {})
+
+    def linear_module(self, x: Any, module: nn.Linear) -> Any:
+        return self.linear(x, module.weight, module.bias)
+
+    def convolution_module(self, x: Any, module: Any) -> Any:
+        function: Any = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[
+            next(kind for kind in CONVOLUTIONS if isinstance(module, kind))
+        ]
+        settings = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups")}
+        return self.convolution(x, module.weight, module.bias, function, settings)
+
+    # What a subclass defines. `x` is its value of an activation.
+    def reshape(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def add(self, x: Any, y: Any) -> Any:
+        raise NotImplementedError
+
+    def cat(self, values: list[Any], dim: int) -> Any:
+        raise NotImplementedError
+
+    def reduce(self, how: str, x: Any, dims: tuple[int, ...], keepdim: bool) -> Any:
+        raise NotImplementedError
+
+    def linear(self, x: Any, weight: Tensor, bias: Tensor | None) -> Any:
+        raise NotImplementedError
+
+    def convolution(self, x: Any, weight: Tensor, bias: Tensor | None, function: Any, settings: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def batchnorm(self, x: Any, module: Any) -> Any:
+        raise NotImplementedError
+
+    def max_pool(self, x: Any, module: Any) -> Any:
+        raise NotImplementedError
+
+    def average_pool(self, x: Any, module: Any) -> Any:
+        raise NotImplementedError
+
+    def adaptive_average(self, x: Any, module: Any) -> Any:
+        raise NotImplementedError
+
+    def adaptive_max(self, x: Any, module: Any) -> Any:
+        raise NotImplementedError
+
+    def rnn(self, x: Any, module: nn.RNN) -> Any:
+        raise NotImplementedError
+
+    def protocol(self, x: Any, module: nn.Module) -> Any:
+        raise NotImplementedError
+
+
+def _named(names: tuple[str, ...], args: Any, kwargs: Any, *wanted: str) -> list[Any]:
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return [given.get(name) for name in wanted]
