@@ -10,6 +10,13 @@ namespace finite_width {
 // The least bytes of this thread's scratch number `slot` (0 <= slot < kWorkspaceSlots), aligned to 64 bytes. The
 // contents are whatever was there; the pointer holds until this thread asks for more of the same slot.
 // Throws std::bad_alloc.
+//
+// A kernel that calls another while it holds scratch keeps to slots that the other does not use:
+//   0, 1    packed panels of every tile product (common/gemm_tile.h)
+//   2       a block of the transposed product (gemm/gemm_kernel.h)
+//   3, 4    NTK: inner products or rows of an unfold, and products of cotangents
+//   5 to 7  variational layers (bayes/bayes_cpu.cpp)
+//   8 on    Tensor-Train (tt/workspace.h)
 constexpr int kWorkspaceSlots = 32;
 void* thread_workspace(int slot, size_t bytes);
 
