@@ -92,6 +92,7 @@ struct Gram {
               for (int i = 0; i < count; ++i) {
                 add_row(r + i, q, width, values + i * row_step, factors, n0, m0, two.positions * M);
               }
+              if (symmetric && step == 1) mirror_strip(r, count, q, width, values, row_step);
             },
             [&](int64_t end) { return limit(end, one.positions * O, step); });
       }
@@ -106,7 +107,7 @@ struct Gram {
   }
 
   // Adds row r = (n, t, o), columns (m, s, p) from q on, to the tile.
-  void add_row(int64_t r, int64_t q, int64_t width, const T* values, const T* factors, int64_t n0, int64_t m0,
+  void add_row(int64_t r, int64_t q, int64_t width, T* values, const T* factors, int64_t n0, int64_t m0,
                int64_t factor_columns) const {
     const int64_t o = r % O, example_row = r / O, n = example_row / one.positions, step = two.positions * O;
     const T* factor = factors ? factors + (example_row - n0 * one.positions) * factor_columns : nullptr;
@@ -114,9 +115,11 @@ struct Gram {
     T* row = out.data + n * out.row + o * out.left;
     T* mirror = symmetric ? out.data + n * out.column + o * out.right : nullptr;
     if (step == 1) {  // O = S = 1: a column is an example m
-      if (factor) factor += q - m0;
-      add_examples(q, width, values, factor, row, out.column);
-      if (mirror) add_examples(q, tile::smaller(width, n - q), values, factor, mirror, out.row);
+      if (factor) {
+        factor += q - m0;
+        for (int64_t j = 0; j < width; ++j) values[j] *= factor[j] + bias;
+      }
+      add_examples(width, values, row + q * out.column, out.column);
       return;
     }
     for (int64_t m = q / step, first = q % step; width > 0; ++m, first = 0) {
@@ -135,15 +138,22 @@ struct Gram {
     }
   }
 
-  // Example m0 + j: to[(m + j) * step] += values[j] (factor[j] + bias).
-  void add_examples(int64_t m, int64_t count, const T* values, const T* factor, T* to, int64_t step) const {
-    to += m * step;
-    if (factor == nullptr) {
-      for (int64_t j = 0; j < count; ++j) to[j * step] += values[j];
-    } else if (step == 1) {
-      for (int64_t j = 0; j < count; ++j) to[j] += values[j] * (factor[j] + bias);
+  // Consecutive examples: to[j * step] += values[j].
+  void add_examples(int64_t count, const T* values, T* to, int64_t step) const {
+    if (step == 1) {
+      for (int64_t j = 0; j < count; ++j) to[j] += values[j];
     } else {
-      for (int64_t j = 0; j < count; ++j) to[j * step] += values[j] * (factor[j] + bias);
+      for (int64_t j = 0; j < count; ++j) to[j * step] += values[j];
+    }
+  }
+
+  // Where O = S = 1: what rows [r, r + count) added to columns m < n is added to rows m, too. A strip at once, so that
+  // each of those rows, far apart in memory, is touched once and not `count` times.
+  void mirror_strip(int64_t r, int count, int64_t q, int64_t width, const T* values, int64_t row_step) const {
+    const int64_t end = tile::smaller(q + width, r + count - 1);
+    for (int64_t m = q; m < end; ++m, ++values) {
+      T* to = out.data + m * out.row + r * out.column;
+      for (int i = m < r ? 0 : static_cast<int>(m + 1 - r); i < count; ++i) to[i * out.column] += values[i * row_step];
     }
   }
 
