@@ -52,3 +52,13 @@ CASES = [
 ]
 
 test_battery = battery(CASES)
+
+
+def test_a_row_again_and_again_under_vmap() -> None:
+    """A unit cotangent has stride 0 over the rows: the product is made once, with the bits of the whole."""
+    generator = torch.Generator().manual_seed(0)
+    units, b = torch.eye(5), torch.randn(5, 33, generator=generator)
+    expanded = units[:, None, :].expand(5, 7, 5)
+    found = torch.func.vmap(lambda a: gemm(a, b))(expanded)
+    assert torch.equal(found, torch.func.vmap(lambda a: gemm(a, b))(expanded.contiguous()))
+    torch.testing.assert_close(found, expanded @ b)

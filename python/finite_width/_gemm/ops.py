@@ -58,7 +58,10 @@ class _Gemm(torch.autograd.Function):
         size = info.batch_size
         if b_dim is None and a_dim is not None:  # the batch joins the rows
             rows = a.movedim(a_dim, 0)
-            out = _call(rows.reshape(-1, rows.shape[-1]), b, None).reshape(size, rows.shape[1], b.shape[1])
+            if rows.stride(1) == 0 and rows.shape[1] > 1:  # one row again and again, such as a unit cotangent
+                out = _call(rows[:, 0], b, None).unsqueeze(1).expand(-1, rows.shape[1], -1)
+            else:
+                out = _call(rows.reshape(-1, rows.shape[-1]), b, None).reshape(size, rows.shape[1], b.shape[1])
         elif a_dim is None and b_dim is not None:  # the batch joins the columns
             columns = b.movedim(b_dim, 1)
             out = _call(a, columns.reshape(columns.shape[0], -1), None).reshape(a.shape[0], size, -1).movedim(1, 0)

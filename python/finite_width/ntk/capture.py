@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from .._gemm import gemm, gemm_below_autograd
+from .._library import nothing_to_differentiate
 from .contract import FLOATS
 
 
@@ -67,7 +68,14 @@ class _Dense(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        return gemm(grads[0], ctx.matrix.t()) if ctx.needs_input_grad[0] else None, None, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        grad, matrix = grads[0], ctx.matrix.t()
+        if not nothing_to_differentiate():
+            return gemm(grad, matrix), None, None, None
+        if grad.stride(0) == 0 and len(grad) > 1:  # one row again and again, such as a unit cotangent
+            return gemm_below_autograd(grad[:1], matrix).expand(len(grad), -1), None, None, None
+        return gemm_below_autograd(grad, matrix), None, None, None
 
 
 class Capture(TorchFunctionMode):
@@ -124,8 +132,9 @@ class Capture(TorchFunctionMode):
         weight_name, bias_name = self.name(weight), self.name(bias)
         used_weight = weight.detach() if weight is not None and weight_name else weight
         used_bias = bias.detach() if bias is not None and bias_name else bias
-        attached = any(value is not None and value.requires_grad for value in (input, used_weight, used_bias))
-        if attached or kind == "dense":
+        if kind == "dense" or any(
+            value is not None and value.requires_grad for value in (input, used_weight, used_bias)
+        ):
             result = call(used_weight, used_bias)
         else:
             result = _Anchored.apply(self.anchor, lambda: call(used_weight, used_bias))
@@ -191,11 +200,18 @@ def _opened(func: FunctionType) -> FunctionType:
 
 def _ordinary(*values: Tensor | None) -> bool:
     """Whether all are plain float tensors of one dtype."""
-    # Inside the model's own torch.func transforms tensors are wrapped, and an edge of the graph is not a cotangent.
-    if any(value is not None and torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values):
-        return False
-    dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
-    return len(dtypes) == 1 and dtypes <= set(FLOATS)
+    dtype = None
+    for value in values:
+        if value is None:
+            continue
+        # Inside the model's own torch.func transforms tensors are wrapped, and an edge of the graph is no cotangent.
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return False
+        if dtype is None:
+            dtype = value.dtype
+        elif value.dtype != dtype:
+            return False
+    return dtype in FLOATS
 
 
 def _linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
