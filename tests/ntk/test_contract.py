@@ -51,6 +51,29 @@ class MixedWords(nn.Module):
         return h - h.mean(0)
 
 
+class BareMixedWords(nn.Module):
+    """The same without a use that is recognised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table[x].mean(1)
+        return h - h.mean(0)
+
+
+class Faint(nn.Module):
+    """Noise that the rounding of another sum would hide, and a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.generator = mlp(), torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) * (1 + 1e-5 * torch.rand(1, generator=self.generator))
+
+
 class Dropout(nn.Module):
     """Functional dropout that does not know of eval mode."""
 
@@ -146,6 +169,7 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]
     "functional dropout": (Dropout, (X,), {}, ValueError, "model draws random numbers"),
     "noise": (lambda: Lambda(lambda x: x + torch.randn_like(x)), (X,), {}, ValueError, "model draws random numbers"),
     "state": (Counter, (X,), {}, ValueError, "two forwards of the same rows differ"),
+    "faint noise": (Faint, (X,), {}, ValueError, "two forwards of the same rows differ"),
     "batch statistics": (lambda: Lambda(lambda x: x - x.mean(0)), (X,), {}, ValueError, "depends on other rows"),
     "batch statistics behind": (lambda: Lambda(None, lambda h: h / h.norm()), (X,), {}, ValueError, "depends on other"),
     "detached batch statistics": (
@@ -165,6 +189,7 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]
     "mixing beyond the probe": (lambda: Lambda(lambda x: x.roll(5, 0) + x), (X,), {}, ValueError, "other rows"),
     "attention over rows": (BatchAttention, (X,), {}, ValueError, "depends on other rows"),
     "mixed tokens": (MixedWords, (torch.randint(0, 9, (6, 4)),), {}, ValueError, "rows"),
+    "mixed words of a bare parameter": (BareMixedWords, (torch.randint(0, 9, (6, 4)),), {}, ValueError, "rows"),
     "no batch axis": (lambda: Lambda(None, lambda h: h.sum()), (X,), {}, ValueError, "must have a batch axis"),
     "batch axis lost": (lambda: Lambda(None, lambda h: h.t()), (X,), {}, ValueError, r"\[4, ...\] for 4 rows of x1"),
     "tuple output": (lambda: Lambda(None, lambda h: (h, h)), (X,), {}, TypeError, "pass output="),
@@ -252,9 +277,12 @@ def test_bad_input(name: str) -> None:
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
-def test_the_model_comes_back_after_an_interrupt(interrupt: type[BaseException], call: int) -> None:
-    """An exception in any of the forwards: the probe's two, and the blocks'."""
+@pytest.mark.parametrize(("call", "block"), [(1, 512), (2, 512), (2, 4), (3, 4), (4, 4)])
+def test_the_model_comes_back_after_an_interrupt(
+    interrupt: type[BaseException], call: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in any of the forwards: the probe's, and the blocks'."""
+    monkeypatch.setattr("finite_width.ntk.plan.BLOCK_ROWS", block)
     calls = 0
 
     def count(x: Tensor) -> Tensor:
@@ -380,6 +408,24 @@ def test_a_budget_changes_no_bit(compute: str, same: bool, monkeypatch: pytest.M
     assert counts[-1] == 0
     whole = fw.ntk.empirical_ntk(model.double(), x1.double(), None if same else x2.double(), compute=compute)
     assert (expected - whole).norm() <= 1e-5 * whole.norm()
+
+
+@pytest.mark.parametrize("rows", [(5, 9), (9, 5), (1, 6)])
+@pytest.mark.parametrize("compute", ["full", "diagonal", "trace"])
+def test_small_batches_share_a_sweep(rows: tuple[int, int], compute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = convolutions().double()
+    x1, x2 = (torch.randn(count, 3, 9, 9, dtype=torch.float64) for count in rows)
+    together = fw.ntk.empirical_ntk(model, x1, x2, compute=compute)
+    plan = fw.ntk.explain(model, x1, x2, compute=compute)
+    assert (plan.sweeps, plan.blocks, plan.recomputations) == (1, 1, 0)
+    with pytest.raises(ValueError, match=f"a sweep over {sum(rows)} rows") as caught:
+        fw.ntk.empirical_ntk(model, x1, x2, compute=compute, memory_budget=1)
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    assert torch.equal(fw.ntk.empirical_ntk(model, x1, x2, compute=compute, memory_budget=least), together)
+    monkeypatch.setattr("finite_width.ntk.plan.BLOCK_ROWS", 4)
+    apart = fw.ntk.empirical_ntk(model, x1, x2, compute=compute)
+    assert fw.ntk.explain(model, x1, x2, compute=compute).blocks > 1
+    assert (together - apart).norm() <= 1e-12 * apart.norm()
 
 
 def test_progress_shows_a_bar(capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from .capture import Capture, Use
 from .contract import Batch, Target, flatten
 from .layout import Layout, candidates, confined
 from .plan import Entry, Plan, Planner, Sizes, block_rows, roles_of, row_axes, sweep_bytes
-from .sweep import compare, cotangents, last_use
+from .sweep import compare, cotangents, last_use, refuse_other_bits
 
 PROBE_ROWS = 4
 
@@ -84,7 +84,7 @@ def make_plan(
         loop: no structure: every Jacobian by a loop of torch.autograd.grad, for models whose graph changes with the
             rows.
         compared: the first block's outputs will be compared with those of the probe (sweep.py), so that no further
-            forward is needed to see whether outputs depend on the other rows.
+            forward is needed here to see whether anything is random or depends on the other rows.
 
     Raises:
         ValueError: the model draws random numbers or mixes rows (with check=True), or cannot take the input.
@@ -117,8 +117,6 @@ def make_plan(
     uses = capture.uses
     unrecognised = capture.unrecognised(raw)
     layouts = _probe_rows(batch, uses, leaves, flat, rows, chosen, check)
-    if check:
-        _check_repeats(target, batch, tensors, flat.detach(), chosen, compared and batch.rows > rows)
     names = list(target.parameters)
     roles = roles_of(uses, names)
     generic_names = [
@@ -136,6 +134,8 @@ def make_plan(
     entries = Planner(target, uses, layouts, rows, sizes, not separate).entries(roles, last)
     entries += _generic_entries(target, batch, tensors, generic_names, sizes, separate, loop)
     structured = any(entry.roles for entry in entries)
+    if check and not (compared and structured and batch.rows > rows):
+        _check_repeats(target, batch, tensors, flat.detach(), chosen)
     touched = sweep_bytes(uses, sizes.outputs, rows, sizes.itemsize) if structured else 0
     kept = sum(entry.row_bytes for entry in entries if not entry.roles)
     return Plan(
@@ -176,18 +176,9 @@ def _probe_rows(
     return layouts
 
 
-def _check_repeats(
-    target: Target, batch: Batch, tensors: Sequence[Tensor], expected: Tensor, chosen: int, compared: bool
-) -> None:
+def _check_repeats(target: Target, batch: Batch, tensors: Sequence[Tensor], expected: Tensor, chosen: int) -> None:
     """Raise unless a second forward gives the same bits, and fewer rows nearly the same outputs."""
-    again = flatten(_run(target, batch, [value.clone() for value in tensors])[1]).detach()
-    if not (torch.equal(again, expected) or torch.equal(torch.nan_to_num(again), torch.nan_to_num(expected))):
-        raise ValueError(
-            "model: two forwards of the same rows differ; it draws random numbers or keeps a state between calls "
-            "(check=False skips this test)"
-        )
-    if compared:
-        return
+    refuse_other_bits(target, batch, expected)
     with torch.no_grad():
         try:
             fewer = flatten(target.run(batch, [value[:chosen].clone() for value in tensors]))

@@ -83,6 +83,10 @@ class Problem:
             for rows in (self.left.rows, self.right.rows)
         )
 
+    def in_one_sweep(self, plan: Plan) -> bool:
+        """Whether both batches fit one block: then one forward and one backward serve both."""
+        return not self.symmetric and self.left.rows + self.right.rows <= plan.block
+
     def held_blocks(self, plan: Plan) -> int:
         """How many blocks of the left side are held at once; the budget decides.
 
@@ -92,7 +96,8 @@ class Problem:
         rows = min(plan.block, max(self.left.rows, self.right.rows))
         block = rows * plan.row_bytes
         tiles = [rows * entry.tile_bytes for entry in plan.entries]
-        working = rows * plan.sweep_bytes
+        swept = self.sizes.sides if self.in_one_sweep(plan) else rows
+        working = swept * plan.sweep_bytes
         if self.budget is None and plan.row_bytes * self.sizes.sides + 2 * working <= SMALL:
             return sum(map(len, self.blocks(plan)))
         budget = free_memory(self.target.device) // 4 if self.budget is None else self.budget
@@ -100,8 +105,8 @@ class Problem:
         least = working + 2 * (block + tile)
         if self.budget is not None and budget < least:
             raise ValueError(
-                f"memory_budget must be at least {least} bytes here: one block of {rows} rows takes {working} bytes "
-                f"to compute and {block} to hold, twice; got {self.budget}"
+                f"memory_budget must be at least {least} bytes here: a sweep over {swept} rows takes {working} bytes, "
+                f"and holding one block {block}, twice; got {self.budget}"
             )
         return max(1, (budget - working - block - tile) // max(1, block + tile))
 
@@ -149,6 +154,8 @@ class Walk:
         if self.problem.symmetric:
             chunks = range(0, len(self.left), held)
             return sum(len(self.left) - first for first in chunks)
+        if self.problem.in_one_sweep(self.plan):
+            return 1
         chunks_count = -(-len(self.left) // held)
         resident = len(self.left) + len(self.right) <= held + 1
         return len(self.left) + len(self.right) * (1 if resident else chunks_count)
@@ -156,6 +163,10 @@ class Walk:
     def run(self, held: int) -> None:
         self.resident = held >= len(self.left) + (0 if self.problem.symmetric else len(self.right) - 1)
         with progress_bar(self.problem.progress, self.sweeps(held), "empirical NTK") as advance:
+            if self.problem.in_one_sweep(self.plan):
+                one, other = self._collect_both(advance)
+                self._add([(self.left[0], self.right[0])], [one], [other])
+                return
             for first in range(0, len(self.left), held):
                 rows = range(first, min(first + held, len(self.left)))
                 mine = [self._collect(self.problem.left, self.left[index], advance) for index in rows]
@@ -187,6 +198,17 @@ class Walk:
         factors = collect(self.problem.target, self.plan, batch, *block, check)
         advance(1)
         return [self._stored(batch, block, index, factor) for index, factor in enumerate(factors)]
+
+    def _collect_both(self, advance: Callable[[int], Any]) -> tuple[list[Factor], list[Factor]]:
+        """The factors of the left and the right batch, by one sweep over the rows of both; the probed ones first."""
+        problem, first = self.problem, self.problem.probed
+        left_first = first is problem.left
+        batch = Batch.together(first, problem.right if left_first else problem.left)
+        factors = collect(problem.target, self.plan, batch, 0, batch.rows, problem.check)
+        advance(1)
+        top = [factor.rows(0, first.rows) for factor in factors]
+        rest = [factor.rows(first.rows, batch.rows) for factor in factors]
+        return (top, rest) if left_first else (rest, top)
 
     def _stored(self, batch: Batch, block: tuple[int, int], index: int, factor: Factor) -> Factor:
         """A Jacobian that is kept to the end moves to one array for all rows.
@@ -502,4 +524,5 @@ def explain(
         plan = problem.plan(compared=False)
         held = problem.held_blocks(plan)
         walk = Walk(problem, plan, [])
-        return Explanation.make(plan, problem.sizes, problem.method, walk.sweeps(held), len(walk.left), len(walk.right))
+        blocks = (1, 0) if problem.in_one_sweep(plan) else (len(walk.left), len(walk.right))
+        return Explanation.make(plan, problem.sizes, problem.method, walk.sweeps(held), *blocks)
