@@ -63,6 +63,28 @@ class BareMixedWords(nn.Module):
         return h - h.mean(0)
 
 
+class BareScale(nn.Module):
+    """A dense layer, and a parameter with a use that is not recognised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.scale = mlp(), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) * self.scale
+
+
+class Turning(nn.Module):
+    """Another layer where there are more rows than the probe has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) if len(x) <= 4 else self.other(x)
+
+
 class Faint(nn.Module):
     """Noise that the rounding of another sum would hide, and a generator of its own."""
 
@@ -208,6 +230,14 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]
     "method": (mlp, (X,), {"method": "fast"}, ValueError, "method must be one of"),
     "output": (mlp, (X,), {"output": 3}, TypeError, "output must be a function"),
     "budget of another type": (mlp, (X,), {"memory_budget": 1e9}, TypeError, "memory_budget must be an int"),
+    "no structure": (
+        BareScale,
+        (X,),
+        {"method": "structured"},
+        ValueError,
+        "got 'structured': the model uses .*'scale'",
+    ),
+    "structure of some rows": (Turning, (X,), {"method": "structured"}, ValueError, "differently from row to row"),
     "budget too small": (mlp, (X,), {"memory_budget": 100}, ValueError, "memory_budget must be at least"),
     "params of another type": (mlp, (X,), {"params": [torch.ones(1)]}, TypeError, "params must be a dict"),
     "unknown parameter": (mlp, (X,), {"params": {"w": torch.ones(1)}}, ValueError, "no parameter of that name"),
@@ -256,6 +286,9 @@ def assert_as_before(model: nn.Module, before: list[Any]) -> None:
                 assert new == old
 
 
+NOT_OF_AN_OPERATOR = ("method", "no structure", "structure of some rows", "budget of another type", "budget too small")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name: str) -> None:
     make, args, options, error, message = BAD[name]
@@ -271,7 +304,7 @@ def test_bad_input(name: str) -> None:
     assert torch.is_grad_enabled()
     if not {"compute"} & options.keys():
         options = {key: value for key, value in options.items() if key not in ("method", "memory_budget")}
-        if options or name not in ("method", "budget of another type", "budget too small"):
+        if options or name not in NOT_OF_AN_OPERATOR:
             with pytest.raises(error, match=message):
                 fw.ntk.NTKOperator(model, *args, **options)
 
@@ -408,6 +441,13 @@ def test_a_budget_changes_no_bit(compute: str, same: bool, monkeypatch: pytest.M
     assert counts[-1] == 0
     whole = fw.ntk.empirical_ntk(model.double(), x1.double(), None if same else x2.double(), compute=compute)
     assert (expected - whole).norm() <= 1e-5 * whole.norm()
+
+
+def test_structured_is_auto_where_every_use_is_recognised() -> None:
+    model, x1, x2 = convolutions(), torch.randn(5, 3, 9, 9), torch.randn(4, 3, 9, 9)
+    structured = fw.ntk.empirical_ntk(model, x1, x2, method="structured")
+    assert torch.equal(structured, fw.ntk.empirical_ntk(model, x1, x2))
+    assert "vmap" in {row.method for row in fw.ntk.explain(BareScale(), X).rows}
 
 
 @pytest.mark.parametrize("rows", [(5, 9), (9, 5), (1, 6)])

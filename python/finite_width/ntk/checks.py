@@ -41,6 +41,15 @@ def _mixes(batch: Batch) -> ValueError:
     )
 
 
+def _unstructured(names: list[str], loop: bool) -> ValueError:
+    which = f"parameter {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    why = "differently from row to row" if loop else "in a way that is not recognised"
+    return ValueError(
+        f"method must be 'auto' (or 'jacobian') here, got 'structured': the model uses {which} {why}, so that their "
+        "Jacobians need autograd"
+    )
+
+
 def _layout(use: Use, delta: Tensor | None, rows: int, chosen: int) -> Layout | None:
     """The layout in which the cotangent of the chosen rows stays within these rows; None where none fits."""
     found = candidates(use.shape, rows, row_axes(use))
@@ -87,7 +96,8 @@ def make_plan(
             forward is needed here to see whether anything is random or depends on the other rows.
 
     Raises:
-        ValueError: the model draws random numbers or mixes rows (with check=True), or cannot take the input.
+        ValueError: the model draws random numbers or mixes rows (with check=True), or cannot take the input; with
+            method "structured", a parameter that has no structure.
     """
     rows = min(batch.rows, PROBE_ROWS)
     chosen = max(1, rows // 2)
@@ -127,6 +137,8 @@ def make_plan(
         or method == "jacobian"
         or any(layouts[index] is None or uses[index].input._version != uses[index].version for index, _ in roles[name])
     ]
+    if method == "structured" and generic_names:
+        raise _unstructured(generic_names, loop)
     last = last_use(uses, raw, rows)
     if last is not None and layouts[last] != ("axis", 0):
         last = None

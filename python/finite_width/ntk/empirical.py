@@ -372,8 +372,10 @@ def empirical_ntk(
         x1: [N, ...], or a tuple (passed as arguments) or dict (as keywords) of tensors that share their first axis.
         x2: [M, ...] likewise; None stands for x1, and computes half of the (exactly symmetric) kernel.
         compute: "full" [N, M, O, O]; "diagonal" [N, M, O], the entries a = b; "trace" [N, M], their sum.
-        method: "auto" chooses per parameter from shapes; "structured" the same; "jacobian" contracts Jacobians from
-            autograd; "products" multiplies the kernel's columns by vector-Jacobian and Jacobian-vector products.
+        method: "auto" chooses per parameter from shapes, and autograd where no structure is recognised; "structured"
+            is the same kernel, bit for bit, but an error names a parameter that would need autograd's Jacobian;
+            "jacobian" contracts Jacobians from autograd; "products" multiplies the kernel's columns by
+            vector-Jacobian and Jacobian-vector products.
         params: parameter names to tensors that replace the model's own; only those with requires_grad count.
         output: picks a tensor [N, ...] from the model's result; it is flattened to O values per row.
         out: where the kernel is written instead of memory, tile by tile. A path (or Zarr store) makes a Zarr array
@@ -392,7 +394,8 @@ def empirical_ntk(
 
     Raises:
         ValueError: empty or mismatched batches, train mode with batch norm or dropout, random or row-mixing models,
-            no trainable parameter, an output without a batch axis, mixed devices, too small a budget; an `out` of
+            no trainable parameter, an output without a batch axis, mixed devices, too small a budget; method
+            "structured" where a parameter's use is not recognised; an `out` of
             another shape, read-only, or with the kernel of another model, data or `compute`, which stays as it was.
         TypeError: no module, no tensors, integer parameters, mixed or low-precision dtypes; an `out` of another dtype.
         OSError: `out` cannot be written (any more); finished tiles are kept.
