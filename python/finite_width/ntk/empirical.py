@@ -84,8 +84,11 @@ class Problem:
         )
 
     def in_one_sweep(self, plan: Plan) -> bool:
-        """Whether both batches fit one block: then one forward and one backward serve both."""
-        return not self.symmetric and self.left.rows + self.right.rows <= plan.block
+        """Whether both batches fit one block: then one forward and one backward serve both.
+
+        Not for two single rows: the plan's probe of one row does not tell how several rows lie in a layer's input.
+        """
+        return not self.symmetric and self.probed.rows > 1 and self.left.rows + self.right.rows <= plan.block
 
     def held_blocks(self, plan: Plan) -> int:
         """How many blocks of the left side are held at once; the budget decides.
