@@ -25,6 +25,9 @@ VERSION = next(
 REQUIRED = os.environ.get("FINITE_WIDTH_REQUIRE_EXT") == "1"
 # The stable ABI of torch 2.11: the module runs on that version and every later one.
 TORCH_TARGET = "0x020b000000000000"
+# As on the CPU, multiply and add fuse only where the source says so; a kernel that spills registers is a warning here
+# and a failure in tests/test_cuda_build.py.
+NVCC_FLAGS = ["-O3", "-std=c++20", "--fmad=false", "-Xptxas=-warn-spills"]
 
 
 def write_schema_header():
@@ -85,7 +88,8 @@ def extension():
     import torch
     from torch.utils import cpp_extension
 
-    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
+    found = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/**/*.cpp"))
+    sources = [str(path) for path in found if path.name != "bind_cuda.cpp"]
     macros = [
         ("TORCH_TARGET_VERSION", TORCH_TARGET),
         ("FINITE_WIDTH_VERSION", VERSION),
@@ -108,14 +112,15 @@ def extension():
         compile_flags["cxx"] += ["-fno-sanitize-recover=undefined"]
         link["extra_link_args"] = [f"-fsanitize={sanitizers}"]
     include = [str(ROOT / "csrc"), str(write_schema_header()), pybind11.get_include()]
-    cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*_cuda.cu"))
     home = cuda_home()
-    if home and cuda_sources:
+    if home:
         cpp_extension.CUDA_HOME = str(home)  # None on a CPU build of torch, even with the variable set
-        sources += cuda_sources
-        architectures = os.environ.get("FINITE_WIDTH_CUDA_ARCHITECTURES", "80;90a+PTX").replace(";", ",")
+        sources += [str(path) for path in found if path.name == "bind_cuda.cpp"]
+        sources += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*_cuda.cu"))
+        # Not by commas, at which nvcc would split the macro.
+        architectures = os.environ.get("FINITE_WIDTH_CUDA_ARCHITECTURES", "80;90a+PTX").replace(";", "/")
         macros += [("FINITE_WIDTH_CUDA", "1"), ("FINITE_WIDTH_CUDA_ARCHITECTURES", architectures)]
-        compile_flags["nvcc"] = ["-O3", "-std=c++20", "--fmad=false", "-Xptxas=-warn-spills", *architecture_flags()]
+        compile_flags["nvcc"] = [*NVCC_FLAGS, "-Xcompiler=-fvisibility=hidden", *architecture_flags()]
         # The runtime is linked statically, so that the module also loads where there is no CUDA.
         library = home / "lib64" if (home / "lib64").exists() else home / "lib"
         link["extra_link_args"] += [f"-L{library}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]

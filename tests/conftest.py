@@ -10,6 +10,10 @@ import torch
 
 import finite_width as fw
 
+# The CUDA kernels as g++ compiles them, in place of the compiled module's (tests/test_cuda_on_host.py).
+if _on_host := os.environ.get("FINITE_WIDTH_CUDA_ON_HOST"):
+    torch.ops.load_library(_on_host)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")

@@ -6,6 +6,7 @@
 // live in a panel that stays in cache.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/philox.h"
@@ -19,7 +20,10 @@ struct Prior {
   T log_std;
   T half_precision;  // 1 / (2 std²)
 
-  static Prior of(const double* std);  // null: absent
+  static Prior of(const double* std) {  // null: absent
+    if (std == nullptr) return {false, 0, 0};
+    return {true, static_cast<T>(std::log(*std)), static_cast<T>(0.5 / (*std * *std))};
+  }
 };
 
 // Elements [begin, begin + count) of a tensor of weights, begin a multiple of kNoiseGroup; pointers to the first of

@@ -70,12 +70,6 @@ void float_noise(const NoiseKey& key, int64_t begin, int64_t count, float* out) 
 }
 
 template <class T>
-Prior<T> Prior<T>::of(const double* std) {
-  if (std == nullptr) return {false, 0, 0};
-  return {true, static_cast<T>(std::log(*std)), static_cast<T>(0.5 / (*std * *std))};
-}
-
-template <class T>
 void noise(const NoiseKey& key, int64_t count, T* out) {
   parallel_blocks(blocks_of(count), [&](int64_t block) {
     const int64_t begin = block * kBlock, size = std::min(kBlock, count - begin);
@@ -219,7 +213,6 @@ void linear_samples(const LinearLayer<T>& layer, int64_t samples, int64_t batch,
 }
 
 #define FW_INSTANTIATE(T)                                                                                         \
-  template struct Prior<T>;                                                                                       \
   template void noise<T>(const NoiseKey&, int64_t, T*);                                                           \
   template double sample<T>(const Span<T>&, const NoiseKey&);                                                     \
   template void sample_backward<T>(const Span<T>&, const NoiseKey&, T, const T*, T*, T*);                         \

@@ -16,12 +16,12 @@ void float_noise(const NoiseKey& key, int64_t begin, int64_t count, float* out);
 struct ScalarSoftplus {
   double sigma, log_sigma, derivative, derivative_over_sigma;
 
-  explicit ScalarSoftplus(double rho) {
-    const double e = std::exp(-std::abs(rho)), gate = 1 / (1 + e);
+  FW_HOST_DEVICE explicit ScalarSoftplus(double rho) {
+    const double e = std::exp(-std::fabs(rho)), gate = 1 / (1 + e);
     const double q = e > 0 ? std::log1p(e) / e : 1;
     const double s = rho < 0 ? q : rho + std::log1p(e);
     sigma = rho < 0 ? q * e : s;
-    log_sigma = std::min(rho, 0.0) + std::log(s);
+    log_sigma = (rho < 0 ? rho : 0.0) + std::log(s);
     derivative = rho < 0 ? e * gate : gate;
     derivative_over_sigma = gate / s;
   }

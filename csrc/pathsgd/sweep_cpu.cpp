@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "pathsgd/path_math.h"
 
 #define FW_KERNEL_FILE "pathsgd/sweep_kernel.h"
 #include "common/foreach_isa.h"
@@ -16,77 +17,12 @@ namespace {
 constexpr int64_t kForwardRows = 16;                     // a block of a forward sweep: whole rows
 constexpr int64_t kBackwardRows = 256, kTileCols = 512;  // a tile of a backward sweep: its sums stay in L1
 constexpr int64_t kUpdateBlock = 1 << 15;                // a block of the update alone
-constexpr double kLargest = 0x1p500;  // of a factor: a product of two stays finite, so that 0 times it is 0
-
-double load(const double* from) {
-  return *from;
-}
-double load(const float* from) {
-  return *from;
-}
-double load(const Bf16* from) {
-  const uint32_t word = static_cast<uint32_t>(from->bits) << 16;
-  float value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-}
-
-void store(double* to, double value) {
-  *to = value;
-}
-void store(float* to, double value) {
-  *to = static_cast<float>(value);
-}
-void store(Bf16* to, double value) {
-  const float rounded = static_cast<float>(value);
-  uint32_t word;
-  std::memcpy(&word, &rounded, sizeof word);
-  to->bits = static_cast<uint16_t>(rounded != rounded ? 0x7fc0u : (word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
-}
-
-double power(double w, double p) {
-  const double magnitude = std::fabs(w);
-  return p == 2 ? w * w : p == 1 || std::isinf(p) ? magnitude : std::pow(magnitude, p);
-}
-
-// x 2^exponent for any exponent, also beyond an int.
-double scaled(double x, double exponent) {
-  return std::ldexp(x, static_cast<int>(std::clamp(exponent, -5000.0, 5000.0)));
-}
-
-// (x 2^exponent)^(-2/p): a unit's part of 1/gamma. A unit without paths has none, and takes no step.
-double inverse(double x, double exponent, double p) {
-  if (!(x > 0)) return 0;
-  double result;
-  if (p == 2) {
-    result = scaled(1 / x, -exponent);
-  } else if (p == 1 || std::isinf(p)) {
-    result = scaled(1 / (x * x), -2 * exponent);
-  } else {
-    result = std::pow(x, -2 / p) * std::exp2(std::clamp(-2 * exponent / p, -1000.0, 1000.0));
-  }
-  return std::isnan(result) ? 0 : std::min(result, kLargest);
-}
-
-// One scalar's update, with the same roundings as the vector code.
-template <class T>
-void update_one(T* param, const T* grad, T* momentum, double factor, const Rates& rates) {
-  const double direction = load(grad) * factor;
-  double step = direction;
-  if (momentum) {
-    store(momentum, std::fma(rates.momentum, load(momentum), direction));
-    step = load(momentum);
-    if (rates.nesterov) step = std::fma(rates.momentum, step, direction);
-  }
-  store(param, std::fma(-rates.lr, step, load(param) * rates.keep));
-}
 
 // Writes `values` 2^exponent as a path vector: the largest value is in [0.5, 1), the shared exponent stands last.
 void normalise(const double* values, int64_t count, double exponent, double* to) {
   double largest = 0;
   for (int64_t k = 0; k < count; ++k) largest = std::max(largest, values[k]);
-  int shift = 0;
-  if (largest > 0 && std::isfinite(largest)) std::frexp(largest, &shift);
+  const int shift = shift_of(largest);
   for (int64_t k = 0; k < count; ++k) to[k] = std::ldexp(values[k], -shift);
   to[count] = largest > 0 ? exponent + shift : 0;
 }
@@ -127,18 +63,14 @@ void sweep_forward(const Sweep<T>& task) {
   const double old_common = task.bias ? std::max(old_exponent, 0.0) : old_exponent;
   const double new_common = task.bias ? std::max(new_exponent, 0.0) : new_exponent;
   if (task.bias) {
-    auto join = [&](double sum, double sum_exponent, double bias_power, double common) {
-      const double a = scaled(sum, sum_exponent - common), b = scaled(bias_power, -common);
-      return std::isinf(task.p) ? std::max(a, b) : a + b;
-    };
     for (int64_t j = 0; j < rows; ++j) {
-      sum_old[j] = join(sum_old[j], old_exponent, power(load(task.bias + j), task.p), old_common);
+      sum_old[j] = join(sum_old[j], old_exponent, power(load(task.bias + j), task.p), old_common, task.p);
       if (task.bias_grad) {
         const double factor = task.bias_rates.sign * inverse(task.across[j], task.across[rows], task.p);
         update_one(task.bias + j, task.bias_grad + j, task.bias_momentum ? task.bias_momentum + j : nullptr, factor,
                    task.bias_rates);
       }
-      sum_new[j] = join(sum_new[j], new_exponent, power(load(task.bias + j), task.p), new_common);
+      sum_new[j] = join(sum_new[j], new_exponent, power(load(task.bias + j), task.p), new_common, task.p);
     }
   }
   normalise(sum_old, rows, old_common, task.across);

@@ -250,6 +250,15 @@ def has_kernels() -> bool:
     return COMPILED is not None and _reference_depth == 0
 
 
+def _cuda_kernels(architectures: str) -> str:
+    """Whether tensors on a GPU take compiled kernels, in words."""
+    if not architectures:
+        return "not built: plain torch on a GPU"
+    if os.environ.get("FINITE_WIDTH_UNTRIED_CUDA") == "1":
+        return "registered by FINITE_WIDTH_UNTRIED_CUDA=1; never run on a GPU"
+    return "compiled but not registered, since no GPU has run them: plain torch on a GPU (FINITE_WIDTH_UNTRIED_CUDA=1)"
+
+
 def build_info() -> dict[str, Any]:
     """Facts about this installation: versions, compiler, instruction set, GEMM table, CUDA, threads.
 
@@ -277,6 +286,7 @@ def build_info() -> dict[str, Any]:
         "ops": sorted(SCHEMAS),
     }
     if COMPILED is not None:
+        info["cuda_kernels"] = _cuda_kernels(COMPILED.build_facts()["cuda_architectures"])
         from ._gemm import table
 
         info |= {"gemm_table": table.as_text()}

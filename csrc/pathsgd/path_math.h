@@ -1,0 +1,103 @@
+// The scalar maths of a Path-SGD step, written once for the CPU and for CUDA: powers, factors 1/γ, one update, and the
+// exponents of path vectors. Everything is in double; multiply and add fuse only by std::fma.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/philox.h"  // FW_HOST_DEVICE
+#include "pathsgd/sweep.h"
+
+namespace finite_width::pathsgd {
+
+constexpr double kLargest = 0x1p500;  // of a factor: a product of two stays finite, so that 0 times it is 0
+
+FW_HOST_DEVICE double load(const double* from) {
+  return *from;
+}
+FW_HOST_DEVICE double load(const float* from) {
+  return *from;
+}
+FW_HOST_DEVICE double load(const Bf16* from) {
+  const uint32_t word = static_cast<uint32_t>(from->bits) << 16;
+  float value;
+  memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+// Rounds once, to the nearest.
+FW_HOST_DEVICE void store(double* to, double value) {
+  *to = value;
+}
+FW_HOST_DEVICE void store(float* to, double value) {
+  *to = static_cast<float>(value);
+}
+FW_HOST_DEVICE void store(Bf16* to, double value) {
+  const float rounded = static_cast<float>(value);
+  uint32_t word;
+  memcpy(&word, &rounded, sizeof word);
+  to->bits = static_cast<uint16_t>(rounded != rounded ? 0x7fc0u : (word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+}
+
+FW_HOST_DEVICE double power(double w, double p) {
+  const double magnitude = std::fabs(w);
+  return p == 2 ? w * w : p == 1 || std::isinf(p) ? magnitude : std::pow(magnitude, p);
+}
+
+FW_HOST_DEVICE double between(double low, double x, double high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// x 2^exponent for any exponent, also beyond an int.
+FW_HOST_DEVICE double scaled(double x, double exponent) {
+  return std::ldexp(x, static_cast<int>(between(-5000.0, exponent, 5000.0)));
+}
+
+// (x 2^exponent)^(-2/p): a unit's part of 1/gamma. A unit without paths has none, and takes no step.
+FW_HOST_DEVICE double inverse(double x, double exponent, double p) {
+  if (!(x > 0)) return 0;
+  double result;
+  if (p == 2) {
+    result = scaled(1 / x, -exponent);
+  } else if (p == 1 || std::isinf(p)) {
+    result = scaled(1 / (x * x), -2 * exponent);
+  } else {
+    result = std::pow(x, -2 / p) * std::exp2(between(-1000.0, -2 * exponent / p, 1000.0));
+  }
+  return std::isnan(result) ? 0 : result < kLargest ? result : kLargest;
+}
+
+// One scalar's update along `direction`, the gradient over gamma with the sign. Momentum is rounded to its storage
+// before it is used, so that a resumed run continues with the same bits.
+template <class T>
+FW_HOST_DEVICE void update_value(T& param, double direction, T& momentum, bool with_momentum, const Rates& rates) {
+  double step = direction;
+  if (with_momentum) {
+    store(&momentum, std::fma(rates.momentum, load(&momentum), direction));
+    step = load(&momentum);
+    if (rates.nesterov) step = std::fma(rates.momentum, step, direction);
+  }
+  store(&param, std::fma(-rates.lr, step, load(&param) * rates.keep));
+}
+
+template <class T>
+FW_HOST_DEVICE void update_one(T* param, const T* grad, T* momentum, double factor, const Rates& rates) {
+  T none{};
+  update_value(*param, load(grad) * factor, momentum ? *momentum : none, momentum != nullptr, rates);
+}
+
+// The power of two by which a path vector with this largest value is divided, so that it comes into [0.5, 1).
+FW_HOST_DEVICE int shift_of(double largest) {
+  int shift = 0;
+  if (largest > 0 && std::isfinite(largest)) std::frexp(largest, &shift);
+  return shift;
+}
+
+// A sum and a bias's power meet at the exponent `common`.
+FW_HOST_DEVICE double join(double sum, double sum_exponent, double bias_power, double common, double p) {
+  const double a = scaled(sum, sum_exponent - common), b = scaled(bias_power, -common);
+  return std::isinf(p) ? (b > a ? b : a) : a + b;
+}
+
+}  // namespace finite_width::pathsgd

@@ -1,0 +1,71 @@
+"""Results of the CUDA kernels at odd sizes, saved to a file: `values.py FILE`; test_cuda_on_host.py compares them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from finite_width.bayes import ops as bayes
+from finite_width.pathsgd.ops import path_sweep, path_update
+
+SEED = torch.tensor(-987654321987654321)
+
+
+def bayes_values(randn: Callable[..., Any]) -> dict[str, Any]:
+    """Noise, W, its gradients, and the KL, with sizes on both sides of a group (64), a block (4096) and a quad (4)."""
+    values: dict[str, Any] = {}
+    for count in (1, 63, 65, 4096, 4097, 9001):
+        mu, rho, mean, grad = randn(count), 3 * randn(count), randn(count), randn(count)
+        key = f"bayes {count}"
+        values[f"{key} noise"] = bayes.noise(mu, SEED, 3, 1)
+        values[f"{key} weight"], values[f"{key} kl"] = bayes.sample(mu, rho, SEED, mean, 0.7)
+        values[f"{key} centred"] = bayes.sample(mu, rho, SEED, None, None, 1, True)[0]
+        backward = torch.ops.finite_width.bayes_sample_backward
+        values[f"{key} gradients"] = backward(grad, torch.tensor(0.3), mu, rho, SEED, mean, 0.7, 0, False)
+        values[f"{key} gradients of kl"] = backward(None, torch.tensor(0.3), mu, rho, None, None, 0.7, 0, False)
+    unaligned = randn(4 * 1024 + 1)[1:], randn(4 * 1024 + 1)[1:]
+    values["bayes unaligned weight"] = bayes.sample(*unaligned, SEED, None, 1.0)[0]
+    return values
+
+
+def path_values(randn: Callable[..., Any]) -> dict[str, Any]:
+    """Sweeps of layers around a forward block (6 rows), a column tile (128) and a chunk of rows (32)."""
+    values: dict[str, Any] = {}
+    for rows, cols in ((1, 1), (6, 128), (33, 130), (10, 1027), (300, 12)):
+        for forward in (True, False):
+            for p, momentum in ((2.0, True), (3.0, False), (float("inf"), True)):
+                into, out = (cols, rows) if forward else (rows, cols)
+                vectors = [randn(n + 1).double().abs() for n in (into, into, out, out)]
+                arguments = [
+                    randn(rows, cols), randn(rows, cols), randn(rows, cols) if momentum else None,
+                    randn(rows), randn(rows), randn(rows) if momentum else None,
+                    *vectors, torch.zeros(2, dtype=torch.float64), forward, p, (0.1, 0.9, 1.0, 0.99, -1.0),
+                    (0.1, 0.9, 0.0, 1.0, 1.0),
+                ]  # fmt: skip
+                path_sweep(*arguments)
+                values[f"path {rows} {cols} {forward} {p} {momentum}"] = [
+                    each for each in arguments if isinstance(each, torch.Tensor)
+                ]
+    for count in (1, 1023, 1024, 1025):
+        w, g, m, mass = randn(count), randn(count), randn(count), randn(count).double().abs()
+        path_update(w, g, m, mass, 3.0, 2.0, (0.1, 0.9, 1.0, 0.99, -1.0))
+        values[f"path update {count}"] = [w, m]
+    return values
+
+
+def main() -> None:
+    if library := os.environ.get("FINITE_WIDTH_CUDA_ON_HOST"):
+        torch.ops.load_library(library)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    torch.save({**bayes_values(randn), **path_values(randn)}, sys.argv[1])
+
+
+main()
