@@ -63,7 +63,8 @@ def test_kernels_include_no_torch_and_no_other_cuda_headers() -> None:
 REGISTERED = """
 import torch, finite_width as fw
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-print([has(f"finite_width::{name}", "CUDA") for name in ("bayes_sample", "path_sweep")], fw.build_info()["cuda_kernels"])
+found = [has(f"finite_width::{name}", "CUDA") for name in ("bayes_sample", "path_sweep")]
+print(found, fw.build_info()["cuda_kernels"])
 """
 
 
