@@ -160,10 +160,10 @@ def _layer(size: int, against_usual: float) -> Case:
 def _accuracy() -> Case:
     """Output, KL and all gradients at one given seed, against plain torch in float64 at the same noise."""
     size = 1024
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(harness.DEVICE)
+        return torch.randn(*shape, generator=generator, device="cpu").to(harness.DEVICE)
 
     x, mu, bias = randn(BATCH, size), randn(size, size) / math.sqrt(size), randn(size)
     rho, bias_rho = RHO + randn(size, size), RHO + randn(size)
@@ -204,6 +204,26 @@ def _noise() -> Case:
         baseline="torch.randn",
         bytes=4.0 * count,
         min_runs=200,
+        memory=False,
+    )
+
+
+def _sampling(size: int) -> Case:
+    """Sample + KL (12 bytes a weight) and its backward (20), without products, against a copy of as many bytes."""
+    mu, grad = (torch.randn(size, size, device=harness.DEVICE) for _ in range(2))
+    rho = torch.full((size, size), RHO, device=harness.DEVICE)
+    seed, one = torch.tensor(7, device=harness.DEVICE), torch.ones((), device=harness.DEVICE)
+    backward = torch.ops.finite_width.bayes_sample_backward
+    target = torch.empty_like(mu)
+    return Case(
+        name=f"sampling {size}",
+        what=f"{size}×{size} float32: W and its KL; ∂μ and ∂ρ from ∂W; a copy of 8 bytes a weight",
+        implementations={
+            "copy": lambda: target.copy_(mu),
+            "sample + KL": lambda: ops.sample(mu, rho, seed, None, 1.0),
+            "backward": lambda: backward(grad, one, mu, rho, seed, None, 1.0, 0, False),
+        },
+        baseline="copy",
         memory=False,
     )
 
@@ -250,3 +270,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "noise": _noise,
     "predict": _predict,
 }
+if harness.DEVICE != "cpu":
+    CASES = {
+        "sampling 4096": lambda: _sampling(4096),
+        "layer 4096": lambda: _layer(4096, 8.0),
+        "accuracy 1024": _accuracy,
+        "noise": _noise,
+        "predict": _predict,
+    }

@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,21 @@ class Case:
     not_compared: Sequence[str] = ()
 
 
+def seconds(call: Callable[[], Any]) -> float:
+    """The time of one call: by the clock on the CPU, between two events of the stream on a GPU."""
+    if DEVICE == "cpu":
+        before = time.perf_counter()
+        call()
+        return time.perf_counter() - before
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def interleave(
     calls: dict[str, Callable[[], Any]], min_runs: int, seconds: float, limit: float
 ) -> dict[str, list[float]]:
@@ -76,9 +92,7 @@ def interleave(
         while True:
             shuffle.shuffle(order)
             for name in order:
-                before = time.perf_counter()
-                calls[name]()
-                times[name].append(time.perf_counter() - before)
+                times[name].append(seconds(calls[name]))
             spent, rounds = time.perf_counter() - started, len(times[order[0]])
             if spent > limit or (rounds >= min_runs and spent > seconds):
                 return times
@@ -104,8 +118,18 @@ def peak_memory(call: Callable[[], Any]) -> int:
     """Bytes that a call needs beyond what the process held before it, measured on its second run.
 
     The first run loads code and fills caches; what it leaves allocated (workspaces kept for reuse) counts as well.
-    Linux only. Meant for a fresh process: run.py starts one for each implementation.
+    On a GPU, bytes of its memory as torch's allocator counts them. Linux only. Meant for a fresh process: run.py starts
+    one for each implementation.
     """
+
+    if DEVICE != "cpu":
+        call()
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
 
     def status(field_name: str) -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -132,9 +156,13 @@ def product_rate(dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
     """The machine's best measured matrix-product rate in FLOP/s: torch's, oneDNN's and ours."""
     from finite_width._gemm import gemm
 
-    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-    calls: dict[str, Callable[[], Any]] = {"torch": lambda: a @ b, "finite-width": lambda: gemm(a, b)}
-    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if DEVICE != "cpu":
+        size *= 4  # fills the chip
+    a, b = (torch.randn(size, size, dtype=dtype, device=DEVICE) for _ in range(2))
+    calls: dict[str, Callable[[], Any]] = {"torch": lambda: a @ b}
+    if DEVICE == "cpu":
+        calls["finite-width"] = lambda: gemm(a, b)
+    if DEVICE == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         calls["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     times = interleave(calls, min_runs=5, seconds=0.5, limit=10)
     return 2 * size**3 / min(statistics.median(values) for values in times.values())
@@ -142,7 +170,9 @@ def product_rate(dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
 
 def copy_bandwidth(megabytes: int = 256) -> float:
     """The machine's copy bandwidth in bytes/s, bytes read plus bytes written."""
-    source = torch.ones(megabytes * 2**18)
+    if DEVICE != "cpu":
+        megabytes *= 8  # many times any cache
+    source = torch.ones(megabytes * 2**18, device=DEVICE)
     target = torch.empty_like(source)
     times = interleave({"copy": lambda: target.copy_(source)}, min_runs=5, seconds=0.5, limit=10)["copy"]
     return 2 * source.numel() * 4 / statistics.median(times)
@@ -163,9 +193,33 @@ def machine_facts() -> dict[str, Any]:
         "product_rate_gflops": round(product_rate() / 1e9, 1),
         "copy_bandwidth_gb_per_s": round(copy_bandwidth() / 1e9, 1),
     }
+    if DEVICE != "cpu":
+        facts |= device_facts()
     info = fw.build_info()
     facts |= {key: info[key] for key in ("version", "torch", "kernels", "threads", "isa", "compiler") if key in info}
     return facts
+
+
+def device_facts() -> dict[str, Any]:
+    """The GPU, its driver, and the versions of CUDA; rates of torch's products in TFLOP/s, by dtype."""
+
+    def said(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError) as error:
+            return f"not found ({error})"
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch_cuda": torch.version.cuda,
+        "nvcc": said("nvcc", "--version").split("release ")[-1].split(",")[0],
+        "cuda_kernels": fw.build_info().get("cuda_kernels", ""),
+        "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "product_rate_bfloat16_tflops": round(product_rate(torch.bfloat16) / 1e12, 1),
+    }
 
 
 def measure(case: Case, *, peers: bool, refcheck: bool) -> list[dict[str, Any]]:

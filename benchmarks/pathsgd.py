@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import finite_width as fw
+import harness
+from finite_width.pathsgd import ops
 from harness import Case
 
 LR = 1e-9  # the weights have to stay where they are over many timed steps
@@ -101,6 +103,32 @@ def optimizer_case(sizes: Sequence[int], limit: float) -> Case:
             ("finite-width", "Path-SGD, plain torch"): 3.0,
             ("finite-width", "Path-SGD, autograd"): 20.0,
         },
+        memory=False,
+    )
+
+
+def sweep_case(size: int) -> Case:
+    """The op alone, without an optimizer around it, against fused SGD on the same weight."""
+    weight, grad, plain = (torch.randn(size, size, device=harness.DEVICE) for _ in range(3))
+    vectors = [torch.ones(size + 1, dtype=torch.float64, device=harness.DEVICE) for _ in range(4)]
+    mass = torch.zeros(2, dtype=torch.float64, device=harness.DEVICE)
+    rates = (LR, 0.0, 0.0, 1.0, 1.0)
+    parameter = nn.Parameter(plain)
+    parameter.grad = grad
+
+    def sweep(forward: bool) -> Callable[[], None]:
+        return lambda: ops.path_sweep(weight, grad, None, None, None, None, *vectors, mass, forward, 2.0, rates, rates)
+
+    return Case(
+        name=f"sweep {size}",
+        what=f"one {size}×{size} float32 layer: update by 1/γ and both path vectors; against the update alone",
+        implementations={
+            "forward sweep": sweep(True),
+            "backward sweep": sweep(False),
+            "SGD(fused)": torch.optim.SGD([parameter], LR, fused=True).step,
+        },
+        baseline="SGD(fused)",
+        bytes=12.0 * size * size,
         memory=False,
     )
 
@@ -235,3 +263,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "VGG-11": lambda: conv_case("VGG-11", vgg11),
     "ResNet-18": lambda: conv_case("ResNet-18", resnet18),
 }
+if harness.DEVICE != "cpu":
+    CASES = {
+        "sweep 8192": lambda: sweep_case(8192),
+        "four of 8192": lambda: optimizer_case((8192,) * 5, 1.15),
+        "784-4000-4000-10": lambda: optimizer_case((784, 4000, 4000, 10), 1.3),
+        "one step": exactness_case,
+    }

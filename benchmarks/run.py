@@ -78,6 +78,10 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     harness.DEVICE = options.device
+    if options.device != "cpu":
+        if not torch.cuda.is_available():
+            sys.exit(f"--device {options.device}: torch sees no CUDA device here")
+        torch.set_default_device(options.device)
     cases = importlib.import_module(options.wing).CASES
     if options.memory_of:
         case = cases[options.case]()

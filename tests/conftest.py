@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import finite_width as fw
+import op_battery
 
 # The CUDA kernels as g++ compiles them, in place of the compiled module's (tests/test_cuda_on_host.py).
 if _on_host := os.environ.get("FINITE_WIDTH_CUDA_ON_HOST"):
@@ -35,6 +36,13 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=op_battery.DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device in turn; a test on one that is not here skips."""
+    op_battery.need(request.param)
+    return str(request.param)
 
 
 @pytest.fixture

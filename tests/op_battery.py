@@ -8,7 +8,7 @@ AVX2 and to generic (FINITE_WIDTH_ISA).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 import finite_width as fw
 
 COMMON_CHECKS = ("kernel", "threads", "bad_input", "opcheck", "compile")
+DEVICES = ("cpu", "cuda")
 CHECKS = {
     "differentiable": (*COMMON_CHECKS, "gradcheck", "gradgradcheck", "jvp", "vmap", "vmap_grad"),
     "functional": COMMON_CHECKS,
@@ -65,16 +66,53 @@ def battery(cases: Sequence[OpCase]) -> Callable[..., None]:
     for case in cases:
         unknown = set(case.opt_outs) - set(CHECKS[case.kind])
         assert not unknown, f"{case.name}: opt-out of unknown checks {unknown}"
-    pairs = [pytest.param(case, check, id=f"{case.name}-{check}") for case in cases for check in CHECKS[case.kind]]
+    rows = [
+        pytest.param(case, check, device, id=f"{case.name}-{check}" + ("" if device == "cpu" else f"-{device}"))
+        for device in DEVICES
+        for case in cases
+        for check in CHECKS[case.kind]
+    ]
 
     @pytest.mark.battery
-    @pytest.mark.parametrize("case, check", pairs)
-    def test_battery(case: OpCase, check: str) -> None:
+    @pytest.mark.parametrize("case, check, device", rows)
+    def test_battery(case: OpCase, check: str, device: str) -> None:
         if check in case.opt_outs:
             pytest.skip(f"{case.name} opts out of {check}: {case.opt_outs[check]}")
-        globals()[f"_check_{check}"](case)
+        need(device)
+        globals()[f"_check_{check}"](case if device == "cpu" else case_on(case, device))
 
     return test_battery
+
+
+def need(device: str) -> None:
+    """Skip the test where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+
+
+def moved(value: Any, device: str) -> Any:
+    """Every tensor of the value on a device, with its strides; meta tensors stay."""
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.device.type == "meta":
+            return x
+        base = torch.empty(0, dtype=x.dtype, device=device).set_(x.detach().untyped_storage().to(device=device))
+        return base.as_strided(x.shape, x.stride(), x.storage_offset())
+
+    return tree_map(move, value)
+
+
+def case_on(case: OpCase, device: str) -> OpCase:
+    """The same case with its samples and bad input on another device."""
+
+    def there(make: Callable[[torch.dtype, torch.Generator], Sequence[Sample]]) -> Any:
+        return lambda dtype, generator: [
+            Sample(moved(s.args, device), moved(s.kwargs, device)) for s in make(dtype, generator)
+        ]
+
+    bad = [(moved(args, device), error, message) for args, error, message in case.bad]
+    larger = case.thread_samples and there(case.thread_samples)
+    return replace(case, samples=there(case.samples), bad=bad, thread_samples=larger)
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
@@ -135,9 +173,18 @@ def _check_kernel(case: OpCase) -> None:
                 assert error <= case.tolerance[dtype], f"sample {index}, {dtype}: relative error {error:.2e}"
 
 
+def has_kernel(case: OpCase, sample: Sample) -> bool:
+    """Whether a compiled kernel serves the sample's device."""
+    key = "CUDA" if _tensors(sample.args)[0].is_cuda else "CPU"
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"finite_width::{case.name}", key))
+
+
 def _check_threads(case: OpCase) -> None:
+    """The same bits with 1 thread and with 2; on a GPU, in two runs."""
     if not fw.has_kernels():
         pytest.skip("same bits for any number of threads is a promise of the kernels, not of torch's own products")
+    if not has_kernel(case, case.samples(torch.float32, torch.Generator())[0]):
+        pytest.skip("same bits in every run is a promise of the kernels; this op has none for the device")
     threads = torch.get_num_threads()
     make = case.thread_samples or case.samples
     for dtype in case.dtypes:
@@ -228,7 +275,7 @@ def _check_opcheck(case: OpCase) -> None:
 
 def _random_like(values: Sequence[Tensor], seed: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(v.shape, dtype=v.dtype, generator=generator) for v in values)
+    return tuple(torch.randn(v.shape, dtype=v.dtype, generator=generator).to(v.device) for v in values)
 
 
 def _check_jvp(case: OpCase) -> None:

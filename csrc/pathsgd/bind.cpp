@@ -58,11 +58,21 @@ void check_vector(const Tensor& vector, const char* name, int64_t size) {
   check_shape(vector, name, {size});
 }
 
+// The one element of grad_scale or found_inf; `otherwise` where it is missing.
+double element(const std::optional<Tensor>& value, const char* name, double otherwise) {
+  if (!value) return otherwise;
+  check_cpu(*value, name);
+  check_dtype(*value, name, ScalarType::Float);
+  STD_TORCH_CHECK(value->numel() == 1, "finite_width: ", name, " must have one element");
+  return value->const_data_ptr<float>()[0];
+}
+
 void path_sweep_cpu(const Tensor& weight, const std::optional<Tensor>& grad, const std::optional<Tensor>& momentum,
                     const std::optional<Tensor>& bias, const std::optional<Tensor>& bias_grad,
                     const std::optional<Tensor>& bias_momentum, const Tensor& from_old, const Tensor& from_new,
                     const Tensor& across, const Tensor& fresh, const Tensor& mass, bool forward, double p,
-                    const std::vector<double>& weight_rates, const std::vector<double>& bias_rates) {
+                    const std::vector<double>& weight_rates, const std::vector<double>& bias_rates,
+                    const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   check_cpu(weight, "weight");
   check_dim(weight, "weight", 2);
   check_contiguous(weight, "weight");
@@ -82,18 +92,24 @@ void path_sweep_cpu(const Tensor& weight, const std::optional<Tensor>& grad, con
   check_vector(across, "across", (forward ? rows : cols) + 1);
   check_vector(fresh, "fresh", (forward ? rows : cols) + 1);
   check_vector(mass, "mass", 2);
-  const Rates for_weight = rates_of(weight_rates), for_bias = rates_of(bias_rates);
+  Rates for_weight = rates_of(weight_rates), for_bias = rates_of(bias_rates);
+  const bool updates = element(found_inf, "found_inf", 0) == 0;
+  const double scale = 1 / element(grad_scale, "grad_scale", 1);
+  for_weight.sign *= scale;
+  for_bias.sign *= scale;
   with_type(weight, [&]<class T>(T*) {
-    pathsgd::sweep<T>(
-        {rows, cols, static_cast<T*>(weight.mutable_data_ptr()), pointer<T>(grad), pointer<T>(momentum),
-         pointer<T>(bias), bias ? pointer<T>(bias_grad) : nullptr, bias ? pointer<T>(bias_momentum) : nullptr,
-         from_old.const_data_ptr<double>(), from_new.const_data_ptr<double>(), across.mutable_data_ptr<double>(),
-         fresh.mutable_data_ptr<double>(), mass.mutable_data_ptr<double>(), forward, p, for_weight, for_bias});
+    pathsgd::sweep<T>({rows, cols, static_cast<T*>(weight.mutable_data_ptr()), updates ? pointer<T>(grad) : nullptr,
+                       pointer<T>(momentum), pointer<T>(bias), bias && updates ? pointer<T>(bias_grad) : nullptr,
+                       bias ? pointer<T>(bias_momentum) : nullptr, from_old.const_data_ptr<double>(),
+                       from_new.const_data_ptr<double>(), across.mutable_data_ptr<double>(),
+                       fresh.mutable_data_ptr<double>(), mass.mutable_data_ptr<double>(), forward, p, for_weight,
+                       for_bias});
   });
 }
 
 void path_update_cpu(const Tensor& param, const Tensor& grad, const std::optional<Tensor>& momentum, const Tensor& mass,
-                     double exponent, double p, const std::vector<double>& rates) {
+                     double exponent, double p, const std::vector<double>& rates,
+                     const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   check_cpu(param, "param");
   check_contiguous(param, "param");
   check_companion(grad, "grad", param);
@@ -102,7 +118,9 @@ void path_update_cpu(const Tensor& param, const Tensor& grad, const std::optiona
   check_dtype(mass, "mass", ScalarType::Double);
   check_contiguous(mass, "mass");
   STD_TORCH_CHECK(mass.numel() == param.numel(), "finite_width: mass has another size than its parameter");
-  const Rates how = rates_of(rates);
+  Rates how = rates_of(rates);
+  how.sign /= element(grad_scale, "grad_scale", 1);
+  if (element(found_inf, "found_inf", 0) != 0) return;
   with_type(param, [&]<class T>(T*) {
     pathsgd::update<T>(param.numel(), static_cast<T*>(param.mutable_data_ptr()), pointer<T>(grad), pointer<T>(momentum),
                        mass.const_data_ptr<double>(), exponent, p, how);

@@ -59,11 +59,23 @@ void check_vector(const Tensor& vector, const char* name, int64_t size, const Te
   check_shape(vector, name, {size});
 }
 
+Scaling scaling_of(const MaybeTensor& grad_scale, const MaybeTensor& found_inf, const Tensor& like) {
+  const auto element = [&](const MaybeTensor& value, const char* name) -> const float* {
+    if (!value) return nullptr;
+    check_here(*value, name, like);
+    check_dtype(*value, name, ScalarType::Float);
+    STD_TORCH_CHECK(value->numel() == 1, "finite_width: ", name, " must have one element");
+    return value->const_data_ptr<float>();
+  };
+  return {element(grad_scale, "grad_scale"), element(found_inf, "found_inf")};
+}
+
 void path_sweep_cuda(const Tensor& weight, const MaybeTensor& grad, const MaybeTensor& momentum,
                      const MaybeTensor& bias, const MaybeTensor& bias_grad, const MaybeTensor& bias_momentum,
                      const Tensor& from_old, const Tensor& from_new, const Tensor& across, const Tensor& fresh,
                      const Tensor& mass, bool forward, double p, const std::vector<double>& weight_rates,
-                     const std::vector<double>& bias_rates) {
+                     const std::vector<double>& bias_rates, const MaybeTensor& grad_scale,
+                     const MaybeTensor& found_inf) {
   check_here(weight, "weight", weight);
   check_dim(weight, "weight", 2);
   check_contiguous(weight, "weight");
@@ -84,6 +96,7 @@ void path_sweep_cuda(const Tensor& weight, const MaybeTensor& grad, const MaybeT
   check_vector(fresh, "fresh", (forward ? rows : cols) + 1, weight);
   check_vector(mass, "mass", 2, weight);
   const Rates for_weight = rates_of(weight_rates), for_bias = rates_of(bias_rates);
+  const Scaling scaling = scaling_of(grad_scale, found_inf, weight);
   const OnDevice device(weight);
   const Tensor scratch = torch::stable::new_empty(from_old, {sweep_scratch(rows, cols, forward)});
   with_type(weight, [&]<class T>(T*) {
@@ -91,12 +104,13 @@ void path_sweep_cuda(const Tensor& weight, const MaybeTensor& grad, const MaybeT
               pointer<T>(bias), bias ? pointer<T>(bias_grad) : nullptr, bias ? pointer<T>(bias_momentum) : nullptr,
               from_old.const_data_ptr<double>(), from_new.const_data_ptr<double>(), across.mutable_data_ptr<double>(),
               fresh.mutable_data_ptr<double>(), mass.mutable_data_ptr<double>(), forward, p, for_weight, for_bias},
-             Scaling{}, scratch.mutable_data_ptr<double>(), device.stream());
+             scaling, scratch.mutable_data_ptr<double>(), device.stream());
   });
 }
 
 void path_update_cuda(const Tensor& param, const Tensor& grad, const MaybeTensor& momentum, const Tensor& mass,
-                      double exponent, double p, const std::vector<double>& rates) {
+                      double exponent, double p, const std::vector<double>& rates, const MaybeTensor& grad_scale,
+                      const MaybeTensor& found_inf) {
   check_here(param, "param", param);
   check_contiguous(param, "param");
   check_companion(grad, "grad", param);
@@ -106,10 +120,11 @@ void path_update_cuda(const Tensor& param, const Tensor& grad, const MaybeTensor
   check_contiguous(mass, "mass");
   STD_TORCH_CHECK(mass.numel() == param.numel(), "finite_width: mass has another size than its parameter");
   const Rates how = rates_of(rates);
+  const Scaling scaling = scaling_of(grad_scale, found_inf, param);
   const OnDevice device(param);
   with_type(param, [&]<class T>(T*) {
     update<T>(param.numel(), static_cast<T*>(param.mutable_data_ptr()), pointer<T>(grad), pointer<T>(momentum),
-              mass.const_data_ptr<double>(), exponent, p, how, Scaling{}, device.stream());
+              mass.const_data_ptr<double>(), exponent, p, how, scaling, device.stream());
   });
 }
 

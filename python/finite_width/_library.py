@@ -39,9 +39,10 @@ SCHEMAS: dict[str, str] = {
     # Path-SGD.
     "path_sweep": "(Tensor(a!) weight, Tensor? grad, Tensor(b!)? momentum, Tensor(c!)? bias, Tensor? bias_grad, "
     "Tensor(d!)? bias_momentum, Tensor from_old, Tensor from_new, Tensor(e!) across, Tensor(f!) fresh, "
-    "Tensor(g!) mass, bool forward, float p, float[] weight_rates, float[] bias_rates) -> ()",
+    "Tensor(g!) mass, bool forward, float p, float[] weight_rates, float[] bias_rates, "
+    "Tensor? grad_scale, Tensor? found_inf) -> ()",
     "path_update": "(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum, Tensor mass, float exponent, float p, "
-    "float[] rates) -> ()",
+    "float[] rates, Tensor? grad_scale, Tensor? found_inf) -> ()",
     # Bayes.
     "bayes_noise": "(Tensor like, Tensor seed, int sample, int stream) -> Tensor",
     "bayes_sample": "(Tensor mu, Tensor rho, Tensor seed, Tensor? prior_mean, float? prior_std, int stream,"

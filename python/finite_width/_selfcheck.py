@@ -46,9 +46,12 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "path_sweep": lambda: (
         *(_randn(33, 65), _randn(65, 33).T.contiguous(), None, _randn(33), _randn(33), None),
         *(_vector(66), _vector(66), _vector(34), _vector(34), torch.zeros(2, dtype=torch.float64), True, 2.0),
-        *((0.1, 0.0, 0.0, 1.0, 1.0), (0.1, 0.0, 0.0, 1.0, 1.0)),
+        *((0.1, 0.0, 0.0, 1.0, 1.0), (0.1, 0.0, 0.0, 1.0, 1.0), torch.tensor(8.0), None),
     ),
-    "path_update": lambda: (_randn(65), _randn(65), None, _vector(65), 0.0, 2.0, (0.1, 0.0, 0.0, 1.0, 1.0)),
+    "path_update": lambda: (
+        *(_randn(65), _randn(65), None, _vector(65), 0.0, 2.0, (0.1, 0.0, 0.0, 1.0, 1.0)),
+        *(torch.tensor(8.0), None),
+    ),
     "bayes_noise": lambda: (torch.zeros(3, 67), torch.tensor(5), 2, 1),
     "bayes_sample": lambda: (_randn(3, 67), _randn(3, 67), torch.tensor(5), _randn(67, 3).mT, 0.5, 0, False),
     "bayes_sample_backward": lambda: (

@@ -9,7 +9,7 @@ import torch
 
 import finite_width as fw
 from finite_width.pathsgd.ops import path_sweep, path_update
-from op_battery import OpCase, Sample, battery
+from op_battery import OpCase, Sample, battery, moved
 
 PLAIN = (0.1, 0.0, 0.0, 1.0, 1.0)
 FULL = (0.1, 0.9, 1.0, 0.99, -1.0)
@@ -43,6 +43,9 @@ def _sweep_samples(dtype, generator):
             samples.append(_sweep(13, 21, forward, p, dtype, generator))
             samples.append(_sweep(5, 8, forward, p, dtype, generator, momentum=True, exponent=-40.0))
         samples.append(_sweep(6, 9, forward, 2.0, dtype, generator, update=False, bias=False, exponent=900.0))
+        for scale, found in ((1024.0, 0.0), (3.0, 1.0)):  # GradScaler's loss scale, and whether it found an infinity
+            scaled = _sweep(9, 11, forward, 2.0, dtype, generator, momentum=True)
+            samples.append([*scaled, torch.tensor(scale), torch.tensor([found])])
         samples.append(_sweep(0, 4, forward, 2.0, dtype, generator))
         samples.append(_sweep(4, 0, forward, 2.0, dtype, generator))
         strided = _sweep(7, 10, forward, 2.0, dtype, generator)
@@ -66,6 +69,10 @@ def _update_samples(dtype, generator):
             if mass.numel():
                 mass.view(-1)[0] = 0
             samples += [Sample((w, g, None, mass, 3.0, p, PLAIN)), Sample((w, g, m, mass, -2.0, p, FULL))]
+    for scale, found in ((1024.0, 0.0), (3.0, 1.0)):
+        w, g, m = (torch.randn(13, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
+        mass, how = torch.rand(13, generator=generator, dtype=torch.float64) + 0.1, (0.0, 2.0, FULL)
+        samples.append(Sample((w, g, m, mass, *how, torch.tensor(scale), torch.tensor(found))))
     strided = torch.randn(4, 5, generator=generator, dtype=torch.float64).to(dtype).T
     samples.append(Sample((strided, strided.clone(), None, torch.rand(5, 4, dtype=torch.float64), 0.0, 2.0, PLAIN)))
     return samples
@@ -86,6 +93,8 @@ CASES = [
             (_changed(8, torch.ones(3, dtype=torch.float64)), ValueError, "across must have shape"),
             (_changed(6, torch.ones(5)), TypeError, "from_old must be float64"),
             (_changed(12, 0.5), ValueError, "p must be at least 1"),
+            ((*_changed(12, 2.0), ROW), ValueError, "grad_scale must have one element"),
+            ((*_changed(12, 2.0), None, torch.ones((), dtype=torch.int64)), TypeError, "found_inf must be float32"),
         ],
         thread_samples=lambda dtype, generator: [
             Sample(tuple(_sweep(600, 1500, forward, 2.0, dtype, generator, momentum=True))) for forward in (True, False)
@@ -122,7 +131,7 @@ test_battery = battery(CASES)
 
 @pytest.mark.parametrize("forward", [True, False])
 @pytest.mark.parametrize("p", [1.0, 2.0])
-def test_units_scaled_by_powers_of_two_scale_exactly(forward: bool, p: float) -> None:
+def test_units_scaled_by_powers_of_two_scale_exactly(forward: bool, p: float, device: str) -> None:
     """A unit's scale of 2^±60 changes no bit of what the sweep computes, up to that power of two."""
     generator = torch.Generator().manual_seed(5)
     plain = _sweep(19, 45, forward, p, torch.float32, generator, momentum=True)
@@ -143,8 +152,10 @@ def test_units_scaled_by_powers_of_two_scale_exactly(forward: bool, p: float) ->
     forward_scale, backward_scale = (d**p, c**-p) if forward else (c**-p, d**p)
     for index, scale in ((6, forward_scale), (7, forward_scale), (8, backward_scale)):
         scaled[index][:-1] *= scale
-    path_sweep(*plain)
-    path_sweep(*scaled)
+    for arguments in (plain, scaled):
+        there = moved(arguments, device)
+        path_sweep(*there)
+        arguments[:] = moved(there, "cpu")
     assert torch.equal(scaled[0] / matrix, plain[0])
     assert torch.equal(scaled[2] / matrix, plain[2])
     assert torch.equal(scaled[3] / c.float(), plain[3])

@@ -49,6 +49,23 @@ def _rates(name: str, rates: Sequence[float]) -> list[float]:
     return [float(rate) for rate in rates]
 
 
+def _scaling(grad_scale: Tensor | None, found_inf: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Both, checked, in float32 as GradScaler has them."""
+    for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if value is None:
+            continue
+        _check.is_tensor(name, value)
+        _check.is_float(name, value)
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
+        if value.device != like.device:
+            raise ValueError(f"{name} is on {value.device}, but the parameter is on {like.device}; move one of them")
+    return (
+        grad_scale if grad_scale is None else grad_scale.float(),
+        found_inf if found_inf is None else found_inf.float(),
+    )
+
+
 def path_sweep(
     weight: Tensor,
     grad: Tensor | None,
@@ -65,6 +82,8 @@ def path_sweep(
     p: float = 2.0,
     weight_rates: Sequence[float] = UNCHANGED,
     bias_rates: Sequence[float] = UNCHANGED,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One dense layer of a Path-SGD step in one read: w ← keep·w − lr·g/γ, and the path vectors of old and new w.
 
@@ -85,6 +104,8 @@ def path_sweep(
         p: at least 1; inf takes maxima for sums.
         weight_rates, bias_rates: (lr, momentum, nesterov, keep, sign): keep multiplies the weight (decoupled decay),
             sign is −1 to maximise.
+        grad_scale: one element, by which gradients are divided; read on the device, as GradScaler's is.
+        found_inf: one element; where it is not 0, parameters and momenta stay as they are.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
@@ -110,6 +131,7 @@ def path_sweep(
         ("mass", mass, 1),
     ):
         _vector(name, vector, units, weight)
+    scaling = _scaling(grad_scale, found_inf, weight)
     if not p >= 1:
         raise ValueError(f"p must be at least 1, got {p}")
     written = [weight, momentum, bias, bias_momentum, across, fresh, mass]
@@ -131,6 +153,7 @@ def path_sweep(
         float(p),
         _rates("weight_rates", weight_rates),
         _rates("bias_rates", bias_rates),
+        *scaling,
     )
     _write_back(written, dense)
 
@@ -143,6 +166,8 @@ def path_update(
     exponent: float = 0.0,
     p: float = 2.0,
     rates: Sequence[float] = UNCHANGED,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """The update alone: w ← keep·w − lr·g/γ with γ = (mass · 2^exponent)^(2/p); no step where mass is 0.
 
@@ -153,6 +178,7 @@ def path_update(
         exponent: the power of two that multiplies mass.
         p: at least 1, finite.
         rates: (lr, momentum, nesterov, keep, sign).
+        grad_scale, found_inf: as for `path_sweep`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
@@ -168,9 +194,11 @@ def path_update(
         raise ValueError(f"mass must have shape {list(param.shape)}, as param has, got {list(mass.shape)}")
     if not 1 <= p < float("inf"):
         raise ValueError(f"p must be at least 1 and finite, got {p}")
+    scaling = _scaling(grad_scale, found_inf, param)
     written = [param, momentum]
     dense = [None if each is None else each.contiguous() for each in written]
-    _update(dense[0], grad.contiguous(), dense[1], mass.contiguous(), float(exponent), float(p), _rates("rates", rates))
+    step = float(exponent), float(p), _rates("rates", rates), *scaling
+    _update(dense[0], grad.contiguous(), dense[1], mass.contiguous(), *step)
     _write_back(written, dense)
 
 

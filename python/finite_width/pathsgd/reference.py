@@ -48,6 +48,11 @@ def apply_step(
     param.copy_(param.to(torch.float64) * keep - lr * step)
 
 
+def unscaled(rates: Sequence[float], grad_scale: Tensor | None) -> Sequence[float]:
+    """Rates (lr, momentum, nesterov, keep, sign) whose sign divides gradients by the loss scale."""
+    return rates if grad_scale is None else (*rates[:4], rates[4] / float(grad_scale))
+
+
 def normalised(values: Tensor, exponent: Tensor) -> Tensor:
     """values · 2^exponent as a path vector whose largest value is in [0.5, 1)."""
     if values.numel() == 0:
@@ -80,8 +85,13 @@ def path_sweep(
     p: float,
     weight_rates: Sequence[float],
     bias_rates: Sequence[float],
+    grad_scale: Tensor | None,  # [1], float32
+    found_inf: Tensor | None,
 ) -> None:
     """One dense layer of a step: update by 1/γ, and carry F (forward) or B (backward) of old and new weights on."""
+    if found_inf is not None and bool(found_inf):
+        grad = bias_grad = None
+    weight_rates, bias_rates = (unscaled(rates, grad_scale) for rates in (weight_rates, bias_rates))
     known, carried = across.clone(), (from_old.clone(), from_new.clone())
     out, into = (known, carried[0]) if forward else (carried[0], known)
     powers = [power(weight, p)]
@@ -119,8 +129,13 @@ def path_update(
     exponent: float,
     p: float,
     rates: Sequence[float],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
     """The update alone, where γ = (mass · 2^exponent)^(2/p) is known for every element."""
+    if found_inf is not None and bool(found_inf):
+        return
+    rates = unscaled(rates, grad_scale)
     root = mass ** (-1 / p) * 2.0 ** (-exponent / p)
     root = torch.where(torch.isfinite(root), root, 0.0)
     apply_step(param, grad.to(torch.float64) * root, momentum, root, rates)

@@ -1,0 +1,75 @@
+"""What the CUDA kernels promise on a GPU beyond the op battery; `make gpu` runs these, elsewhere they skip."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finite_width import _library
+from finite_width.bayes import ops as bayes
+from finite_width.pathsgd.ops import path_sweep
+from op_battery import need
+
+
+@pytest.fixture(autouse=True)
+def _kernels_on_a_gpu() -> None:
+    need("cuda")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("finite_width::path_sweep", "CUDA"):
+        pytest.skip("the CUDA kernels are not registered (FINITE_WIDTH_UNTRIED_CUDA=1)")
+
+
+@pytest.mark.parametrize("count", [1, 63, 65, 4097, 1_000_003])
+def test_noise_weights_and_gradients_have_the_cpu_s_bits(count: int) -> None:
+    if _library.COMPILED is None:
+        pytest.skip("the promise is between kernels; this process has none for the CPU")
+    seed = torch.tensor(-987654321987654321)
+    mu, rho, grad = torch.randn(count), 3 * torch.randn(count), torch.randn(count)
+    for call in (
+        lambda seed, mu, rho, grad: bayes.noise(mu, seed, 3, 1),
+        lambda seed, mu, rho, grad: bayes.sample(mu, rho, seed, None, 0.7)[0],
+        lambda seed, mu, rho, grad: torch.stack(
+            torch.ops.finite_width.bayes_sample_backward(grad, grad[0], mu, rho, seed, None, 0.7, 0, False)
+        ),
+    ):
+        here = call(seed, mu, rho, grad)
+        there = call(*(x.cuda() for x in (seed, mu, rho, grad)))
+        assert torch.equal(here, there.cpu())
+
+
+def test_a_sweep_can_be_captured_in_a_graph() -> None:
+    def arguments(forward: bool) -> list[torch.Tensor | None]:
+        torch.manual_seed(0)
+        tensors = [torch.randn(300, 517), torch.randn(300, 517), None, torch.randn(300), torch.randn(300), None]
+        vectors = [
+            torch.rand(n + 1, dtype=torch.float64) for n in ((517, 517, 300, 300) if forward else (300, 300, 517, 517))
+        ]
+        return [t if t is None else t.cuda() for t in (*tensors, *vectors, torch.zeros(2, dtype=torch.float64))]
+
+    rates = (0.1, 0.0, 0.0, 1.0, 1.0)
+    for forward in (True, False):
+        eager, captured = arguments(forward), arguments(forward)
+        path_sweep(*eager, forward, 2.0, rates, rates)
+        path_sweep(*arguments(forward), forward, 2.0, rates, rates)  # loads the kernels
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            path_sweep(*captured, forward, 2.0, rates, rates)
+        graph.replay()
+        for one, other in zip(eager, captured, strict=True):
+            assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rows, cols", [(4000, 784), (10, 4000), (1027, 1030)])
+def test_sweeps_have_the_same_bits_in_every_run(rows: int, cols: int) -> None:
+    rates = (0.1, 0.9, 1.0, 0.99, 1.0)
+    for forward in (True, False):
+        results = []
+        for _ in range(5):
+            torch.manual_seed(1)
+            into, out = (cols, rows) if forward else (rows, cols)
+            matrices = [torch.randn(rows, cols, device="cuda") for _ in range(3)]
+            vectors = [torch.rand(n + 1, dtype=torch.float64, device="cuda") for n in (into, into, out, out)]
+            mass = torch.zeros(2, dtype=torch.float64, device="cuda")
+            path_sweep(*matrices, None, None, None, *vectors, mass, forward, 2.0, rates, rates)
+            results.append([*matrices, *vectors])
+        for result in results[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(results[0], result, strict=True))
