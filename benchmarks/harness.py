@@ -1,6 +1,7 @@
 """Measures cases: interleaved times, peak memory in a fresh process, error against float64, the machine's ceilings.
 
-A wing's file (benchmarks/ntk.py, ...) has `CASES`, a dict of functions that build a `Case`; run.py drives them.
+A wing's file (benchmarks/ntk.py, ...) has `CASES`, a dict of functions that build a `Case`, or a `Run` where the
+measurement is too long to repeat; run.py drives them.
 """
 
 from __future__ import annotations
@@ -59,6 +60,33 @@ class Case:
     limit: float = 60.0
     memory: bool = True
     not_compared: Sequence[str] = ()
+
+
+@dataclass
+class Record:
+    """What a long run gives: figures by name, and for each aim whether it was met."""
+
+    figures: dict[str, Any]
+    aims: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """A measurement that is too long to interleave: made once, alone.
+
+    name, what: as for a `Case`.
+    make: the measurement.
+    """
+
+    name: str
+    what: str
+    make: Callable[[], Record]
+
+    def row(self) -> dict[str, Any]:
+        """The row that is recorded."""
+        record = self.make()
+        aims = [{"aim": aim, "met": bool(met)} for aim, met in record.aims.items()]
+        return {"what": self.what, "case": self.name, "figures": record.figures, "aims": aims}
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -74,6 +74,14 @@ def show(rows: list[dict[str, Any]], facts: dict[str, Any], case: harness.Case) 
         )
 
 
+def show_run(row: dict[str, Any]) -> None:
+    print(f"\n{row['case']}: {row['what']}")
+    for name, value in row["figures"].items():
+        print(f"  {name:50} {value}")
+    for aim in row["aims"]:
+        print(f"  {aim['aim']:50} {'met' if aim['met'] else 'not met'}")
+
+
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
@@ -95,6 +103,10 @@ def main() -> None:
         if options.case and options.case not in name:
             continue
         case = build()
+        if isinstance(case, harness.Run):
+            everything.append(case.row())
+            show_run(everything[-1])
+            continue
         rows = harness.measure(case, peers=options.peers, refcheck=options.refcheck)
         if case.memory and not options.no_memory:
             for row in rows:

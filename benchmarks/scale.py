@@ -1,4 +1,4 @@
-"""Loss gradients of a small GPT against vmap(grad), and sketches of an MLP's gradients."""
+"""Beyond one machine: streamed kernels, ridge systems on them, sketches, and loss gradients against vmap(grad)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import finite_width as fw
-from harness import Case
+import scale_runs
+from harness import Case, Record, Run
 from small_gpt import SmallGPT, next_token_loss
 
 
@@ -53,7 +54,23 @@ def _sketch(kind: str) -> Case:
     )
 
 
-CASES: dict[str, Callable[[], Case]] = {
+def _run(name: str, what: str, make: Callable[..., Record], *arguments: int) -> tuple[str, Callable[[], Run]]:
+    return name, lambda: Run(name, what, lambda: make(*arguments))
+
+
+_MNIST = "MNIST, 784-1024-1024-10, trace"
+
+CASES: dict[str, Callable[[], Case | Run]] = dict(
+    [
+        _run("stream N=20000", f"{_MNIST}, streamed to Zarr without a stop", scale_runs.stream, 20000, 700),
+        _run("kills N=20000", f"{_MNIST}, killed ten times by SIGKILL and resumed", scale_runs.kills, 20000, 700, 10),
+        _run("ranks N=4096", f"{_MNIST}, shared by gloo processes of one thread", scale_runs.ranks, 4096, 700),
+        _run("solve N=4000", f"{_MNIST}, conjugate gradients on the stored tiles", scale_runs.solve, 4000),
+        _run("digits N=10000", f"{_MNIST} / 10, ridge regression of all ten digits", scale_runs.digits, 10000),
+        _run("sketch error", "sketches of 64 MNIST images, 784-1024-1024-10", scale_runs.sketch_error, 64, 4),
+        _run("sketch cost", "sketches of MNIST images, 784-1024-1024-10", scale_runs.sketch_cost, 128, 1024),
+    ]
+) | {
     "GPT N=64 T=16": lambda: _gpt(64, 16, 64, 2),
     "GPT N=64 T=64": lambda: _gpt(64, 64, 128, 2),
     "sketch countsketch": lambda: _sketch("countsketch"),

@@ -27,6 +27,7 @@ OURS, BASE, PEER, FLOOR = "#e64a19", "#3949ab", "#9fa8da", "#222222"
 TITLES = {
     "sweeps": "How time grows",
     "ntk": "NTK",
+    "scale": "Beyond one machine",
     "tt": "Tensor-Train layers",
     "pathsgd": "Path-SGD",
     "bayes": "Variational layers",
@@ -43,7 +44,8 @@ are medians of interleaved runs, in which every implementation runs once a round
 between the quartiles. Memory is the peak beyond what the process held before, measured in a fresh process for each
 implementation. The error is relative (Frobenius), against float64. The floor is the larger of the least operations over
 the machine's best measured matrix-product rate and the least bytes over its measured copy bandwidth: what this machine
-could not beat. Aims are ratios that were set before the work; all are shown, met or not."""
+could not beat. Aims are ratios that were set before the work; all are shown, met or not. Tables of figures without
+implementations are runs too long to repeat, made once."""
 
 Row = dict[str, Any]
 
@@ -97,8 +99,16 @@ def aims(row: Row) -> str:
     )
 
 
+def run_table(row: Row) -> list[str]:
+    """A run that was made once: its figures, and what was aimed at."""
+    lines = ["| figure | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in row["figures"].items())]
+    return lines + [f"| {aim['aim']} | {'met' if aim['met'] else '**not met**'} |" for aim in row["aims"]]
+
+
 def case_table(rows: list[Row]) -> list[str]:
     """One case as a Markdown table."""
+    if "figures" in rows[0]:
+        return run_table(rows[0])
     measured = [row for row in rows if "missing" not in row]
     memory = any(row.get("peak_bytes") is not None for row in measured)
     error = any("relative_error" in row for row in measured)

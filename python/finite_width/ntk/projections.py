@@ -8,6 +8,7 @@ entries, is ever formed. All randomness is a function of (seed, parameter, axis,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch import Tensor
 from . import counters
 
 # Values of the features that are held at once.
-_ROOM = 1 << 22
+_ROOM = 1 << 20
+# Side of the small Hadamard matrices that a transform is made of: more operations than butterflies, less traffic.
+_HADAMARD = 32
 
 
 class Projection(ABC):
@@ -23,6 +26,7 @@ class Projection(ABC):
 
     def __init__(self, dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dim, self.seed, self.dtype, self.device = dim, seed, dtype, device
+        self._axes: dict[tuple[str, int, int], tuple[Tensor, ...]] = {}
 
     @abstractmethod
     def features(self, values: Tensor, name: str, axis: int) -> Tensor:
@@ -47,10 +51,19 @@ class Projection(ABC):
 
     def add_pairs(self, total: Tensor, first: Tensor, second: Tensor) -> None:
         """total += Σ_t first[n, o, t] ∘ second[n, o, t], features of both axes; sizes of 1 are repeated."""
-        total += (first * second).sum(2)
+        if first.shape[2] == second.shape[2] == 1:
+            total.addcmul_(first[:, :, 0], second[:, :, 0])
+        else:
+            total += (first * second).sum(2)
 
     def _index(self, count: int) -> Tensor:
         return torch.arange(count, device=self.device)
+
+    def _axis(self, name: str, axis: int, width: int, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What all features of an axis share, made once: a few numbers for each index."""
+        if (name, axis, width) not in self._axes:
+            self._axes[name, axis, width] = make()
+        return self._axes[name, axis, width]
 
 
 class Countsketch(Projection):
@@ -71,7 +84,8 @@ class Countsketch(Projection):
         return where, counters.signs(counters.key(self.seed, name, str(axis), "sign"), index, self.dtype)
 
     def features(self, values: Tensor, name: str, axis: int) -> Tensor:
-        where, sign = self._hash(self._index(values.shape[-1]), name, axis)
+        width = values.shape[-1]
+        where, sign = self._axis(name, axis, width, lambda: self._hash(self._index(width), name, axis))
         buckets = values.new_zeros(*values.shape[:-1], self.dim)
         return torch.fft.rfft(buckets.index_add_(-1, where, values * sign))
 
@@ -151,9 +165,13 @@ class SRHT(Projection):
     def features(self, values: Tensor, name: str, axis: int) -> Tensor:
         width = values.shape[-1]
         padded = 1 << max(0, width - 1).bit_length()
-        signed = values * self._signs(self._index(width), name, axis)
-        signed = torch.nn.functional.pad(signed, (0, padded - width))
-        return hadamard(signed)[..., self._coordinates(name, axis, width)] * self._flips(name, axis)
+        signs, coordinates, flips = self._axis(name, axis, width, lambda: self._random(name, axis, width))
+        turned = hadamard(torch.nn.functional.pad(values * signs, (0, padded - width)))
+        return turned.gather(-1, coordinates.expand(*turned.shape[:-1], -1)).mul_(flips)
+
+    def _random(self, name: str, axis: int, width: int) -> tuple[Tensor, ...]:
+        signs = self._signs(self._index(width), name, axis)
+        return signs, self._coordinates(name, axis, width), self._flips(name, axis)
 
     def one_hot(self, index: Tensor, name: str, axis: int, width: int) -> Tensor:
         both = index.unsqueeze(-1) & self._coordinates(name, axis, width)
@@ -165,14 +183,18 @@ class SRHT(Projection):
 
 def hadamard(values: Tensor) -> Tensor:
     """The last axis (a power of two) times the Hadamard matrix of entries ±1."""
-    length = values.shape[-1]
-    half = 1
-    while half < length:
-        pairs = values.unflatten(-1, (length // (2 * half), 2, half))
-        first, second = pairs.select(-2, 0), pairs.select(-2, 1)
-        values = torch.stack([first + second, first - second], -2).flatten(-3)
-        half *= 2
-    return values
+    shape, length, done = values.shape, values.shape[-1], 1
+    while done < length:  # the matrix is a Kronecker product of small ones, each a matrix product over one axis
+        size = min(_HADAMARD, length // done)
+        small = values.new_ones(1, 1)
+        while len(small) < size:
+            small = torch.cat([torch.cat([small, small], 1), torch.cat([small, -small], 1)])
+        if done == 1:
+            values = values.reshape(-1, size) @ small
+        else:
+            values = small @ values.reshape(-1, size, done)
+        done *= size
+    return values.reshape(shape)
 
 
 def _cuts(count: int, each: int, room: int = _ROOM) -> list[tuple[int, int]]:
