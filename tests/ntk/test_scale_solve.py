@@ -33,6 +33,8 @@ def test_stored_kernel(tmp_path: Path, compute: str, method: str) -> None:
     assert found.method == method
     assert float((found.coefficients - expected).norm() / expected.norm()) < 1e-8
     assert found.residual < 1e-9
+    reread = fw.ntk.solve(stored, y, ridge=1.0, method=method, tol=1e-10, memory_budget=1)
+    assert torch.equal(reread.coefficients, found.coefficients)
 
 
 def test_memory_maps_and_bad_arrays(tmp_path: Path) -> None:
@@ -77,6 +79,54 @@ def test_ranks_share_the_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert done.returncode == 0, done.stderr
     alone, *shared = (torch.load(tmp_path / f"x{rank}") for rank in (9, 0, 1))
     assert all(torch.equal(each, alone) for each in shared)
+
+
+OPERATOR_CHILD = """
+import importlib, sys, torch, finite_width as fw
+from torch import nn
+importlib.import_module("finite_width.ntk.plan").BLOCK_ROWS = 4
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
+x, y = torch.randn(83, 6), torch.randn(3 * 83, 2, dtype=torch.float64)
+rank = int(__import__("os").environ.get("RANK", 9))
+if sys.argv[2] == "differ" and rank == 1:
+    x[3] += 1
+pushes = []
+push = fw.ntk.products.Products.push
+def counted(self, batch, begin, end, vectors):
+    pushes.append(end - begin)
+    return push(self, batch, begin, end, vectors)
+fw.ntk.products.Products.push = counted
+operator = fw.ntk.NTKOperator(model, x)
+pushes.clear()
+found = fw.ntk.solve(operator, y, ridge=0.5, method="cg", tol=1e-6, rank=8)
+torch.save((found.coefficients, found.iterations, sum(pushes)), sys.argv[1] + str(rank))
+"""
+
+
+def test_ranks_share_the_operator(tmp_path: Path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(OPERATOR_CHILD)
+
+    def call(processes: int, mode: str = "same") -> subprocess.CompletedProcess[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *(torchrun if processes > 1 else []), str(script), str(tmp_path / mode), mode]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+    for processes in (1, 3, 2):  # three ranks do not divide the parts
+        done = call(processes)
+        assert done.returncode == 0, done.stderr
+        found = [torch.load(tmp_path / f"same{rank}") for rank in (range(processes) if processes > 1 else [9])]
+        if processes == 1:
+            alone, iterations, rows = found[0]
+            assert rows % 83 == 0
+            continue
+        assert all(torch.equal(each, alone) and count == iterations for each, count, _ in found)
+        assert sum(done for *_, done in found) == rows  # nothing twice
+        assert max(done for *_, done in found) < 1.2 * rows / processes
+    broken = call(2, "differ")
+    assert broken.returncode != 0
+    assert "the ranks have operators of different models or data" in broken.stderr
 
 
 def regression() -> tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]:

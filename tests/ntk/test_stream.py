@@ -167,6 +167,13 @@ def test_bad_destinations_stay_as_they_are(problem: Problem, tmp_path: Path) -> 
     locked.flags.writeable = False
     with pytest.raises(ValueError, match="out is read-only"):
         call(locked)
+    for shape, dtype, error in (((83, 82), "float32", ValueError), ((83, 83), "float64", TypeError)):
+        mine = zarr.create_array(str(tmp_path / f"mine-{dtype}.zarr"), shape=shape, dtype=dtype, fill_value=7)
+        mine[:] = 7
+        content = snapshot(tmp_path / f"mine-{dtype}.zarr")
+        with pytest.raises(error, match="out must have"):
+            call(mine)
+        assert snapshot(tmp_path / f"mine-{dtype}.zarr") == content
     assert all((each == 7).all() for each in (wrong, double, locked))
     with pytest.raises(TypeError, match="out must be a path, a Zarr store or an array that can be written, got int"):
         call(5)
@@ -215,25 +222,56 @@ def test_folder_without_permission(problem: Problem, tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
+class SmallDisk(zarr.storage.LocalStore):
+    """A store with room for so many pieces more."""
+
+    room = 0
+
+    async def set(self, key: str, value: Any) -> None:
+        SmallDisk.room -= 1
+        if SmallDisk.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        await super().set(key, value)
+
+
 def test_full_disk_keeps_the_finished_tiles(problem: Problem, tmp_path: Path) -> None:
     model, x = problem
-
-    class SmallDisk(zarr.storage.LocalStore):
-        room = 40
-
-        async def set(self, key: str, value: Any) -> None:
-            SmallDisk.room -= 1
-            if SmallDisk.room < 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            await super().set(key, value)
-
     store = tmp_path / "kernel.zarr"
+    SmallDisk.room = 40
     with pytest.raises(OSError, match=r"No space left on device; finished tiles are kept \(\d+ of 66\)") as caught:
         fw.ntk.empirical_ntk(model, x, compute="trace", out=SmallDisk(store))
     assert caught.value.errno == errno.ENOSPC
+    before = snapshot(store)
+    assert len(before) > 30
+    SmallDisk.room = 0
+    with pytest.raises(OSError, match="No space left on device; finished tiles are kept"):
+        fw.ntk.empirical_ntk(model, x, compute="trace", out=SmallDisk(store))
+    assert snapshot(store) == before
     SmallDisk.room = 10**6
     found = fw.ntk.empirical_ntk(model, x, compute="trace", out=SmallDisk(store))
     np.testing.assert_array_equal(found[:], fw.ntk.empirical_ntk(model, x, compute="trace").numpy())
+    assert {name: content for name, content in snapshot(store).items() if name in before} == before
+
+
+def test_full_disk_from_the_start(problem: Problem, tmp_path: Path) -> None:
+    model, x = problem
+    SmallDisk.room = 0
+    with pytest.raises(OSError, match=r"out '.*' cannot be made: No space left on device") as caught:
+        fw.ntk.empirical_ntk(model, x, compute="trace", out=SmallDisk(tmp_path / "kernel.zarr"))
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_full_disk_under_a_plain_array(problem: Problem) -> None:
+    model, x = problem
+
+    class Full:
+        shape, dtype = (83, 83), np.dtype(np.float32)
+
+        def __setitem__(self, region: Any, values: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left on device; a part of it was written"):
+        fw.ntk.empirical_ntk(model, x, compute="trace", out=Full())
 
 
 def test_progress_counts_tiles(problem: Problem, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

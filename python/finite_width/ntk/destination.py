@@ -119,7 +119,10 @@ class ZarrArray(Destination):
                 f"{self.name} exists and is no Zarr array ({error}); nothing was changed. Pass another path"
             ) from None
         if self.array is None:
-            self._create(layout, facts)
+            try:
+                self._create(layout, facts)
+            except OSError as error:
+                raise OSError(error.errno, f"{self.name} cannot be made: {error.strerror or error}") from error
         else:
             self._check_fits(layout, facts)
 

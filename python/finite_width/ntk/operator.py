@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import shared_products
 from .contract import Inputs, preserved
 from .empirical import Problem, Walk, run
+from .fingerprint import fingerprint
 from .plan import Plan
-from .products import Products, Vectors
+from .products import Products
+from .ranks import Ranks
 
 
 class NTKOperator:
@@ -104,6 +107,13 @@ class NTKOperator:
 
     def __matmul__(self, vector: Tensor) -> Tensor:
         """K v for v [M O] or [M O, k]."""
+        return self.product(vector, Ranks())
+
+    def product(self, vector: Tensor, ranks: Ranks) -> Tensor:
+        """K v on every rank: each does a stretch of the blocks of rows, and all make the same call.
+
+        The bits are those of one rank.
+        """
         left, right = self._sides()
         rows, columns = self.shape
         if not isinstance(vector, Tensor):
@@ -119,14 +129,14 @@ class NTKOperator:
         if count == 0:
             return vector.new_zeros(rows, 0)
         with preserved(self._problem.target.model):
-            total: Vectors = {}
-            for begin, end in self._blocks(right):
-                pulled = self._products.pull(right, begin, end, cotangents[:, begin:end])
-                for name, value in pulled.items():
-                    total[name] = total[name] + value if name in total else value
-            parts = [self._products.push(left, begin, end, total) for begin, end in self._blocks(left)]
-        result = torch.cat(parts, 1).reshape(count, rows).t()
+            total = shared_products.pull(self._products, right, self._blocks(right), cotangents, ranks)
+            pushed = shared_products.push(self._products, left, self._blocks(left), total, ranks)
+        result = pushed.reshape(count, rows).t()
         return result[:, 0] if vector.dim() == 1 else result
+
+    def fingerprint(self) -> dict[str, str]:
+        """What ranks that share a product must agree on."""
+        return fingerprint(self._problem, self._plan)
 
     def _blocks(self, batch: Any) -> list[tuple[int, int]]:
         return [(begin, min(begin + self._plan.block, batch.rows)) for begin in range(0, batch.rows, self._plan.block)]

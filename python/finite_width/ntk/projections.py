@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import counters
 
-# Values of the features that are held at once.
+# Values of the features that are held at once: few enough that memory is reused rather than mapped anew.
 _ROOM = 1 << 20
 # Side of the small Hadamard matrices that a transform is made of: more operations than butterflies, less traffic.
 _HADAMARD = 32
@@ -23,6 +23,8 @@ _HADAMARD = 32
 
 class Projection(ABC):
     """One kind of projection to `dim` values, and the accumulators of a block of rows."""
+
+    room = _ROOM
 
     def __init__(self, dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dim, self.seed, self.dtype, self.device = dim, seed, dtype, device
@@ -108,6 +110,7 @@ class Gaussian(Projection):
     Source: Rakhshan and Rabusseau, "Tensorized random projections" (2020).
     """
 
+    room = 1 << 24  # rows are to share the normals that are made for them
     _KEPT = 1 << 26  # values of the axes' normals that are kept from one block of rows to the next
 
     def __init__(self, dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -127,12 +130,12 @@ class Gaussian(Projection):
         if width * self.dim <= self._room:
             self._room -= width * self.dim
             made = torch.empty(width, self.dim, dtype=self.dtype, device=self.device)
-            for begin, end in _cuts(width, self.dim):
+            for begin, end in _cuts(width, self.dim, _ROOM):
                 made[begin:end] = self._normals(self._index(width)[begin:end], name, axis)
             self._kept[name, axis] = made
             return values @ made
         total = values.new_zeros(*values.shape[:-1], self.dim)
-        for begin, end in _cuts(width, self.dim):
+        for begin, end in _cuts(width, self.dim, _ROOM):
             total += values[..., begin:end] @ self._normals(self._index(width)[begin:end], name, axis)
         return total
 
@@ -197,7 +200,7 @@ def hadamard(values: Tensor) -> Tensor:
     return values.reshape(shape)
 
 
-def _cuts(count: int, each: int, room: int = _ROOM) -> list[tuple[int, int]]:
+def _cuts(count: int, each: int, room: int) -> list[tuple[int, int]]:
     """[0, count) in parts of at most `room` values, `each` per entry."""
     step = max(1, room // max(1, each))
     return [(begin, min(begin + step, count)) for begin in range(0, count, step)]
@@ -213,9 +216,9 @@ def add_outer(projection: Projection, total: Tensor, name: str, first: Tensor, s
     """
     axes = (1, 0) if flipped else (0, 1)
     rows, outputs = total.shape[:2]
-    for begin, end in _cuts(rows, outputs * projection.width):
+    for begin, end in _cuts(rows, outputs * projection.width, projection.room):
         mine = first if first.shape[0] == 1 and rows > 1 else first[begin:end]
-        for start, stop in _cuts(first.shape[2], (end - begin) * outputs * projection.width):
+        for start, stop in _cuts(first.shape[2], (end - begin) * outputs * projection.width, projection.room):
             projection.add_pairs(
                 total[begin:end],
                 projection.features(mine[:, :, start:stop], name, axes[0]),
@@ -234,8 +237,8 @@ def add_tokens(projection: Projection, total: Tensor, name: str, tokens: Tensor,
     rows, outputs = total.shape[:2]
     d = d.masked_fill((tokens < 0)[:, None, :, None], 0)
     tokens = tokens.clamp(min=0)
-    for begin, end in _cuts(rows, outputs * projection.width):
-        for start, stop in _cuts(tokens.shape[1], (end - begin) * outputs * projection.width):
+    for begin, end in _cuts(rows, outputs * projection.width, projection.room):
+        for start, stop in _cuts(tokens.shape[1], (end - begin) * outputs * projection.width, projection.room):
             projection.add_pairs(
                 total[begin:end],
                 projection.one_hot(tokens[begin:end, None, start:stop], name, 0, size),
@@ -247,8 +250,8 @@ def add_rows(projection: Projection, total: Tensor, name: str, jacobian: Tensor,
     """Add a Jacobian [n, O, r, W] of the parameter's rows [first, first + r) of `size`."""
     rows, outputs, count, _ = jacobian.shape
     index = torch.arange(first, first + count, device=jacobian.device)
-    for begin, end in _cuts(rows, outputs * projection.width):
-        for start, stop in _cuts(count, (end - begin) * outputs * projection.width):
+    for begin, end in _cuts(rows, outputs * projection.width, projection.room):
+        for start, stop in _cuts(count, (end - begin) * outputs * projection.width, projection.room):
             projection.add_pairs(
                 total[begin:end],
                 projection.one_hot(index[None, None, start:stop], name, 0, size),

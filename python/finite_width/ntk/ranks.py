@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -46,6 +47,14 @@ class Ranks:
         if self.size > 1:
             with _others():
                 dist.all_reduce(value, group=self._group)
+        return value
+
+    def send(self, value: Tensor, source: int) -> Tensor:
+        """What the rank `source` has, on every rank; written to `value` on the others."""
+        if self.size > 1:
+            value = value.contiguous()
+            with _others():
+                dist.broadcast(torch.view_as_real(value) if value.is_complex() else value, source, group=self._group)
         return value
 
     def gather(self, value: T) -> list[T]:

@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 
 from .. import _check
 from .empirical import free_memory
+from .operator import NTKOperator
+from .ranks import job
 from .stored import StoredKernel, is_stored
 
 # Columns solved together: beyond this the small [s, s] problems of block CG cost more than they save.
@@ -78,8 +80,9 @@ def solve(
     Args:
         K_or_operator: [N, N], float32 or float64; or an operator with `shape`, `dtype`, `device`, `@` and
             `to_dense()`, such as `NTKOperator`; or a stored kernel, such as the Zarr array of
-            `empirical_ntk(..., out=)`, [N, N] or [N, N, O, O], which conjugate gradients read panel by panel (under
-            torch.distributed each rank its share; all ranks make the same call).
+            `empirical_ntk(..., out=)`, [N, N] or [N, N, O, O], which conjugate gradients read panel by panel. Under
+            torch.distributed the ranks share the products with a stored kernel and with `NTKOperator`; all of them
+            make the same call.
         y: [N] or [N, C], on the same device.
         ridge: ρ ≥ 0, in the units of K.
         method: "cholesky", "cg", or "auto": Cholesky where a float64 copy of K fits in `memory_budget`.
@@ -89,7 +92,8 @@ def solve(
             where each direction costs a product. 0 switches it off.
         jitter: asked for, a failed Cholesky factorisation is retried with jitter · mean(diag K) on the diagonal,
             then ten and a hundred times as much; what was added is in the result. 0: a failure is an error.
-        memory_budget: bytes for the dense solver; default a quarter of what is free.
+        memory_budget: bytes for the dense solver, and for what conjugate gradients keep of a stored kernel instead of
+            reading it for every product; default a quarter of what is free.
         progress: show a bar of the iterations.
 
     Returns:
@@ -113,7 +117,7 @@ def solve(
     _check.is_tensor("y", y)
     _check.is_float("y", y)
     if is_stored(K_or_operator) and not hasattr(K_or_operator, "to_dense"):
-        K_or_operator = StoredKernel(K_or_operator)
+        K_or_operator = StoredKernel(K_or_operator, memory_budget)
     size = _check_square(K_or_operator)
     if y.dim() not in (1, 2) or y.shape[0] != size:
         raise ValueError(f"y must have shape [{size}] or [{size}, C], as K has {size} rows, got {list(y.shape)}")
@@ -212,6 +216,14 @@ def _product(K: Tensor | Operator) -> Callable[[Tensor], Tensor]:
     """v [N, S] float64 -> K v, float64; a stored float32 kernel is converted row block by row block."""
     if isinstance(K, StoredKernel):
         return lambda v: K @ v  # float64 already
+    if isinstance(K, NTKOperator):
+        ranks = job()
+        if ranks.size > 1:
+            facts = K.fingerprint()
+            if any(other != facts for other in ranks.gather(facts)):
+                raise ValueError("the ranks have operators of different models or data; give all of them the same")
+        parts = _OPERATOR_COLUMNS
+        return lambda v: torch.cat([K.product(part.to(K.dtype), ranks).double() for part in v.split(parts, 1)], 1)
     if not isinstance(K, Tensor):
         return lambda v: torch.cat([(K @ part.to(K.dtype)).double() for part in v.split(_OPERATOR_COLUMNS, 1)], 1)
     if K.dtype == torch.float64:

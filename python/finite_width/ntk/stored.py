@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .empirical import free_memory
 from .ranks import job
 
 # Bytes of a panel of rows that is read at once.
 _PANEL_BYTES = 64 << 20
+# Rows of a panel that are converted to float64 at a time: they stay in the cache until they are multiplied.
+_ROWS = 32
 
 
 def is_stored(value: Any) -> bool:
@@ -22,11 +26,15 @@ def is_stored(value: Any) -> bool:
 class StoredKernel:
     """The matrix [N O, M O] of a stored kernel [N, M] or [N, M, O, O]; products are in float64.
 
-    Under torch.distributed every rank reads its share of the rows, so all ranks must make the same products.
+    Under torch.distributed every rank reads its share of the rows, so all ranks must make the same products. Panels
+    that were read stay in memory as far as the budget goes (default: a quarter of what is free).
     """
 
-    def __init__(self, array: Any) -> None:
+    def __init__(self, array: Any, memory_budget: int | None = None) -> None:
         self.array = array
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._room = free_memory(torch.device("cpu")) // (4 * neighbours) if memory_budget is None else memory_budget
+        self._kept: dict[int, Tensor] = {}
         rows, columns, *trailing = (int(size) for size in array.shape) if len(array.shape) > 1 else (0, 0, 0)
         if len(trailing) not in (0, 2) or trailing[:1] != trailing[1:]:
             raise ValueError(
@@ -57,14 +65,29 @@ class StoredKernel:
 
     def __matmul__(self, v: Tensor, /) -> Tensor:
         """K v for v [M O] or [M O, k], in float64."""
-        columns = v.double()
-        result = torch.zeros(self.shape[0], *v.shape[1:], dtype=torch.float64)
+        columns = v.double().reshape(v.shape[0], -1)
+        result = torch.zeros(self.shape[0], columns.shape[1], dtype=torch.float64)
+        buffer = torch.empty(_ROWS, self.shape[1], dtype=torch.float64)
         ranks, rows = job(), self.shape[0] // self.outputs
         for index, begin in enumerate(range(0, rows, self._step)):
             if index % ranks.size == ranks.rank:
-                end = min(begin + self._step, rows)
-                result[begin * self.outputs : end * self.outputs] = self._panel(begin, end).double() @ columns
-        return ranks.sum(result)
+                place = begin * self.outputs
+                for part in self._remembered(begin, min(begin + self._step, rows)).split(_ROWS):
+                    slab = buffer[: len(part)].copy_(part)
+                    torch.matmul(slab, columns, out=result[place : place + len(part)])
+                    place += len(part)
+        return ranks.sum(result).reshape(self.shape[0], *v.shape[1:])
+
+    def _remembered(self, begin: int, end: int) -> Tensor:
+        """A panel, from memory where it has been read before and there was room to keep it."""
+        if begin in self._kept:
+            return self._kept[begin]
+        panel = self._panel(begin, end)
+        size = panel.numel() * panel.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._kept[begin] = panel
+        return panel
 
     def to_dense(self) -> Tensor:
         return self._panel(0, self.shape[0] // self.outputs)
