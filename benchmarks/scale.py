@@ -42,23 +42,13 @@ def _gpt(rows: int, length: int, width: int, depth: int) -> Case:
     )
 
 
-def _sketch(kind: str) -> Case:
-    torch.manual_seed(0)
-    layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)]
-    model, x = nn.Sequential(*layers), torch.randn(512, 784)
-    return Case(
-        name=f"sketch {kind}",
-        what=f"512 rows, 784-1024-1024-10, ten outputs, dim 1024, {kind}",
-        implementations={"finite-width": lambda: fw.ntk.sketch(model, x, 1024, kind=kind)},
-        baseline="finite-width",
-    )
-
-
-def _run(name: str, what: str, make: Callable[..., Record], *arguments: int) -> tuple[str, Callable[[], Run]]:
+def _run(name: str, what: str, make: Callable[..., Record], *arguments: str | int) -> tuple[str, Callable[[], Run]]:
     return name, lambda: Run(name, what, lambda: make(*arguments))
 
 
 _MNIST = "MNIST, 784-1024-1024-10, trace"
+_IMAGES = "MNIST images, 784-1024-1024-10"
+_KINDS = ("countsketch", "gaussian", "srht")
 
 CASES: dict[str, Callable[[], Case | Run]] = dict(
     [
@@ -67,13 +57,16 @@ CASES: dict[str, Callable[[], Case | Run]] = dict(
         _run("ranks N=4096", f"{_MNIST}, shared by gloo processes of one thread", scale_runs.ranks, 4096, 700),
         _run("solve N=4000", f"{_MNIST}, conjugate gradients on the stored tiles", scale_runs.solve, 4000),
         _run("digits N=10000", f"{_MNIST} / 10, ridge regression of all ten digits", scale_runs.digits, 10000),
-        _run("sketch error", "sketches of 64 MNIST images, 784-1024-1024-10", scale_runs.sketch_error, 64, 4),
-        _run("sketch cost", "sketches of MNIST images, 784-1024-1024-10", scale_runs.sketch_cost, 128, 1024),
+        *(
+            _run(f"sketch error {kind}", f"{kind} of 64 {_IMAGES}", scale_runs.sketch_error, kind, 64, 4)
+            for kind in _KINDS
+        ),
+        *(
+            _run(f"sketch cost {kind}", f"{kind} of {_IMAGES}, dim 1024", scale_runs.sketch_cost, kind, 128, 1024)
+            for kind in _KINDS
+        ),
     ]
 ) | {
     "GPT N=64 T=16": lambda: _gpt(64, 16, 64, 2),
     "GPT N=64 T=64": lambda: _gpt(64, 64, 128, 2),
-    "sketch countsketch": lambda: _sketch("countsketch"),
-    "sketch gaussian": lambda: _sketch("gaussian"),
-    "sketch srht": lambda: _sketch("srht"),
 }
