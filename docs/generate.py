@@ -27,7 +27,6 @@ OURS, BASE, PEER, FLOOR = "#e64a19", "#3949ab", "#9fa8da", "#222222"
 TITLES = {
     "sweeps": "How time grows",
     "ntk": "NTK",
-    "scale": "Beyond one machine",
     "tt": "Tensor-Train layers",
     "pathsgd": "Path-SGD",
     "bayes": "Variational layers",
