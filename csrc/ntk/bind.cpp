@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "ntk/convolution.h"
 #include "ntk/ntk.h"
 
 namespace finite_width::ntk {
@@ -174,8 +175,10 @@ Tensor adjacent_from(const Tensor& tensor, int64_t first) {
   return tensor;
 }
 
-Tensor conv_cpu(const Tensor& input, const Tensor& delta, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-                std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
+// The shape of a convolution from its input [N, Cin, *S] and its channels out.
+Convolution convolution_of(const Tensor& input, int64_t channels_out, const std::vector<int64_t>& kernel_size,
+                           const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                           const std::vector<int64_t>& dilation, int64_t groups) {
   const int64_t spatial = static_cast<int64_t>(kernel_size.size());
   STD_TORCH_CHECK(spatial >= 1 && spatial <= kMaxAxes, "finite_width: kernel_size must have 1, 2 or 3 entries");
   const size_t entries = kernel_size.size();
@@ -184,37 +187,89 @@ Tensor conv_cpu(const Tensor& input, const Tensor& delta, std::vector<int64_t> k
   check_cpu(input, "input");
   check_float_or_double(input, "input");
   check_dim(input, "input", spatial + 2);
-  check_dim(delta, "delta", spatial + 3);
-  check_like(delta, "delta", input);
-  STD_TORCH_CHECK(delta.size(0) == input.size(0), "finite_width: delta must have as many rows as input");
-  STD_TORCH_CHECK(groups >= 1 && input.size(1) % groups == 0 && delta.size(2) % groups == 0,
-                  "finite_width: groups must divide the channels of input and delta");
-  Convolution shape{input.size(1), delta.size(2), groups,    {1, 1, 1}, {1, 1, 1},
-                    {1, 1, 1},     {1, 1, 1},     {0, 0, 0}, {1, 1, 1}};
-  int64_t weights = delta.size(2) * (input.size(1) / groups);
+  STD_TORCH_CHECK(groups >= 1 && input.size(1) % groups == 0 && channels_out % groups == 0,
+                  "finite_width: groups must divide the channels in and out");
+  Convolution shape{input.size(1), channels_out, groups,    {1, 1, 1}, {1, 1, 1},
+                    {1, 1, 1},     {1, 1, 1},    {0, 0, 0}, {1, 1, 1}};
   for (int64_t i = 0; i < spatial; ++i) {
     const int64_t axis = kMaxAxes - spatial + i;
-    STD_TORCH_CHECK(kernel_size[i] >= 1 && stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
-                    "finite_width: kernel_size, stride and dilation must be positive, padding not negative");
+    STD_TORCH_CHECK(kernel_size[i] >= 1 && stride[i] >= 1 && dilation[i] >= 1,
+                    "finite_width: kernel_size, stride and dilation must be positive");
     shape.size[axis] = input.size(i + 2);
-    shape.positions[axis] = delta.size(i + 3);
     shape.kernel[axis] = kernel_size[i];
     shape.stride[axis] = stride[i];
     shape.padding[axis] = padding[i];
     shape.dilation[axis] = dilation[i];
-    const int64_t reach = dilation[i] * (kernel_size[i] - 1) + 1;
-    const int64_t room = input.size(i + 2) + 2 * padding[i] - reach;
-    STD_TORCH_CHECK((room >= 0 ? room / stride[i] + 1 : 0) == delta.size(i + 3), "finite_width: delta has ",
+    const int64_t room = input.size(i + 2) + 2 * padding[i] - (dilation[i] * (kernel_size[i] - 1) + 1);
+    shape.positions[axis] = room >= 0 ? room / stride[i] + 1 : 0;
+  }
+  return shape;
+}
+
+Tensor conv_cpu(const Tensor& input, const Tensor& delta, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool bias) {
+  const int64_t spatial = static_cast<int64_t>(kernel_size.size());
+  check_dim(delta, "delta", spatial + 3);
+  check_like(delta, "delta", input);
+  STD_TORCH_CHECK(delta.size(0) == input.size(0), "finite_width: delta must have as many rows as input");
+  const Convolution shape = convolution_of(input, delta.size(2), kernel_size, stride, padding, dilation, groups);
+  int64_t weights = delta.size(2) * (input.size(1) / groups);
+  for (int64_t i = 0; i < spatial; ++i) {
+    STD_TORCH_CHECK(padding[i] >= 0, "finite_width: padding must not be negative");
+    STD_TORCH_CHECK(shape.positions[kMaxAxes - spatial + i] == delta.size(i + 3), "finite_width: delta has ",
                     delta.size(i + 3), " positions on spatial axis ", i, ", which does not fit input");
     weights *= kernel_size[i];
   }
+  STD_TORCH_CHECK(!bias || input.size(1) > 0, "finite_width: with bias, input must have channels");
+  if (bias) weights += delta.size(2);
   const Tensor inputs = torch::stable::contiguous(input), deltas = adjacent_from(delta, 2);
   Tensor gradients = torch::stable::new_empty(delta, {delta.size(0), delta.size(1), weights});
   with_type(input, [&]<class T>(T) {
     conv_gradients<T>(delta.size(0), delta.size(1), shape, inputs.const_data_ptr<T>(), deltas.const_data_ptr<T>(),
-                      deltas.stride(0), deltas.stride(1), gradients.mutable_data_ptr<T>());
+                      deltas.stride(0), deltas.stride(1), bias, gradients.mutable_data_ptr<T>());
   });
   return gradients;
+}
+
+Tensor convolve_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const std::optional<Tensor>& gate, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                    int64_t groups) {
+  const int64_t spatial = weight.dim() - 2;
+  STD_TORCH_CHECK(spatial >= 1 && spatial <= kMaxAxes, "finite_width: weight must have 1, 2 or 3 spatial axes");
+  std::vector<int64_t> kernel_size;
+  for (int64_t i = 0; i < spatial; ++i) kernel_size.push_back(weight.size(i + 2));
+  const std::vector<int64_t> stride(kernel_size.size(), 1);
+  const Convolution shape = convolution_of(input, weight.size(0), kernel_size, stride, padding, dilation, groups);
+  check_like(weight, "weight", input);
+  STD_TORCH_CHECK(weight.size(1) == input.size(1) / groups, "finite_width: weight does not fit the channels of input");
+  std::vector<int64_t> sizes{input.size(0), weight.size(0)};
+  for (int64_t i = 0; i < spatial; ++i) sizes.push_back(shape.positions[kMaxAxes - spatial + i]);
+  Tensor shift, kept;
+  if (bias) {
+    check_like(*bias, "bias", input);
+    check_dim(*bias, "bias", 1);
+    check_shape(*bias, "bias", {weight.size(0)});
+    shift = torch::stable::contiguous(*bias);
+  }
+  if (gate) {
+    check_like(*gate, "gate", input);
+    check_dim(*gate, "gate", spatial + 2);
+    for (int64_t axis = 1; axis < spatial + 2; ++axis) {
+      STD_TORCH_CHECK(gate->size(axis) == sizes[static_cast<size_t>(axis)],
+                      "finite_width: gate must have the shape of ", "the output, but for its first axis");
+    }
+    STD_TORCH_CHECK(input.size(0) == 0 || (gate->size(0) > 0 && input.size(0) % gate->size(0) == 0),
+                    "finite_width: the rows of input must be a multiple of those of gate");
+    kept = torch::stable::contiguous(*gate);
+  }
+  const Tensor inputs = torch::stable::contiguous(input), weights = torch::stable::contiguous(weight);
+  Tensor output = torch::stable::new_empty(input, sizes);
+  with_type(input, [&]<class T>(T) {
+    convolve<T>(input.size(0), shape, inputs.const_data_ptr<T>(), weights.const_data_ptr<T>(),
+                bias ? shift.const_data_ptr<T>() : nullptr, gate ? kept.const_data_ptr<T>() : nullptr,
+                gate ? gate->size(0) : 1, output.mutable_data_ptr<T>());
+  });
+  return output;
 }
 
 }  // namespace
@@ -226,4 +281,5 @@ STABLE_TORCH_LIBRARY_IMPL(finite_width, CPU, library) {
   library.impl("ntk_ghost_accumulate", TORCH_BOX(&finite_width::ntk::ghost_cpu));
   library.impl("ntk_position_gradients", TORCH_BOX(&finite_width::ntk::position_cpu));
   library.impl("ntk_conv_gradients", TORCH_BOX(&finite_width::ntk::conv_cpu));
+  library.impl("ntk_convolve", TORCH_BOX(&finite_width::ntk::convolve_cpu));
 }

@@ -10,8 +10,8 @@ namespace finite_width::ntk {
 
 template <class T>
 void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta, int64_t delta_row,
-                    int64_t delta_output, T* gradients) {
-  FW_DISPATCH(ntk::conv_gradients<T>)(N, O, shape, input, delta, delta_row, delta_output, gradients);
+                    int64_t delta_output, bool bias, T* gradients) {
+  FW_DISPATCH(ntk::conv_gradients<T>)(N, O, shape, input, delta, delta_row, delta_output, bias, gradients);
 }
 
 template <class T>
@@ -20,8 +20,9 @@ void position_gradients(int64_t N, int64_t O, int64_t positions, int64_t C, int6
   FW_DISPATCH(ntk::position_gradients<T>)(N, O, positions, C, I, a, d, gradients);
 }
 
-#define FW_INSTANTIATE(T)                                                                                          \
-  template void conv_gradients<T>(int64_t, int64_t, const Convolution&, const T*, const T*, int64_t, int64_t, T*); \
+#define FW_INSTANTIATE(T)                                                                                           \
+  template void conv_gradients<T>(int64_t, int64_t, const Convolution&, const T*, const T*, int64_t, int64_t, bool, \
+                                  T*);                                                                              \
   template void position_gradients<T>(int64_t, int64_t, int64_t, int64_t, int64_t, const T*, const T*, T*);
 FW_INSTANTIATE(float)
 FW_INSTANTIATE(double)

@@ -72,6 +72,28 @@ struct Unfolded {
   }
 };
 
+// Cotangents of one example by row (output, filter), whose sums over positions are taken on the way, where wanted.
+template <class T>
+struct Summed {
+  tile::Nested<T> rows;
+  T* sums;  // of row r at sums[r * step], or null
+  int64_t step;
+
+  void pack_left(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
+    rows.pack_left(panel, first, count, k, depth);
+    if (sums == nullptr) return;
+    T total[tile::kTileRows<T>] = {};
+    for (int64_t j = 0; j < depth; ++j) {
+      for (int i = 0; i < tile::kTileRows<T>; ++i) total[i] += panel[j * tile::kTileRows<T> + i];
+    }
+    // A panel that is packed again, for further columns, gives the same sums again.
+    for (int i = 0; i < count; ++i) {
+      T& sum = sums[(first + i) * step];
+      sum = k == 0 ? total[i] : sum + total[i];
+    }
+  }
+};
+
 // Rows per task for `count` products of [rows, ...] each.
 template <class T>
 int64_t rows_per_task(int64_t count, int64_t rows) {
@@ -94,10 +116,10 @@ void over_examples(int64_t count, int64_t rows, const Product& product) {
 
 template <class T>
 void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta, int64_t delta_row,
-                    int64_t delta_output, T* gradients) {
+                    int64_t delta_output, bool bias, T* gradients) {
   const int64_t groups = shape.groups, channels = shape.channels_in / groups, filters = shape.channels_out / groups;
   const Unfolded<T> sizes(shape, input);
-  const int64_t width = channels * sizes.taps, positions = sizes.positions;
+  const int64_t width = channels * sizes.taps, positions = sizes.positions, step = width + (bias ? 1 : 0);
   if (width == 0) return;
   // With one group the outputs and filters of an example are the rows of one product.
   const int64_t products = groups == 1 ? 1 : O * groups, rows = groups == 1 ? O * filters : filters;
@@ -106,8 +128,10 @@ void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* inp
     const int64_t row = (n * O + o) * shape.channels_out + group * filters;
     const T* cotangents = delta + n * delta_row + o * delta_output + group * filters * positions;
     const Unfolded<T> unfolded(shape, input + (n * shape.channels_in + group * channels) * sizes.volume);
-    tile::multiply_block<T>(tile::Nested<T>{cotangents, filters, delta_output, positions}, unfolded, first, count, 0,
-                            width, positions, gradients + (row + first) * width, width);
+    T* of_product = gradients + row * step;
+    tile::multiply_block<T>(
+        Summed<T>{{cotangents, filters, delta_output, positions}, bias ? of_product + width : nullptr, step}, unfolded,
+        first, count, 0, width, positions, of_product + first * step, step);
   });
 }
 
@@ -122,8 +146,9 @@ void position_gradients(int64_t N, int64_t O, int64_t positions, int64_t C, int6
   });
 }
 
-#define FW_INSTANTIATE(T)                                                                                          \
-  template void conv_gradients<T>(int64_t, int64_t, const Convolution&, const T*, const T*, int64_t, int64_t, T*); \
+#define FW_INSTANTIATE(T)                                                                                           \
+  template void conv_gradients<T>(int64_t, int64_t, const Convolution&, const T*, const T*, int64_t, int64_t, bool, \
+                                  T*);                                                                              \
   template void position_gradients<T>(int64_t, int64_t, int64_t, int64_t, int64_t, const T*, const T*, T*);
 FW_INSTANTIATE(float)
 FW_INSTANTIATE(double)

@@ -51,12 +51,13 @@ struct Convolution {
 // The unfolded input is packed a panel at a time and never stands in memory.
 //   input      [N, Cin, *S], contiguous
 //   delta      [N, O, Cout, *S'], contiguous from Cout on; rows delta_row apart, outputs delta_output apart
-//   gradients  [N, O, Cout, Cin / groups, *kernel], contiguous
+//   gradients  [N, O, Cout, Cin / groups, *kernel], contiguous; with `bias`, one value more behind each filter's: the
+//              sum of delta over positions, taken while delta is packed
 //
 // Floor: 2 N O Cout Cin / groups |kernel| |S'| operations at the multiply-add rate.
 template <class T>
 void conv_gradients(int64_t N, int64_t O, const Convolution& convolution, const T* input, const T* delta,
-                    int64_t delta_row, int64_t delta_output, T* gradients);
+                    int64_t delta_row, int64_t delta_output, bool bias, T* gradients);
 
 // gradients[n, o, c, i] = sum over t of d[n, o, t, c] a[n, t, i].
 //   a          [N, T, I], contiguous

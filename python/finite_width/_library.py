@@ -32,7 +32,9 @@ SCHEMAS: dict[str, str] = {
     "int compute) -> ()",
     "ntk_position_gradients": "(Tensor a, Tensor d) -> Tensor",
     "ntk_conv_gradients": "(Tensor input, Tensor delta, int[] kernel_size, int[] stride, int[] padding, "
-    "int[] dilation, int groups) -> Tensor",
+    "int[] dilation, int groups, bool bias) -> Tensor",
+    "ntk_convolve": "(Tensor input, Tensor weight, Tensor? bias, Tensor? gate, int[] padding, int[] dilation, "
+    "int groups) -> Tensor",
     # Tensor-Train.
     "tt_linear": "(Tensor x, Tensor[] cores, Tensor? bias, int[] plan) -> Tensor",
     "tt_linear_backward": "(Tensor grad, Tensor x, Tensor[] cores, int[] plan, int[] needs) -> Tensor[]",

@@ -318,6 +318,24 @@ def trained_norm(norm: nn.Module) -> nn.Module:
     return norm
 
 
+class Rectified(nn.Module):
+    """ReLUs before convolutions: shared by two layers and a skip, and what they were made from written afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 3, padding=1)
+        self.third, self.last = nn.Conv2d(5, 4, 2), nn.LazyLinear(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = torch.relu(h)
+        h = self.second(y) + y
+        z = h.relu()
+        h.mul_(3)
+        w = F.relu(self.third(z) + self.third(y))
+        return self.last((w.mean(1) + h.mean(1)[:, 1:, 1:]).flatten(1))
+
+
 vector, series, image, volume = (6,), (4, 6), (3, 7, 6), (2, 4, 5, 4)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp, in-place ReLU": (mlp, vector),
@@ -341,6 +359,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: conv(nn.Conv2d(3, 4, 3, stride=2, padding=(2, 1), dilation=(2, 1))),
         image,
     ),
+    "conv after ReLU": (Rectified, image),
+    "conv after ReLU, 1d": (lambda: conv(nn.Conv1d(4, 5, 3), nn.ReLU(), nn.Conv1d(5, 9, 2, dilation=2)), series),
+    "conv after ReLU, 3d": (lambda: conv(nn.Conv3d(2, 3, 2, padding=1), nn.ReLU(), nn.Conv3d(3, 2, 3)), volume),
+    "conv, more padding than kernel": (
+        lambda: conv(nn.Conv2d(3, 9, 1, padding=1), nn.ReLU(), nn.Conv2d(9, 4, (1, 2), padding=(2, 1))),
+        image,
+    ),
+    "conv, wide groups": (
+        lambda: conv(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 18, 2, padding=1, groups=2)),
+        image,
+    ),
+    "conv, frozen": (lambda: conv(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 2).requires_grad_(False)), image),
     "conv groups": (
         lambda: conv(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Conv2d(6, 4, 2, groups=2, bias=False)),
         image,
@@ -461,7 +491,18 @@ def test_other_methods(name: str, method: str) -> None:
     assert torch.equal(symmetric, symmetric.permute(1, 0, 3, 2))
 
 
-@pytest.mark.parametrize("name", ["mlp, in-place ReLU", "conv", "attention", "sequence", "embedding with padding"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp, in-place ReLU",
+        "conv",
+        "conv after ReLU",
+        "conv, wide groups",
+        "attention",
+        "sequence",
+        "embedding with padding",
+    ],
+)
 def test_float32(name: str) -> None:
     model, x1, x2 = build(name)
     expected = exact(model, x1, x2)
@@ -551,6 +592,8 @@ def test_a_compiled_model() -> None:
     [
         "mlp, in-place ReLU",
         "conv groups",
+        "conv after ReLU",
+        "conv, wide groups",
         "wide conv, few positions",
         "sequence",
         "tied weights",

@@ -124,24 +124,86 @@ def conv_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]
         rows, outputs, channels_in, channels_out, sizes, *geometry = convolution
         input = normal(rows, channels_in, *sizes, dtype=dtype, generator=generator)
         delta = normal(rows, outputs, channels_out, *positions(convolution), dtype=dtype, generator=generator)
-        samples += [Sample((input, delta, *geometry)), Sample((strided(input), strided(delta), *geometry))]
+        samples += [Sample((input, delta, *geometry, False)), Sample((strided(input), strided(delta), *geometry, True))]
     return samples
+
+
+CONVOLVED = [  # rows, channels in, channels out, spatial sizes, kernel, padding, dilation, groups, rows of the gate
+    (5, 4, 6, (9, 8), (3, 2), (0, 0), (1, 1), 1, 0),
+    (6, 4, 10, (9, 7), (3, 3), (1, 2), (1, 1), 2, 3),
+    (3, 3, 3, (7,), (3,), (1,), (2,), 3, 1),
+    (2, 2, 3, (5, 4, 6), (2, 3, 3), (1, 0, 1), (1, 1, 2), 1, 2),
+    (2, 3, 30, (5, 4, 6), (3, 3, 2), (-1, 1, 1), (1, 1, 2), 1, 2),
+    (3, 5, 33, (20, 19), (3, 3), (-1, 2), (1, 2), 1, 0),
+    (19, 50, 14, (2, 2), (3, 3), (1, 1), (1, 1), 2, 0),
+    (1, 3, 5, (700,), (5,), (2,), (1,), 1, 0),
+    (1, 2, 3, (1581,), (2,), (3,), (1,), 1, 0),
+    (0, 2, 3, (5,), (2,), (1,), (1,), 1, 0),
+    (2, 2, 3, (2, 2), (5, 5), (0, 0), (1, 1), 1, 0),
+    (3, 4, 5, (4, 6), (1, 2), (2, 3), (1, 1), 1, 0),
+    (2, 2, 3, (3, 4, 2), (1, 1, 2), (1, 2, 2), (1, 1, 1), 1, 1),
+]
+
+
+def convolve_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    samples = []
+    for rows, channels_in, channels_out, sizes, kernel, padding, dilation, groups, gates in CONVOLVED:
+        input = normal(rows, channels_in, *sizes, dtype=dtype, generator=generator)
+        weight = normal(channels_out, channels_in // groups, *kernel, dtype=dtype, generator=generator)
+        bias = normal(channels_out, dtype=dtype, generator=generator)
+        geometry = (padding, dilation, groups)
+        samples.append(Sample((input, weight, bias, None, *geometry)))
+        shape = ops.convolve(input, weight, None, None, *geometry).shape[1:]
+        gate = normal(gates, *shape, dtype=dtype, generator=generator) if gates else None
+        samples.append(Sample((strided(input), strided(weight), None, gate, *geometry)))
+    return samples
+
+
+def test_convolutions_and_their_backward_are_those_of_torch() -> None:
+    generator = torch.Generator().manual_seed(4)
+    for sample in convolve_samples(torch.float64, generator):
+        input, weight, bias, gate, padding, dilation, groups = sample.args
+        if min(padding) < 0 or len(input) == 0:
+            continue
+        source = input.clone().requires_grad_()
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(padding)]
+        if min(ops.convolve(input, weight, None, None, padding, dilation, groups).shape) == 0:
+            with pytest.raises(RuntimeError, match="Kernel size"):
+                convolve(source, weight, bias, 1, padding, dilation, groups)
+            continue
+        expected = convolve(source, weight, bias, 1, padding, dilation, groups)
+        if gate is not None:
+            expected = torch.where(gate.repeat(len(input) // len(gate), *[1] * (gate.dim() - 1)) > 0, expected, 0)
+        found = ops.convolve(input, weight, bias, gate, padding, dilation, groups)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_of_a_convolution_has_the_same_bits_alone() -> None:
+    generator = torch.Generator().manual_seed(5)
+    for sample in convolve_samples(torch.float32, generator):
+        input, weight, bias, gate, *geometry = sample.args
+        whole = ops.convolve(input, weight, bias, gate, *geometry)
+        for row in range(len(input)):
+            own = None if gate is None else gate[row % len(gate)][None]
+            assert torch.equal(ops.convolve(input[row : row + 1], weight, bias, own, *geometry)[0], whole[row])
 
 
 def test_conv_gradients_are_those_of_autograd() -> None:
     generator = torch.Generator().manual_seed(0)
     for sample in conv_samples(torch.float64, generator):
-        input, delta, kernel, stride, padding, dilation, groups = sample.args
+        input, delta, kernel, stride, padding, dilation, groups, bias = sample.args
         if input.shape[0] == 0:
             continue
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
         weight = torch.zeros(delta.shape[2], input.shape[1] // groups, *kernel, dtype=torch.float64, requires_grad=True)
-        result = ops.conv_gradients(input, delta, kernel, stride, padding, dilation, groups)
+        shift = torch.zeros(delta.shape[2], dtype=torch.float64, requires_grad=True)
+        result = ops.conv_gradients(input, delta, kernel, stride, padding, dilation, groups, bias)
         for row in range(input.shape[0]):
             for output in range(delta.shape[1]):
-                value = convolve(input[row : row + 1], weight, None, stride, padding, dilation, groups)
-                (expected,) = torch.autograd.grad(value, weight, delta[row, output][None])
-                torch.testing.assert_close(result[row, output], expected.flatten(), rtol=1e-12, atol=1e-12)
+                value = convolve(input[row : row + 1], weight, shift, stride, padding, dilation, groups)
+                expected = torch.autograd.grad(value, (weight, shift), delta[row, output][None])
+                both = torch.cat([expected[0].flatten(1), expected[1][:, None]], 1) if bias else expected[0]
+                torch.testing.assert_close(result[row, output], both.flatten(), rtol=1e-12, atol=1e-12)
 
 
 def test_gram_and_ghost_are_products_of_jacobians() -> None:
@@ -275,9 +337,32 @@ CASES = [
         samples=conv_samples,
         tolerance=TOLERANCE,
         bad=[
-            ((zeros(1, 2, 5), zeros(1, 1, 3, 5), [3], [1], [0], [1], 1), ValueError, "delta must have 3 positions"),
-            ((zeros(1, 2, 5), zeros(1, 1, 3, 3), [3], [1, 1], [0], [1], 1), ValueError, "stride must have 1 entries"),
-            ((zeros(1, 2, 5), zeros(1, 1, 3, 3), [3], [1], [0], [1], 2), ValueError, "groups=2 must divide"),
+            (
+                (zeros(1, 2, 5), zeros(1, 1, 3, 5), [3], [1], [0], [1], 1, False),
+                ValueError,
+                "delta must have 3 positions",
+            ),
+            (
+                (zeros(1, 2, 5), zeros(1, 1, 3, 3), [3], [1, 1], [0], [1], 1, False),
+                ValueError,
+                "stride must have 1 entries",
+            ),
+            ((zeros(1, 2, 5), zeros(1, 1, 3, 3), [3], [1], [0], [1], 2, False), ValueError, "groups=2 must divide"),
+        ],
+    ),
+    OpCase(
+        name="ntk_convolve",
+        kind="functional",
+        call=ops.convolve,
+        samples=convolve_samples,
+        tolerance=TOLERANCE,
+        bad=[
+            ((zeros(1, 2, 5), zeros(3, 3, 2), None, None, [0], [1], 1), ValueError, "weight must have 2 / groups"),
+            ((zeros(1, 2, 5), zeros(3, 2, 2), zeros(2), None, [0], [1], 1), ValueError, "bias must have shape"),
+            ((zeros(1, 2, 5), zeros(3, 2, 2), None, zeros(1, 3, 5), [0], [1], 1), ValueError, "gate must have shape"),
+            ((zeros(3, 2, 5), zeros(3, 2, 2), None, zeros(2, 3, 4), [0], [1], 1), ValueError, "gate's 2 rows"),
+            ((zeros(1, 2, 5), zeros(3, 2, 2), None, None, [0, 0], [1], 1), ValueError, "padding must have 1 entries"),
+            ((zeros(1, 2, 5), zeros(3, 2, 2).double(), None, None, [0], [1], 1), TypeError, "weight has dtype"),
         ],
     ),
 ]

@@ -22,7 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 from .._gemm import gemm, gemm_below_autograd
 from .._library import nothing_to_differentiate
+from . import ops
 from .contract import FLOATS
+
+# Channels in and out of each group from which on a grouped convolution runs on this library's kernel: below, its
+# register tiles would stay mostly empty.
+LEAST_CHANNELS = 8
 
 
 @dataclass
@@ -78,6 +83,40 @@ class _Dense(torch.autograd.Function):
         return gemm_below_autograd(grad, matrix), None, None, None
 
 
+class _Convolved(torch.autograd.Function):
+    """A convolution with stride 1, forward and backward on this library's kernel.
+
+    Only `source` requires a gradient. It is the layer's input or, with `gated`, what a ReLU made the input from: then
+    the ReLU's backward is done on the way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gated: bool,
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        ctx.weight, ctx.padding, ctx.dilation, ctx.groups = weight, padding, dilation, groups
+        ctx.gated = gated
+        if gated:
+            ctx.save_for_backward(input)  # raises in the backward if the input was written in place meanwhile
+        return ops.convolve(input, weight, bias, None, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        weight, groups, gate = ctx.weight, ctx.groups, ctx.saved_tensors[0] if ctx.gated else None
+        kernel = weight.shape[2:]
+        flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(*range(2, weight.dim()))
+        padding = [d * (k - 1) - p for d, k, p in zip(ctx.dilation, kernel, ctx.padding, strict=True)]
+        return ops.convolve(grads[0], flipped, None, gate, padding, ctx.dilation, groups), *[None] * 7
+
+
 class Capture(TorchFunctionMode):
     """Records the uses of the given parameters while the model runs inside it."""
 
@@ -89,6 +128,8 @@ class Capture(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         # Transposed views of parameters: id -> (the view, kept alive; the parameter).
         self.transposed: dict[int, tuple[Tensor, Tensor]] = {}
+        # Results of ReLUs: id -> (the result, kept alive; its version; the input; its version).
+        self.rectified: dict[int, tuple[Tensor, int, Tensor, int]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -277,6 +318,28 @@ def _tuple(value: int | Sequence[int], size: int) -> tuple[int, ...]:
     return values * size if len(values) == 1 else values
 
 
+def _relu(capture: Capture, input: Tensor, inplace: bool = False) -> Any:
+    if inplace or not input.requires_grad or not _ordinary(input):
+        return NotImplemented
+    result = torch.relu(input)
+    capture.rectified[id(result)] = (result, result._version, input, input._version)
+    return result
+
+
+def _before_relu(capture: Capture, value: Tensor) -> Tensor | None:
+    """What a ReLU made this value from, if neither was written in place since."""
+    result, version, input, input_version = capture.rectified.get(id(value), (None, 0, value, 0))
+    return input if result is value and (value._version, input._version) == (version, input_version) else None
+
+
+def _kernel_serves(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], groups: int) -> bool:
+    """Whether a convolution runs on this library's kernel: on the CPU, with stride 1 and groups of some width."""
+    if weight.requires_grad or (bias is not None and bias.requires_grad) or input.device.type != "cpu":
+        return False
+    wide = groups == 1 or min(weight.shape[1], weight.shape[0] // groups) >= LEAST_CHANNELS
+    return wide and all(step == 1 for step in stride)
+
+
 def _conv(convolve: Callable[..., Tensor], spatial: int) -> Callable[..., Any]:
     def recognise(
         capture: Capture,
@@ -306,7 +369,21 @@ def _conv(convolve: Callable[..., Tensor], spatial: int) -> Callable[..., Any]:
         geometry = (kernel, stride, padding, dilation, groups)
 
         def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            return convolve(input, weight, bias, stride, padding, dilation, groups)
+            assert weight is not None
+            if not _kernel_serves(input, weight, bias, stride, groups):
+                return convolve(input, weight, bias, stride, padding, dilation, groups)
+            source = _before_relu(capture, input)
+            result: Tensor = _Convolved.apply(
+                input if source is None else source,
+                input.detach(),
+                weight,
+                bias,
+                source is not None,
+                padding,
+                dilation,
+                groups,
+            )
+            return result
 
         return capture.record("conv", weight, bias, input, call, geometry=geometry)
 
@@ -431,6 +508,9 @@ def _reversed(value: Tensor) -> range:
 
 _RECOGNISED: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
+    F.relu: _relu,
+    torch.relu: _relu,
+    Tensor.relu: _relu,
     torch.matmul: _matmul,
     torch.mm: _matmul,
     Tensor.matmul: _matmul,

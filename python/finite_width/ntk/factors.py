@@ -141,8 +141,8 @@ class ConvInputs:
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int]
     transposed: bool
 
-    def gradients(self, begin: int, end: int) -> Tensor:
-        """[n, O, p]: the gradients of the weight's rows [begin, end)."""
+    def gradients(self, begin: int, end: int, bias: bool = False) -> Tensor:
+        """[n, O, p]: the gradients of the weight's rows [begin, end), of each with its bias behind it if asked for."""
         rows, calls = self.d.shape[0], self.d.shape[2]
         kernel, stride, padding, dilation, groups = self.geometry
         if self.transposed:
@@ -153,9 +153,9 @@ class ConvInputs:
             first, last = begin // each_out, end // each_out
             a, groups = a[:, :, first * each_in : last * each_in], last - first
         if calls == 1:
-            return ops.conv_gradients(a[:, 0], d[:, :, 0], kernel, stride, padding, dilation, groups)
+            return ops.conv_gradients(a[:, 0], d[:, :, 0], kernel, stride, padding, dilation, groups, bias)
         merged = d.transpose(1, 2).flatten(0, 1)
-        result = ops.conv_gradients(a.flatten(0, 1), merged, kernel, stride, padding, dilation, groups)
+        result = ops.conv_gradients(a.flatten(0, 1), merged, kernel, stride, padding, dilation, groups, bias)
         return result.unflatten(0, (rows, calls)).sum(1)
 
     def _transposed_gradients(self, begin: int, end: int) -> Tensor:
@@ -173,7 +173,7 @@ class ConvInputs:
         examples = d.flatten(0, 2)
         inputs = self.a[:, None, :, begin:end].expand(rows, outputs, calls, end - begin, *self.a.shape[3:])
         inputs = inputs.reshape(rows * outputs * calls, 1, end - begin, *self.a.shape[3:])
-        result = ops.conv_gradients(examples, inputs, kernel, stride, padding, dilation, groups)
+        result = ops.conv_gradients(examples, inputs, kernel, stride, padding, dilation, groups, False)
         return result.reshape(rows, outputs, calls, -1).sum(2)
 
 

@@ -1,10 +1,12 @@
-"""The NTK wing's ops: tile accumulators and per-example gradients. None is differentiable."""
+"""The NTK wing's ops: tile accumulators, per-example gradients, convolutions. None is differentiable."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _check, _library
@@ -30,9 +32,38 @@ def _conv_shape(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    bias: bool,
 ) -> Tensor:
-    weights = delta.shape[2] * (input.shape[1] // groups) * math.prod(kernel_size)
+    weights = delta.shape[2] * ((input.shape[1] // groups) * math.prod(kernel_size) + bias)
     return delta.new_empty(delta.shape[0], delta.shape[1], weights)
+
+
+def _convolve_shape(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    sizes = zip(input.shape[2:], weight.shape[2:], padding, dilation, strict=True)
+    positions = [max(0, size + 2 * pad - d * (k - 1)) for size, k, pad, d in sizes]
+    return input.new_empty(input.shape[0], weight.shape[0], *positions)
+
+
+def _convolve_vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, *others: Any) -> tuple[Tensor, int]:
+    if in_dims[0] is not None and not any(isinstance(axis, int) for axis in in_dims[1:]):  # more rows
+        rows = input.movedim(in_dims[0], 0)
+        return _convolve(rows.flatten(0, 1), *others).unflatten(0, rows.shape[:2]), 0
+    each = [
+        [
+            value if axis is None else value.select(axis, index)
+            for value, axis in zip((input, *others), in_dims, strict=True)
+        ]
+        for index in range(info.batch_size)
+    ]
+    return torch.stack([_convolve(*args) for args in each]), 0
 
 
 _gram_accumulate = _library.register("ntk_gram_accumulate", reference.gram_accumulate, _no_result)
@@ -40,6 +71,8 @@ _jacobian_accumulate = _library.register("ntk_jacobian_accumulate", reference.ja
 _ghost_accumulate = _library.register("ntk_ghost_accumulate", reference.ghost_accumulate, _no_result)
 _position_gradients = _library.register("ntk_position_gradients", reference.position_gradients, _position_shape)
 _conv_gradients = _library.register("ntk_conv_gradients", reference.conv_gradients, _conv_shape)
+_convolve = _library.register("ntk_convolve", reference.convolve, _convolve_shape)
+torch.library.register_vmap("finite_width::ntk_convolve", _convolve_vmap, lib=_library._LIBRARY)
 
 
 def _check_tile(out: Tensor, rows: int, columns: int, outputs: int, compute: str) -> None:
@@ -216,6 +249,7 @@ def conv_gradients(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    bias: bool,
 ) -> Tensor:
     """Per-example weight gradients of a convolution with 1, 2 or 3 spatial axes, without storing the unfold.
 
@@ -228,9 +262,11 @@ def conv_gradients(
         padding: zeros added on both sides of each axis.
         dilation: as in torch's convolution.
         groups: as in torch's convolution.
+        bias: whether each output channel's bias gradient, the sum of delta over positions, follows its weights.
 
     Returns:
-        [N, O, P] in the layout of the weight [Cout, Cin / groups, *kernel_size].
+        [N, O, P] in the layout of the weight [Cout, Cin / groups, *kernel_size]; with `bias` in the layout
+        [Cout, Cin / groups · |kernel_size| + 1], each channel's bias last.
 
     Raises:
         ValueError: shapes that do not fit, tensors on two devices.
@@ -239,8 +275,8 @@ def conv_gradients(
     Example:
         >>> import torch
         >>> from finite_width.ntk import ops
-        >>> ops.conv_gradients(torch.ones(1, 1, 4), torch.ones(1, 1, 1, 3), [2], [1], [0], [1], 1)
-        tensor([[[3., 3.]]])
+        >>> ops.conv_gradients(torch.ones(1, 1, 4), torch.ones(1, 1, 1, 3), [2], [1], [0], [1], 1, True)
+        tensor([[[3., 3., 3.]]])
     """
     _check_operands("input", input, {"delta": delta})
     spatial = len(kernel_size)
@@ -265,6 +301,8 @@ def conv_gradients(
         raise ValueError(
             f"groups={groups} must divide the channels of input ({input.shape[1]}) and delta ({delta.shape[2]})"
         )
+    if bias and input.shape[1] == 0:
+        raise ValueError("input must have channels where bias is asked for, got none")
     for axis in range(spatial):
         reach = dilation[axis] * (kernel_size[axis] - 1) + 1
         positions = (input.shape[axis + 2] + 2 * padding[axis] - reach) // stride[axis] + 1
@@ -274,6 +312,74 @@ def conv_gradients(
                 f"{input.shape[axis + 2]}, got {delta.shape[axis + 3]}"
             )
     gradients: Tensor = _conv_gradients(
-        input, delta, list(kernel_size), list(stride), list(padding), list(dilation), groups
+        input, delta, list(kernel_size), list(stride), list(padding), list(dilation), groups, bias
     )
     return gradients
+
+
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """A convolution with stride 1 in 1, 2 or 3 spatial axes, and maybe the backward of a ReLU behind it.
+
+    With the flipped weight, its channels in and out swapped, and the padding dilation * (kernel - 1) - padding, it is
+    the backward of such a convolution.
+
+    Args:
+        input: [N, Cin, *S], float32 or float64, any strides.
+        weight: [Cout, Cin / groups, *kernel].
+        bias: [Cout], added to every position.
+        gate: [G, Cout, *S'] where N is a multiple of G: the result is 0 where gate[n mod G] <= 0.
+        padding: zeros added on both sides of each spatial axis; where negative, that much of the input is left out.
+        dilation: as in torch's convolution.
+        groups: as in torch's convolution.
+
+    Returns:
+        [N, Cout, *S'], contiguous. The bits of a row depend on this row alone, for any number of threads.
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on two devices.
+        TypeError: other dtypes.
+
+    Example:
+        >>> import torch
+        >>> from finite_width.ntk import ops
+        >>> ops.convolve(torch.ones(1, 1, 3), torch.ones(1, 1, 2), None, torch.tensor([[[1.0, -1.0]]]), [0], [1], 1)
+        tensor([[[2., 0.]]])
+    """
+    _check_operands("input", input, {"weight": weight})
+    spatial = weight.dim() - 2
+    if spatial not in (1, 2, 3):
+        raise ValueError(f"weight must have 1, 2 or 3 spatial axes, got shape {list(weight.shape)}")
+    _check.has_dim("input", input, spatial + 2, "[N, Cin, *S]")
+    for name, value in (("padding", padding), ("dilation", dilation)):
+        if len(value) != spatial:
+            raise ValueError(f"{name} must have {spatial} entries like the kernel, got {list(value)}")
+    if min(weight.shape[2:]) < 1 or min(dilation) < 1:
+        raise ValueError(f"kernel and dilation must be at least 1, got {list(weight.shape[2:])} and {list(dilation)}")
+    if groups < 1 or input.shape[1] != groups * weight.shape[1] or weight.shape[0] % groups:
+        raise ValueError(
+            f"weight must have {input.shape[1]} / groups channels in and a multiple of groups={groups} channels out, "
+            f"got shape {list(weight.shape)}"
+        )
+    if bias is not None:
+        _check.is_tensor("bias", bias)
+        _check.like("bias", bias, "input", input)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape {[weight.shape[0]]}, got {list(bias.shape)}")
+    if gate is not None:
+        _check.is_tensor("gate", gate)
+        _check.like("gate", gate, "input", input)
+        sizes = _convolve_shape(input, weight, bias, gate, padding, dilation, groups).shape[1:]
+        if gate.shape[1:] != sizes:
+            raise ValueError(f"gate must have shape {['G', *sizes]}, got {list(gate.shape)}")
+        if input.shape[0] and (gate.shape[0] == 0 or input.shape[0] % gate.shape[0]):
+            raise ValueError(f"input must have a multiple of gate's {gate.shape[0]} rows, got {input.shape[0]}")
+    result: Tensor = _convolve(input, weight, bias, gate, list(padding), list(dilation), groups)
+    return result

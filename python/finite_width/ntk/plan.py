@@ -30,7 +30,7 @@ class Entry:
     method: str  # "gram", "last", "ghost", "gradients", "tiles", "tokens", "vmap", "loop"
     names: tuple[str, ...]
     roles: list[Role]
-    bias: float = 0.0  # 1 where a bias is fused into "gram", "last" or "ghost"
+    bias: float = 0.0  # 1 where a bias is fused into "gram", "last", "ghost" or a convolution's "gradients"
     flops: float = 0.0
     row_bytes: int = 0  # what the factor keeps per row
     cuts: list[int] = field(default_factory=list)  # of "tiles": the weight's rows [cuts[i], cuts[i + 1])
@@ -150,13 +150,20 @@ class Planner:
             if partner:
                 fused.add(partner)
                 entry.names, entry.bias = (*entry.names, partner), 1.0
+                if entry.method == "gradients":
+                    both = self._gradients(partner, roles[partner])
+                    entry.flops, entry.row_bytes = entry.flops + both.flops, entry.row_bytes + both.row_bytes
                 found = [other for other in found if partner not in other.names]
             found.append(entry)
         return found
 
     def _partner(self, entry: Entry, own: list[Role], roles: dict[str, list[Role]]) -> str | None:
         """The bias that has exactly the uses of this weight."""
-        if entry.method not in ("gram", "last", "ghost"):
+        if entry.method not in ("gram", "last", "ghost", "gradients"):
+            return None
+        if entry.method == "gradients" and any(
+            self.uses[index].kind != "conv" or role != "weight" for index, role in own
+        ):
             return None
         bias = self.uses[own[0][0]].bias
         same = bias is not None and roles[bias] == [(index, "bias") for index, _ in own]

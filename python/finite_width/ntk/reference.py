@@ -57,6 +57,7 @@ def conv_gradients(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    bias: bool,
 ) -> Tensor:
     """Per-example weight gradients of a convolution: one product of cotangent and shifted input per kernel tap."""
     spatial = len(kernel_size)
@@ -77,4 +78,29 @@ def conv_gradients(
             torch.einsum("nogcs,ngis->nogci", cotangent, window.reshape(rows, groups, channels, math.prod(positions)))
         )
     gradients = torch.stack(taps, -1) if taps else cotangent.new_zeros(rows, outputs, groups, 0, channels, 0)
-    return gradients.reshape(rows, outputs, channels_out * channels * math.prod(kernel_size))
+    gradients = gradients.reshape(rows, outputs, channels_out, channels * math.prod(kernel_size))
+    if bias:
+        gradients = torch.cat([gradients, delta.flatten(3).sum(3, keepdim=True)], 3)
+    return gradients.flatten(2)
+
+
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """torch's convolution with stride 1 and any padding, and 0 where the gate [n mod its rows] is not positive."""
+    taps = weight.shape[2:]
+    padded = F.pad(input, [side for pad in reversed(padding) for side in (pad, pad)])
+    sizes = [size - d * (k - 1) for size, k, d in zip(padded.shape[2:], taps, dilation, strict=True)]
+    if min(sizes) <= 0 or len(input) == 0:  # torch refuses a kernel that is larger than its input
+        return input.new_zeros(len(input), len(weight), *(max(0, size) for size in sizes))
+    call = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(taps)]
+    result: Tensor = call(padded, weight, bias, 1, 0, list(dilation), groups).contiguous()
+    if gate is None:
+        return result
+    return result.unflatten(0, (-1, len(gate))).masked_fill(gate <= 0, 0).flatten(0, 1)

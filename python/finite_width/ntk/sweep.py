@@ -92,14 +92,14 @@ class Rows:
             a, d = a.unsqueeze(1), d.unsqueeze(2)
         return ConvInputs(a, d, self.use.options["geometry"], self.use.kind == "conv_transpose")
 
-    def jacobian(self, role: str) -> Tensor:
-        """[n, O, P] of the use's weight or bias."""
+    def jacobian(self, role: str, with_bias: bool = False) -> Tensor:
+        """[n, O, P] of the use's weight or bias; of a convolution's weight also with each channel's bias behind it."""
         kind, d = self.use.kind, self.d
         if kind in ("conv", "conv_transpose"):
             inputs = self.conv()
             if role == "weight":
                 rows = inputs.a.shape[2] if inputs.transposed else inputs.d.shape[3]
-                return inputs.gradients(0, rows)
+                return inputs.gradients(0, rows, with_bias)
             return inputs.d.flatten(4).sum((2, 4))
         if kind == "dense":
             a, d = self.dense()
@@ -213,9 +213,10 @@ def _factor(entry: Entry, arranged: dict[int, Rows], outputs: int) -> Factor:
         return Tokens(torch.cat([tokens for tokens, _ in found], 1), torch.cat([d for _, d in found], 2))
     if entry.method == "tiles":
         return Tiled([use.conv() for use in uses], entry.cuts)
-    total = arranged[entry.roles[0][0]].jacobian(entry.roles[0][1])
+    with_bias = entry.bias != 0
+    total = arranged[entry.roles[0][0]].jacobian(entry.roles[0][1], with_bias)
     for index, role in entry.roles[1:]:
-        total = total + arranged[index].jacobian(role)
+        total = total + arranged[index].jacobian(role, with_bias)
     return Jacobian(total)
 
 
