@@ -68,7 +68,7 @@ def _layout(use: Use, delta: Tensor | None, rows: int, chosen: int) -> Layout | 
 def _vmaps(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Sequence[str], outputs: int) -> bool:
     """Whether torch.func.vmap takes this model, tried on one row."""
     try:
-        generic.vmapped(target, batch, [value[:1].clone() for value in tensors], names, outputs, 1)
+        generic.vmapped(target, batch, [value[:1].clone() for value in tensors], names, outputs)
     except Exception:
         return False
     return True

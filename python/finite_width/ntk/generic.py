@@ -10,27 +10,32 @@ from torch import Tensor
 from .contract import Batch, Target, flatten
 
 
-def _columns(gradients: Sequence[Tensor | None], names: Sequence[str], target: Target, lead: tuple[int, ...]) -> Tensor:
-    """Gradients of several parameters side by side: [*lead, P]; a complex one counts its real and imaginary parts."""
-    parts = []
+# Rows whose gradients autograd computes at once, as a part of a block's: they exist twice, as autograd made them and in
+# the block's Jacobian, and the sweep of a recurrent or normalised weight holds more beside them.
+CHUNK_PART = 8
+
+
+def _fill(out: Tensor, gradients: Sequence[Tensor | None], names: Sequence[str], target: Target) -> None:
+    """Gradients of several parameters side by side into out [..., P]; a complex one counts its real and imaginary parts."""
+    begin = 0
     for name, gradient in zip(names, gradients, strict=True):
-        parameter = target.parameters[name]
+        end = begin + target.width(name)
         if gradient is None:
-            gradient = parameter.new_zeros((*lead, *parameter.shape))
-        if gradient.is_complex():
-            gradient = torch.view_as_real(gradient.resolve_conj())
-        parts.append(gradient.detach().reshape(*lead, -1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            out[..., begin:end] = 0
+        else:
+            if gradient.is_complex():
+                gradient = torch.view_as_real(gradient.resolve_conj())
+            out[..., begin:end] = gradient.detach().reshape(*out.shape[:-1], end - begin)
+        begin = end
 
 
-def vmapped(
-    target: Target, batch: Batch, tensors: Sequence[Tensor], names: Sequence[str], outputs: int, chunk: int
-) -> Tensor:
-    """[n, O, P] by vmap over rows and outputs of the vector-Jacobian product.
+def _empty(target: Target, names: Sequence[str], rows: int, outputs: int) -> Tensor:
+    width = sum(target.width(name) for name in names)
+    return torch.empty((rows, outputs, width), dtype=target.dtype, device=target.device)
 
-    Args:
-        chunk: rows at once.
-    """
+
+def vmapped(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Sequence[str], outputs: int) -> Tensor:
+    """[n, O, P] by vmap over rows and outputs of the vector-Jacobian product, an eighth of the rows at a time."""
     values = {name: target.parameters[name].detach() for name in names}
     cotangents = torch.eye(outputs, dtype=target.dtype, device=target.device)
 
@@ -42,22 +47,27 @@ def vmapped(
         (gradients,) = torch.func.vmap(pull)(cotangents)
         return tuple(gradients[name] for name in names)
 
+    rows = tensors[0].shape[0]
+    result = _empty(target, names, rows, outputs)
+    chunk = -(-rows // CHUNK_PART)
     with torch.no_grad():  # the transform differentiates all the same; nothing else shall record a graph
-        gradients = torch.func.vmap(single, randomness="error", chunk_size=chunk)(*tensors)
-    return _columns(gradients, names, target, (tensors[0].shape[0], outputs))
+        for begin in range(0, rows, chunk):
+            part = slice(begin, begin + chunk)
+            gradients = torch.func.vmap(single, randomness="error")(*(value[part] for value in tensors))
+            _fill(result[part], gradients, names, target)
+            del gradients  # before the next ones are made
+    return result
 
 
 def looped(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Sequence[str], outputs: int) -> Tensor:
     """[n, O, P] by a loop of torch.autograd.grad over rows and outputs: the definition."""
     parameters = [target.parameters[name] for name in names]
-    rows = []
+    jacobian = _empty(target, names, tensors[0].shape[0], outputs)
     for row in range(tensors[0].shape[0]):
         result = flatten(target.run(batch, [value[row : row + 1] for value in tensors]))
-        each = []
         for index in range(outputs):
             gradients: Sequence[Tensor | None] = [None] * len(parameters)
             if result.requires_grad:
                 gradients = torch.autograd.grad(result[0, index], parameters, retain_graph=True, allow_unused=True)
-            each.append(_columns(gradients, names, target, ()))
-        rows.append(torch.stack(each))
-    return torch.stack(rows)
+            _fill(jacobian[row, index], gradients, names, target)
+    return jacobian

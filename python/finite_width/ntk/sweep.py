@@ -190,7 +190,7 @@ def generic_jacobians(target: Target, plan: Plan, batch: Batch, tensors: Sequenc
     if not names:
         return []
     if entries[0].method == "vmap":
-        jacobian = generic.vmapped(target, batch, tensors, names, plan.outputs, plan.block)
+        jacobian = generic.vmapped(target, batch, tensors, names, plan.outputs)
     else:
         jacobian = generic.looped(target, batch, tensors, names, plan.outputs)
     widths = [sum(target.width(name) for name in entry.names) for entry in entries]
