@@ -9,14 +9,13 @@ from torch import Tensor
 
 from .contract import Batch, Target, flatten
 
-
 # Rows whose gradients autograd computes at once, as a part of a block's: they exist twice, as autograd made them and in
 # the block's Jacobian, and the sweep of a recurrent or normalised weight holds more beside them.
 CHUNK_PART = 8
 
 
 def _fill(out: Tensor, gradients: Sequence[Tensor | None], names: Sequence[str], target: Target) -> None:
-    """Gradients of several parameters side by side into out [..., P]; a complex one counts its real and imaginary parts."""
+    """Gradients of several parameters into out [..., P], side by side; a complex one is its real and imaginary parts."""
     begin = 0
     for name, gradient in zip(names, gradients, strict=True):
         end = begin + target.width(name)
