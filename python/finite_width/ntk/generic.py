@@ -15,7 +15,7 @@ CHUNK_PART = 8
 
 
 def _fill(out: Tensor, gradients: Sequence[Tensor | None], names: Sequence[str], target: Target) -> None:
-    """Gradients of several parameters into out [..., P], side by side; a complex one is its real and imaginary parts."""
+    """Gradients of several parameters, side by side, into out [..., P]; a complex one as real and imaginary parts."""
     begin = 0
     for name, gradient in zip(names, gradients, strict=True):
         end = begin + target.width(name)
