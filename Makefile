@@ -50,7 +50,7 @@ fuzz-nightly: setup
 	FINITE_WIDTH_FUZZ=50000 $(RUN) -m pytest tests/test_fuzz.py
 
 bench: setup
-	for wing in gemm ntk tt pathsgd bayes; do \
+	for wing in gemm ntk tt pathsgd bayes sweeps; do \
 	  $(RUN) benchmarks/run.py --wing $$wing --refcheck --peers --json benchmarks/results/$$wing.json || exit 1; \
 	done
 

@@ -22,6 +22,8 @@ import harness
 
 # Each is a file beside this one with CASES: the matrix product, the four wings, large kernels, and growth with size.
 WINGS = ("gemm", "ntk", "tt", "pathsgd", "bayes", "scale", "sweeps")
+# Cases that run only where --case asks for them: the grid of Tensor-Train shapes takes ten minutes.
+ON_REQUEST = "grid"
 
 
 def arguments() -> argparse.Namespace:
@@ -100,12 +102,13 @@ def main() -> None:
     print("  ".join(f"{key}: {value}" for key, value in facts.items()))
     everything = []
     for name, build in cases.items():
-        if options.case and options.case not in name:
+        if options.case not in name if options.case else name.startswith(ON_REQUEST):
             continue
         case = build()
         if isinstance(case, harness.Run):
             everything.append(case.row())
             show_run(everything[-1])
+            record(options, facts, everything)
             continue
         rows = harness.measure(case, peers=options.peers, refcheck=options.refcheck)
         if case.memory and not options.no_memory:
@@ -114,14 +117,20 @@ def main() -> None:
                     row["peak_bytes"] = memory_in_fresh_process(options, name, row["implementation"])
         show(rows, facts, case)
         everything += [{"what": case.what, **row} for row in rows]
+        record(options, facts, everything)
     if not everything:
         sys.exit(f"no case of {options.wing} has {options.case!r} in its name; there are: {', '.join(cases)}")
     if options.json:
+        print(f"\nwritten to {options.json}")
+
+
+def record(options: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write what was measured so far, so that a run that is stopped keeps it."""
+    if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python", *sys.argv])
-        record = {"date": time.strftime("%Y-%m-%d"), "command": command, "machine": facts, "rows": everything}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"\nwritten to {options.json}")
+        found = {"date": time.strftime("%Y-%m-%d"), "command": command, "machine": facts, "rows": rows}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
