@@ -89,7 +89,7 @@ class Run:
         return {"what": self.what, "case": self.name, "figures": record.figures, "aims": aims}
 
 
-def seconds(call: Callable[[], Any]) -> float:
+def time_of(call: Callable[[], Any]) -> float:
     """The time of one call: by the clock on the CPU, between two events of the stream on a GPU."""
     if DEVICE == "cpu":
         before = time.perf_counter()
@@ -120,7 +120,7 @@ def interleave(
         while True:
             shuffle.shuffle(order)
             for name in order:
-                times[name].append(seconds(calls[name]))
+                times[name].append(time_of(calls[name]))
             spent, rounds = time.perf_counter() - started, len(times[order[0]])
             if spent > limit or (rounds >= min_runs and spent > seconds):
                 return times

@@ -49,9 +49,9 @@ implementations are runs too long to repeat, made once."""
 Row = dict[str, Any]
 
 
-def records() -> dict[str, dict[str, Any]]:
+def records(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """File name without suffix -> what benchmarks/run.py wrote, the wings in the order of TITLES."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     rank = list(TITLES)
     wing = {name: next((w for w in rank if name.startswith(w)), "") for name in found}
     order = sorted(found, key=lambda name: (rank.index(wing[name]) if wing[name] else len(rank), name))
@@ -282,7 +282,7 @@ def write_benchmark_page() -> None:
         "",
         '!!! note "Read ratios, not times"',
         "    Every time depends on the machine, and the processor was measured with two cores. All of it is CPU:",
-        "    there are no CUDA kernels yet.",
+        "    no GPU has run the CUDA kernels yet.",
         "",
         "In the figures: orange this library, blue the baseline, pale the others, dashed the floor; logarithmic axes.",
     ]
@@ -309,7 +309,20 @@ def write_benchmark_page() -> None:
             lines += ["", '??? info "Peak memory"', "", f"    ![Peak memory of every case](figures/{memory})"]
         for case, rows in cases(record).items():
             lines += ["", f"### {title(name)}: {case}", "", rows[0].get("what", ""), "", *case_table(rows)]
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        lines += other_machine(folder)
     PAGE.write_text("\n".join(lines) + "\n")
+
+
+def other_machine(folder: Path) -> list[str]:
+    """The records of another machine, made with the library as it was then: a table for each."""
+    lines = ["", f"## On another machine: {folder.name}", ""]
+    lines.append("Older records, of the library as it was on their day, from a processor of another generation.")
+    for name, record in records(folder).items():
+        facts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in record["machine"].items())
+        lines += ["", f'??? info "{title(name)}, {record["date"]}"', "", f"    {facts}.", ""]
+        lines += ["    " + line for line in many_cases_table(record)]
+    return lines
 
 
 def ratio_table(wing: str | None = None) -> list[str]:
