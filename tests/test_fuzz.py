@@ -139,7 +139,17 @@ def fuzz_convolution(d: Draw) -> Call:
     ]
     n, o, c_in, c_out = d.size(0, 3), d.size(1, 2), groups * d.size(1, 4), groups * d.size(1, 9)
     args = (d.tensor(n, c_in, *sizes), d.tensor(n, o, c_out, *places), kernel, stride, padding, dilation, groups)
-    return Call(ntk.conv_gradients, args, linear=True)
+    return Call(ntk.conv_gradients, (*args, d.choice([True, False])), linear=True)
+
+
+def fuzz_convolve(d: Draw) -> Call:
+    axes, groups = d.size(1, 3), d.size(1, 2)
+    kernel, dilation = [d.size(1, 3) for _ in range(axes)], [d.size(1, 2) for _ in range(axes)]
+    padding, sizes = [d.size(-1, 3) for _ in range(axes)], [d.size(3, 9) for _ in range(axes)]
+    n, c_in, c_out = d.size(0, 4), groups * d.size(1, 9), groups * d.size(1, 18)
+    bias = d.tensor(c_out) if d.choice([True, False]) else None
+    args = (d.tensor(n, c_in, *sizes), d.tensor(c_out, c_in // groups, *kernel), bias, None, padding, dilation, groups)
+    return Call(ntk.convolve, args, linear=True)
 
 
 def fuzz_tensor_train(d: Draw) -> Call:
@@ -267,6 +277,7 @@ FUZZ: dict[str, Callable[[Draw], Call]] = {
     "ntk_ghost_accumulate": fuzz_ghost,
     "ntk_position_gradients": fuzz_positions,
     "ntk_conv_gradients": fuzz_convolution,
+    "ntk_convolve": fuzz_convolve,
     "tt_linear": fuzz_tensor_train,
     "path_sweep": fuzz_sweep,
     "path_update": fuzz_update,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import finite_width as fw
+
+
+@pytest.fixture(autouse=True)
+def grad_mode() -> Iterator[None]:
+    """Keep a failure here from failing every later test: gradients may be left off."""
+    yield
+    torch.set_grad_enabled(True)
 
 
 def interrupt(call: Callable[[], Any], after: float) -> bool:
@@ -106,6 +113,7 @@ def test_path_sgd() -> None:
     first = loop(1)
 
     def check() -> None:
+        assert torch.is_grad_enabled()
         assert all(bool(p.isfinite().all()) for p in model.parameters())
         assert len(optimizer.state_dict()["param_groups"]) == 1
 

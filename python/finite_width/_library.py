@@ -170,6 +170,20 @@ def nothing_to_differentiate() -> bool:
     return not torch.is_grad_enabled() and not transformed()
 
 
+@contextlib.contextmanager
+def grad_mode(enabled: bool) -> Iterator[None]:
+    """Gradients on or off, and back as they were after a Ctrl-C at any moment.
+
+    torch's own contexts can be interrupted between the switch and the block, and then leave it switched.
+    """
+    before = torch.is_grad_enabled()
+    try:
+        torch.set_grad_enabled(enabled)
+        yield
+    finally:
+        torch.set_grad_enabled(before)
+
+
 class _ReferenceMode(TorchDispatchMode):
     """Sends this library's ops to their references."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, _library
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 FLOATS = (torch.float32, torch.float64)
@@ -235,7 +235,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         if value is not None
     ]
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), _eager():
+        with torch.inference_mode(False), _library.grad_mode(True), torch.autocast("cpu", enabled=False), _eager():
             yield
     finally:
         for module, name, value, saved, version in kept:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import _check
+from .. import _check, _library
 from .batches import BatchDeviations
 from .chain import PathVectors, agree, find_chain
 from .interruption import uninterrupted
@@ -176,7 +176,6 @@ class PathSGD(Optimizer):
         self._kept: Any = None  # with update_every > 1: what γ is computed from
         self._age = 0
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step.
 
@@ -189,6 +188,10 @@ class PathSGD(Optimizer):
         Raises:
             RuntimeError: a sparse gradient; a BatchNorm in training mode that saw no batch since the last step.
         """
+        with _library.grad_mode(False):
+            return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
