@@ -102,7 +102,8 @@ def main() -> None:
     print("  ".join(f"{key}: {value}" for key, value in facts.items()))
     everything = []
     for name, build in cases.items():
-        if options.case not in name if options.case else name.startswith(ON_REQUEST):
+        wanted = options.case in name if options.case else not name.startswith(ON_REQUEST)
+        if not wanted:
             continue
         case = build()
         if isinstance(case, harness.Run):

@@ -272,13 +272,8 @@ def recorded(run: str) -> Figures | None:
 
 
 def text(known: Known, figures: Figures | None) -> str:
-    """What a run's figures say about a result; "not run" where there is no such run, or it has no such figure."""
-    if known.read is None or figures is None:
-        return "not run"
-    try:
-        return known.read(figures)
-    except KeyError:
-        return "not run"
+    """What a run's figures say about a result; "not run" where there is no such run."""
+    return "not run" if known.read is None or figures is None else known.read(figures)
 
 
 def seeds(figures: Figures | None) -> str:

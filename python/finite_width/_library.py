@@ -303,10 +303,10 @@ def build_info() -> dict[str, Any]:
         "ops": sorted(SCHEMAS),
     }
     if COMPILED is not None:
-        info["cuda_kernels"] = _cuda_kernels(COMPILED.build_facts()["cuda_architectures"])
         from ._gemm import table
 
-        info |= {"gemm_table": table.as_text()}
-        info |= COMPILED.build_facts()
+        facts = COMPILED.build_facts()
+        info |= {"cuda_kernels": _cuda_kernels(facts["cuda_architectures"]), "gemm_table": table.as_text()}
+        info |= facts
         info |= {"isa": COMPILED.isa(), "detected_isa": COMPILED.detected_isa()}
     return info

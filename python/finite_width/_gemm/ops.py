@@ -21,8 +21,7 @@ _op = _library.register("gemm", reference.gemm, _fake)
 class _Gemm(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _op(a, b, bias)
+        return gemm_below_autograd(a, b, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -81,8 +80,7 @@ _call = _library.differentiable(_op, _Gemm)
 
 def gemm_below_autograd(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """The op without checks, gradients or transforms, for callers that have made sure of all three."""
-    with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = _op(a, b, bias)
+    result: Tensor = _library.below_autograd(_op, a, b, bias)
     return result
 
 
