@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .. import _check
 from .._library import has_kernels
 from . import products
+from .adjacent import collect_blocks, joined
 from .checks import make_plan
 from .contract import Batch, Inputs, Target, preserved, refuse_training_modules
 from .explanation import Explanation
-from .factors import Factor, Jacobian, Tiled
+from .factors import Factor, Tiled
 from .ops import COMPUTE
 from .plan import METHODS, Plan, Sizes
 from .sweep import PlanMismatchError, collect
@@ -149,8 +150,6 @@ class Walk:
         self.problem, self.plan = problem, plan
         self.kernels = kernels  # one per entry of the plan; the same tensor for all when they are summed
         self.left, self.right = problem.blocks(plan)
-        self.stores: dict[tuple[bool, int], Tensor] = {}
-        self.resident = False  # whether every block is held to the end
 
     def sweeps(self, held: int) -> int:
         """How many blocks are computed in all."""
@@ -164,29 +163,28 @@ class Walk:
         return len(self.left) + len(self.right) * (1 if resident else chunks_count)
 
     def run(self, held: int) -> None:
-        self.resident = held >= len(self.left) + (0 if self.problem.symmetric else len(self.right) - 1)
         with progress_bar(self.problem.progress, self.sweeps(held), "empirical NTK") as advance:
             if self.problem.in_one_sweep(self.plan):
                 one, other = self._collect_both(advance)
                 self._add([(self.left[0], self.right[0])], [one], [other])
                 return
+            resident = len(self.left) + len(self.right) <= held + 1
             for first in range(0, len(self.left), held):
-                rows = range(first, min(first + held, len(self.left)))
-                mine = [self._collect(self.problem.left, self.left[index], advance) for index in rows]
+                rows = self.left[first : first + held]
+                mine = self._collect(self.problem.left, rows, advance)
                 if self.problem.symmetric:
-                    self._triangle(rows, mine)
-                    columns = range(rows.stop, len(self.right))
-                elif self.resident:  # one walk over all pairs
-                    theirs_all = [self._collect(self.problem.right, block, advance) for block in self.right]
-                    pairs = [(row, column) for row in rows for column in range(len(self.right))]
-                    places = [(self.left[row], self.right[column]) for row, column in pairs]
-                    self._add(places, [mine[row] for row, _ in pairs], [theirs_all[column] for _, column in pairs])
-                    return
+                    pairs = [(row, column) for column in range(len(rows)) for row in range(column + 1)]
+                    places = [(rows[row], rows[column]) for row, column in pairs]
+                    self._add(places, [mine[row] for row, _ in pairs], [mine[column] for _, column in pairs])
+                    others = [[block] for block in self.right[first + held :]]
                 else:
-                    columns = range(len(self.right))
-                for index in columns:
-                    theirs = self._collect(self.problem.right, self.right[index], advance)
-                    self._add([(self.left[row], self.right[index]) for row in rows], mine, [theirs] * len(rows))
+                    others = [self.right] if resident else [[block] for block in self.right]
+                for columns in others:
+                    theirs = self._collect(self.problem.right, columns, advance)
+                    places = [(row, column) for row in rows for column in columns]
+                    self._add(places, [own for own in mine for _ in columns], theirs * len(rows))
+                    del theirs  # before the next sweep
+                del mine
         if self.problem.symmetric:
             # The kernels leave the blocks on the diagonal exactly symmetric, except where they sum over positions.
             on_cpu = self.problem.target.device.type == "cpu"
@@ -196,11 +194,11 @@ class Walk:
             for kernel in {id(kernel): kernel for kernel in self.kernels}.values():
                 mirror(kernel, self.left, self.problem.compute, done)
 
-    def _collect(self, batch: Batch, block: tuple[int, int], advance: Callable[[int], Any]) -> list[Factor]:
-        check = self.problem.check and block[0] == 0 and batch is self.problem.probed
-        factors = collect(self.problem.target, self.plan, batch, *block, check)
-        advance(1)
-        return [self._stored(batch, block, index, factor) for index, factor in enumerate(factors)]
+    def _collect(
+        self, batch: Batch, blocks: list[tuple[int, int]], advance: Callable[[int], Any]
+    ) -> list[list[Factor]]:
+        check = self.problem.check and batch is self.problem.probed
+        return collect_blocks(self.problem.target, self.plan, batch, blocks, check, advance)
 
     def _collect_both(self, advance: Callable[[int], Any]) -> tuple[list[Factor], list[Factor]]:
         """The factors of the left and the right batch, by one sweep over the rows of both; the probed ones first."""
@@ -213,29 +211,6 @@ class Walk:
         rest = [factor.rows(first.rows, batch.rows) for factor in factors]
         return (top, rest) if left_first else (rest, top)
 
-    def _stored(self, batch: Batch, block: tuple[int, int], index: int, factor: Factor) -> Factor:
-        """A Jacobian that is kept to the end moves to one array for all rows.
-
-        Kept among what a sweep allocates and frees, it would break up the heap, and the peak would be a matter of luck.
-        """
-        if not self.resident or not isinstance(factor, Jacobian) or batch.rows == block[1] - block[0]:
-            return factor
-        key = (batch is self.problem.left, index)
-        if key not in self.stores:
-            self.stores[key] = factor.j.new_empty(batch.rows, *factor.j.shape[1:])
-        place = self.stores[key][block[0] : block[1]]
-        place.copy_(factor.j)
-        return Jacobian(place)
-
-    def _triangle(self, rows: range, mine: list[list[Factor]]) -> None:
-        pairs = [(row, column) for row in rows for column in rows if row <= column]
-        places = [(self.left[row], self.left[column]) for row, column in pairs]
-        self._add(
-            places,
-            [mine[row - rows.start] for row, _ in pairs],
-            [mine[column - rows.start] for _, column in pairs],
-        )
-
     def _add(
         self,
         places: list[tuple[tuple[int, int], tuple[int, int]]],
@@ -245,6 +220,7 @@ class Walk:
         """Add every entry's product to the tiles, a tiled Jacobian tile by tile."""
         for entry, kernel in enumerate(self.kernels):
             first = lefts[0][entry]
+            products = list(joined(places, [left[entry] for left in lefts], [right[entry] for right in rights]))
             for index in range(len(first.cuts) - 1 if isinstance(first, Tiled) else 1):
                 made: dict[int, Factor] = {}
 
@@ -255,8 +231,8 @@ class Walk:
                         made[id(source)] = source.tile(index)
                     return made[id(source)]
 
-                for (row, column), left, right in zip(places, lefts, rights, strict=True):
-                    self._accumulate(kernel, row, column, factor(left[entry]), factor(right[entry]))
+                for row, column, left, right in products:
+                    self._accumulate(kernel, row, column, factor(left), factor(right))
 
     def _accumulate(self, kernel: Tensor, row: tuple[int, int], column: tuple[int, int], left: Any, right: Any) -> None:
         compute = self.problem.compute

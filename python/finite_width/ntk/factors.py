@@ -120,6 +120,8 @@ class Jacobian:
     """A Jacobian held whole."""
 
     j: Tensor  # [n, O, P]
+    array: Tensor | None = None  # of the blocks that stand beside each other (adjacent.py): their rows, O, P
+    begin: int = 0  # this block's first row in it
 
     def rows(self, begin: int, end: int) -> Jacobian:
         return Jacobian(self.j[begin:end])

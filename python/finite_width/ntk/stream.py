@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .adjacent import collect_blocks
 from .contract import preserved
 from .destination import Destination, Layout, PlainArray, Region, destination
 from .empirical import Problem, Walk, free_memory, mirror
@@ -23,7 +24,7 @@ from .factors import Factor
 from .fingerprint import fingerprint
 from .plan import Plan
 from .ranks import Ranks, job
-from .sweep import PlanMismatchError, collect
+from .sweep import PlanMismatchError
 
 # A tile has at least this many rows and columns, unless that takes more than TILE_BYTES.
 TILE_ROWS = 512
@@ -142,10 +143,7 @@ class Stream:
         problem = self.problem
         batch = problem.left if side == 0 else problem.right
         check = problem.check and batch is problem.probed
-        return [
-            collect(problem.target, self.plan, batch, begin, end, check and begin == 0)
-            for begin, end in self.grid.blocks(side, index)
-        ]
+        return collect_blocks(problem.target, self.plan, batch, self.grid.blocks(side, index), check)
 
     def _compute(self, each: Job, rows: dict[int, list[list[Factor]]]) -> list[tuple[Tile, Tensor]]:
         """The tiles of a job. Each is the sum of the same products in the same order, whatever else is in the job."""
