@@ -266,6 +266,82 @@ KNOWN = [
 ]
 
 
+# What every example shows when it is run in full, beside the results above.
+FULL_RUNS: dict[str, tuple[str, Callable[[Figures], str]]] = {
+    "ntk_cifar2": (
+        "Two-class CIFAR-10, 128 training images, accuracy over the seeds",
+        lambda f: f"NNGP {percent(f['nngp'])}, NTK {percent(f['ntk'])}",
+    ),
+    "ntk_tutorial": (
+        "The tutorial's CNN by every method: largest relative error against float64",
+        lambda f: f"{max(row['relative error against float64'] for row in f['methods'].values()):.1e}",
+    ),
+    "ntk_dynamics": (
+        "Largest difference between gradient flow on the NTK and the trained network, by width",
+        lambda f: ", ".join(f"{width}: {max(found['difference']):.3g}" for width, found in f["widths"].items()),
+    ),
+    "tt_mnist": (
+        "Two cores 784×50×10, accuracy after epochs 1 and 2",
+        lambda f: f"{epoch(0)(f)}, {epoch(1)(f)}",
+    ),
+    "tt_finetune": (
+        "784-625-10 after TT-SVD and two epochs of fine-tuning",
+        lambda f: f"{f['fine_tuned']['accuracy'][-1]:.2f} % with {f['fine_tuned']['parameters']:,} parameters",
+    ),
+    "tt_hidden_layer": (
+        "32×32 MNIST, a hidden layer of rank 8 trained from scratch, against the dense one",
+        lambda f: (
+            f"{f['tensor_train']['accuracy'][-1]:.2f} % with {f['tensor_train']['hidden_parameters']:,} parameters, "
+            f"{f['dense']['accuracy'][-1]:.2f} % with {f['dense']['hidden_parameters']:,}"
+        ),
+    ),
+    "path_sgd_mnist": (
+        "784-1000-1000-10, Path-SGD from a balanced and an unbalanced start: train loss / test error",
+        path_sgd("Path-SGD"),
+    ),
+    "path_sgd_loop": (
+        "One loop four ways: largest difference of the loss curves that must agree",
+        lambda f: f"SGD by hand, autograd, torch.optim: {f['spread']:.1e}; PathSGD from two starts: {f['gap']:.1e}",
+    ),
+    "bayes_regression": (
+        "Toy regression: error to the truth on the data; predictive deviation on the data and in the gap",
+        lambda f: "{rmse_to_truth_on_the_data:.3f}; {std_on_the_data:.3f}, {std_in_the_gap:.3f}".format_map(f),
+    ),
+    "bayes_mnist": (
+        "784-400-400-10: test error of the mean network and of 10 samples",
+        lambda f: f"{f['mean network']['error_percent']:.2f} %, {f['10 samples']['error_percent']:.2f} %",
+    ),
+    "dcgan_mnist": (
+        "A DCGAN with two dense layers as Tensor-Train layers: parameters of the two, step time against dense",
+        lambda f: (
+            f"{f['dataset']}, {f['epochs']} epoch{'s' * (f['epochs'] > 1)}: "
+            f"{f['dense']['parameters of the two layers']:,} → {f['tt']['parameters of the two layers']:,}; a step "
+            f"{f['tt']['median step in ms'] / f['dense']['median step in ms']:.2f} of the dense one's, the two layers "
+            f"alone {1 / f['two layers, time of dense over tt']:.2f}"
+        ),
+    ),
+    "boids": (
+        "A flock's rule learned: relative error of the NTK and of the Bayesian network; truth within two deviations",
+        lambda f: (
+            f"{f['relative error']['NTK']:.3f}, {f['relative error']['Bayesian']:.3f}; "
+            f"{100 * f['within two predictive deviations']:.1f} %"
+        ),
+    ),
+}
+
+
+def full_runs() -> list[str]:
+    """The full run of every example as a Markdown table."""
+    lines = ["## The examples in full", "", "| example | what | figures | seed | processor seconds |"]
+    lines.append("| --- | --- | --- | --- | ---: |")
+    for run, (what, read) in FULL_RUNS.items():
+        figures = recorded(run)
+        seconds = figures.get("processor seconds") if figures else None
+        cells = [f"`examples/{run}.py`", what, "not run" if figures is None else read(figures), seeds(figures)]
+        lines.append("| " + " | ".join([*cells, f"{seconds:.0f}" if seconds else "–"]) + " |")
+    return lines
+
+
 def recorded(run: str) -> Figures | None:
     file = RESULTS / f"{run}.json"
     return json.loads(file.read_text()) if file.exists() else None
@@ -295,7 +371,7 @@ def tables() -> list[str]:
         lines += ["", f"## {wing}", "", "| result | published | expected | ours | seed | seconds | run |"]
         lines.append("| --- | --- | --- | --- | --- | ---: | --- |")
         lines += [row(known) for known in KNOWN if known.wing == wing]
-    return lines[1:]
+    return [*lines[1:], "", *full_runs()]
 
 
 def row(known: Known) -> str:

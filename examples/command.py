@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+STARTED = time.perf_counter()  # every example imports this first
 
 
 def arguments(description: str | None, *, seed: int = 0) -> argparse.ArgumentParser:
@@ -23,8 +26,10 @@ def arguments(description: str | None, *, seed: int = 0) -> argparse.ArgumentPar
 
 
 def save_figures(path: Path, figures: dict[str, Any]) -> None:
-    """Write an example's figures as JSON, together with what they were computed on."""
+    """Write an example's figures as JSON, together with its time and what they were computed on."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    seconds = {"seconds": time.perf_counter() - STARTED, "processor seconds": time.process_time()}
+    figures = {name: round(value, 1) for name, value in seconds.items()} | figures
     machine = {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     path.write_text(json.dumps({**figures, "machine": machine}, indent=2) + "\n")
 
