@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# One process for each core, four at most: most tests keep one core busy.
+TEST := $(RUN) -m pytest -n auto --maxprocesses 4
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # ninja is found on the PATH, and lives in the environment.
 INSIDE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -33,21 +35,21 @@ demo: setup
 
 # The whole suite with the kernels, then the op battery without them and with the instruction set forced down.
 test: setup
-	$(RUN) -m pytest tests
-	$(RUN) -m pytest --doctest-modules python -p no:cacheprovider
-	FINITE_WIDTH_DISABLE_EXT=1 $(RUN) -m pytest tests -m battery
-	FINITE_WIDTH_ISA=avx2 $(RUN) -m pytest tests -m battery
-	FINITE_WIDTH_ISA=generic $(RUN) -m pytest tests -m battery
+	$(TEST) tests
+	$(TEST) --doctest-modules python -p no:cacheprovider
+	FINITE_WIDTH_DISABLE_EXT=1 $(TEST) tests -m battery
+	FINITE_WIDTH_ISA=avx2 $(TEST) tests -m battery
+	FINITE_WIDTH_ISA=generic $(TEST) tests -m battery
 
 test-slow: setup
-	$(RUN) -m pytest tests --slow
+	$(TEST) tests --slow
 
 # Every op on random shapes, strides and values against its reference.
 fuzz: setup
-	FINITE_WIDTH_FUZZ=2000 $(RUN) -m pytest tests/test_fuzz.py
+	FINITE_WIDTH_FUZZ=2000 $(TEST) tests/test_fuzz.py
 
 fuzz-nightly: setup
-	FINITE_WIDTH_FUZZ=50000 $(RUN) -m pytest tests/test_fuzz.py
+	FINITE_WIDTH_FUZZ=50000 $(TEST) tests/test_fuzz.py
 
 bench: setup
 	for wing in gemm ntk tt pathsgd bayes sweeps; do \
