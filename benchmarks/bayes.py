@@ -193,6 +193,39 @@ def _accuracy() -> Case:
     )
 
 
+def _kl() -> Case:
+    """The KL of a model and its gradients: one call for all tensors, against one for each."""
+    layers, size = 10, 256
+    model = nn.Sequential(*(fw.bayes.BayesLinear(size, size, init_std=SIGMA) for _ in range(layers))).to(harness.DEVICE)
+    pairs = [pair[:2] for layer in model for pair in layer.distributions()]
+
+    def gradients(value: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for parameter in model.parameters():
+                parameter.grad = None
+            value().backward()
+
+        return run
+
+    def closed() -> Tensor:
+        sigmas = [F.softplus(rho) for _, rho in pairs]
+        return torch.stack(
+            [(0.5 * (s * s + mu * mu) - torch.log(s) - 0.5).sum() for (mu, _), s in zip(pairs, sigmas, strict=True)]
+        ).sum()
+
+    return Case(
+        name="kl",
+        what=f"KL of {layers} layers {size}→{size} with bias and its gradients, float32, before any forward",
+        implementations={
+            "finite-width": gradients(lambda: fw.bayes.kl(model)),
+            "a call for each tensor": gradients(lambda: torch.stack([ops.kl(*pair) for pair in pairs]).sum()),
+            "plain torch": gradients(closed),
+        },
+        baseline="a call for each tensor",
+        bytes=24.0 * layers * size * (size + 1),
+    )
+
+
 def _noise() -> Case:
     count = 2**20
     like = torch.empty(count, device=harness.DEVICE)
@@ -267,6 +300,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "layer 1024": lambda: _layer(1024, 3.7),
     "layer 4096": lambda: _layer(4096, 12.0),
     "accuracy 1024": _accuracy,
+    "kl": _kl,
     "noise": _noise,
     "predict": _predict,
 }

@@ -4,11 +4,12 @@ of sampled networks, calibration, and how the uncertainty grows on rotated digit
     FINITE_WIDTH_DATA=... python examples/bayes_mnist.py          (a few minutes on two cores)
     python examples/bayes_mnist.py --quick                        (scikit-learn's digits, seconds)
 
-Writes out/bayes_mnist.png and out/bayes_mnist.json. Both networks train with Adam, the variational one on the negative
-ELBO with a Gaussian prior (Blundell et al., "Weight uncertainty in neural networks", ICML 2015, section 5.1).
+Writes out/bayes_mnist.png and out/bayes_mnist.json. All networks train with Adam, the variational ones on the negative
+ELBO, with a Gaussian prior and with a scale mixture (Blundell et al., "Weight uncertainty in neural networks", ICML
+2015, section 5.1).
 
-The prior's standard deviation is the one of --prior-std whose mean network errs least on held-out data: the last sixth
-of the training set, while training on the rest. The network that is reported then trains on all of it; the test set is
+Of each kind of prior, the candidate is taken whose mean network errs least on held-out data: the last sixth of the
+training set, while training on the rest. The networks that are reported then train on all of it; the test set is
 looked at once.
 """
 
@@ -30,11 +31,12 @@ from data import Data, digits, mnist_or_digits
 BATCH = 128
 
 
-def network(inputs: int, width: int, variational: bool, prior_std: float, init_std: float) -> nn.Sequential:
+def network(inputs: int, width: int, prior: Any, init_std: float) -> nn.Sequential:
+    """Variational with that prior; deterministic without one."""
+
     def layer(wide_in: int, wide_out: int) -> nn.Module:
-        if not variational:
+        if prior is None:
             return nn.Linear(wide_in, wide_out)
-        prior = fw.bayes.GaussianPrior(std=prior_std)
         return fw.bayes.BayesLinear(wide_in, wide_out, prior=prior, init_std=init_std)
 
     return nn.Sequential(layer(inputs, width), nn.ReLU(), layer(width, width), nn.ReLU(), layer(width, 10))
@@ -44,7 +46,7 @@ def train(model: nn.Module, data: Data, epochs: int, rate: float, generator: tor
     """Adam with the learning rate falling to 0 along a cosine; the negative ELBO where the model is variational."""
     variational = any(isinstance(module, fw.bayes.BayesLinear) for module in model.modules())
     size = len(data.x_train)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
     steps = epochs * -(-size // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history = []
@@ -69,18 +71,18 @@ def train(model: nn.Module, data: Data, epochs: int, rate: float, generator: tor
     return {"epochs": epochs, "learning_rate": rate, "batch": BATCH, "history": history}
 
 
-def choose_prior(data: Data, stds: list[float], fit: Callable[[float, Data], nn.Module]) -> dict[str, float]:
-    """Error in percent of the mean network on held-out data, for each standard deviation of the prior."""
+def choose_prior(data: Data, priors: list[Any], fit: Callable[[Data, Any], nn.Module]) -> tuple[Any, dict[str, float]]:
+    """The best of the priors, and for each the error in percent of its mean network on held-out data."""
     kept = len(data.x_train) - len(data.x_train) // 6
     held_out_x, held_out_y = data.x_train[kept:], data.y_train[kept:]
     rest = data._replace(x_train=data.x_train[:kept], y_train=data.y_train[:kept])
     errors = {}
-    for std in stds:
-        model = fit(std, rest)
+    for prior in priors:
+        model = fit(rest, prior)
         with fw.bayes.mean_mode(model):
-            errors[str(std)] = scores(probabilities(model, held_out_x, 0), held_out_y)["error_percent"]
-        print(f"prior std {std}: {errors[str(std)]:.2f} % of the held-out data wrong", flush=True)
-    return errors
+            errors[str(prior)] = scores(probabilities(model, held_out_x, 0), held_out_y)["error_percent"]
+        print(f"{prior}: {errors[str(prior)]:.2f} % of the held-out data wrong", flush=True)
+    return min(priors, key=lambda prior: errors[str(prior)]), errors
 
 
 @torch.no_grad()
@@ -117,7 +119,9 @@ def draw(path: Any, figures: dict[str, Any], reliability: dict[str, Any]) -> Non
     left.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
     for name, (confidence, accuracy) in reliability.items():
         label = f"{name}: {figures[name]['error_percent']:.2f} % error, ECE {figures[name]['ece']:.4f}"
-        left.plot(confidence, accuracy, marker="o", color=colours[name], label=label)
+        kind, _, mixture = name.partition(", ")
+        line = "--" if mixture else "-"
+        left.plot(confidence, accuracy, marker="o", linestyle=line, color=colours[kind], label=label)
     left.set(xlabel="confidence", ylabel="accuracy", title=f"{figures['data']}: reliability on the test set")
     left.legend()
     turned = figures["rotation"]
@@ -148,40 +152,47 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--prior-std", type=float, nargs="+", default=[0.1, 0.3, 1.0], help="candidates")
+    stds, narrow = [0.1, 0.2, 0.3, 0.5, 1.0], [0.0025, 0.02]
+    parser.add_argument("--prior-std", type=float, nargs="+", default=stds, help="candidates, Gaussian")
+    parser.add_argument("--narrow-std", type=float, nargs="+", default=narrow, help="candidates, mixture")
     parser.add_argument("--init-std", type=float, default=0.02)
     options = parser.parse_args()
     if options.quick:
-        data, width, epochs = digits(), 64, 100
+        data, width, epochs = digits(), 64, 60
     else:
         data, width, epochs = mnist_or_digits(options.data), 400, options.epochs
     data = data.flat()
     data = data._replace(**{name: getattr(data, name).to(options.device) for name in data._fields[1:]})
     inputs = data.x_train.shape[1]
 
-    models = {}
     figures: dict[str, Any] = {"data": data.name, "seed": options.seed, "widths": [inputs, width, width, 10]}
+    figures["init_std"] = options.init_std
 
-    def fit(data: Data, variational: bool, prior_std: float) -> tuple[nn.Module, dict[str, Any]]:
+    def fit(data: Data, prior: Any) -> tuple[nn.Module, dict[str, Any]]:
         torch.manual_seed(options.seed)
-        model = network(inputs, width, variational, prior_std, options.init_std).to(options.device)
+        model = network(inputs, width, prior, options.init_std).to(options.device)
         generator = torch.Generator().manual_seed(options.seed)
         return model, train(model, data, epochs, options.learning_rate, generator)
 
-    prior_std = options.prior_std[0]
-    if len(options.prior_std) > 1:
-        held_out = choose_prior(data, options.prior_std, lambda std, rest: fit(rest, True, std)[0])
-        prior_std = min(options.prior_std, key=lambda std: held_out[str(std)])
-        figures["held_out_error_percent_by_prior_std"] = held_out
-    figures |= {"prior_std": prior_std, "init_std": options.init_std}
-    for name, variational in (("variational", True), ("deterministic", False)):
-        models[name], figures[f"{name}_training"] = fit(data, variational, prior_std)
-
-    model = models["variational"]
-    predictions = {"deterministic": probabilities(models["deterministic"], data.x_test, 0)}
-    with fw.bayes.mean_mode(model):
-        predictions["mean network"] = probabilities(model, data.x_test, 0)
-    predictions["10 samples"] = probabilities(model, data.x_test, 10)
+    deterministic, figures["deterministic_training"] = fit(data, None)
+    predictions = {"deterministic": probabilities(deterministic, data.x_test, 0)}
+    kinds = {
+        "": [fw.bayes.GaussianPrior(std=std) for std in options.prior_std],
+        ", scale mixture": [fw.bayes.ScaleMixturePrior(pi=0.5, std1=1.0, std2=std) for std in options.narrow_std],
+    }
+    models = {}
+    for kind, priors in kinds.items():
+        prior, held_out = choose_prior(data, priors, lambda rest, prior: fit(rest, prior)[0])
+        model, training = fit(data, prior)
+        figures[f"variational{kind}"] = {
+            "prior": str(prior),
+            "held_out_error_percent": held_out,
+            "training": training,
+        }
+        with fw.bayes.mean_mode(model):
+            predictions[f"mean network{kind}"] = probabilities(model, data.x_test, 0)
+        predictions[f"10 samples{kind}"] = probabilities(model, data.x_test, 10)
+        models[kind] = model
     reliability = {}
     for name, p in predictions.items():
         figures[name] = scores(p, data.y_test)
@@ -196,9 +207,9 @@ def main() -> None:
     }
     for degrees in range(0, 181, 15):
         turned = rotate(data.x_test[:1000], degrees)
-        sampled = fw.bayes.predict(model, turned, samples=10, link="softmax")
+        sampled = fw.bayes.predict(models[""], turned, samples=10, link="softmax")
         rotation["degrees"].append(degrees)
-        plain = fw.bayes.predictive_entropy(probabilities(models["deterministic"], turned, 0))
+        plain = fw.bayes.predictive_entropy(probabilities(deterministic, turned, 0))
         rotation["deterministic_entropy"].append(float(plain.mean()))
         rotation["entropy"].append(float(fw.bayes.predictive_entropy(sampled.mean).mean()))
         rotation["mutual_information"].append(float(fw.bayes.mutual_information(sampled.samples).mean()))

@@ -123,6 +123,41 @@ def linear(
     return [y, total], [grad @ w.weight, *(part for pair in pairs for part in pair[:2]), *means]
 
 
+def local(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    seed: Tensor,
+    weight_mean: Tensor | None,
+    bias_mean: Tensor | None,
+    std: float | None,
+) -> Sizes:
+    """Variances are sums of positive terms, so a deviation is off by half as many roundings, relative to itself."""
+    deviation = reference.local_deviation(x, weight_rho, bias_rho)
+    normal = _normal(deviation, seed, 0, 2)
+    w = Weights(weight_mu, weight_rho, torch.zeros_like(weight_mu), weight_mean, std)
+    y, total = x.abs() @ weight_mu.abs().mT + deviation * normal, w.kl
+    grad = _ramp(y)
+    still = deviation == 0
+    by_variance = torch.where(still, 0.0, grad * normal / (2 * torch.where(still, 1.0, deviation)))
+
+    def pair(weights: Weights, by_mu: Tensor, by_square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        to_mu, to_rho, to_mean = weights.gradients(None)
+        parts = reference.softplus(weights.rho)
+        return to_mu + by_mu, to_rho + 2 * by_square * parts.sigma * parts.derivative, to_mean
+
+    pairs = [pair(w, grad.mT @ x.abs(), by_variance.mT @ (x * x))]
+    if bias_mu is not None and bias_rho is not None:
+        b = Weights(bias_mu, bias_rho, torch.zeros_like(bias_mu), bias_mean, std)
+        y, total = y + bias_mu.abs(), total + b.kl
+        pairs.append(pair(b, grad.sum(0), by_variance.sum(0)))
+    grad_x = grad @ weight_mu.abs() + 2 * x.abs() * (by_variance @ reference.sigma(weight_rho) ** 2)
+    means = [one[2] for one, mean in zip(pairs, (weight_mean, bias_mean), strict=False) if mean is not None]
+    return [y, total], [grad_x, *(part for one in pairs for part in one[:2]), *means]
+
+
 def linear_samples(
     x: Tensor,
     weight_mu: Tensor,

@@ -254,6 +254,13 @@ def fuzz_kl(d: Draw) -> Call:
     return variational(bayes.kl, (*weights(d, *shape), mean, std or 1.0), KL_TERMS)
 
 
+def fuzz_bayes_local(d: Draw) -> Call:
+    call = fuzz_bayes_linear(d)
+    x, weight_mu, *_ = call.args
+    # The deviation and its gradient carry the variance's roundings into sums once more.
+    return variational(bayes.local, call.args, 3 * max(*x.shape, *weight_mu.shape, KL_TERMS))
+
+
 def fuzz_bayes_linear(d: Draw) -> Call:
     batch, inputs, outputs, bias = d.size(0, 40), d.size(1, 70), d.size(1, 70), d.choice([True, False])
     mean, std = prior(d, outputs, inputs)
@@ -285,10 +292,14 @@ FUZZ: dict[str, Callable[[Draw], Call]] = {
     "bayes_sample": fuzz_sample,
     "bayes_kl": fuzz_kl,
     "bayes_linear": fuzz_bayes_linear,
+    "bayes_local": fuzz_bayes_local,
     "bayes_linear_samples": fuzz_bayes_samples,
 }
 # The backward of an op is reached through its gradients.
-THROUGH_GRADIENTS = {"tt_linear_backward", "bayes_sample_backward", "bayes_linear_backward"}
+THROUGH_GRADIENTS = {
+    *("tt_linear_backward", "bayes_sample_backward", "bayes_kl_backward"),
+    *("bayes_linear_backward", "bayes_local_backward"),
+}
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "bayes/panels.h"
 #include "bayes/scalar.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
@@ -19,26 +20,10 @@
 namespace finite_width {
 namespace {
 
-constexpr int64_t kBlock = 256 * kNoiseGroup;         // elements per task
-constexpr int64_t kPanelElements = int64_t{1} << 21;  // 8 MB of float: W or ∂W of one panel stays in the last cache
-
-// Scratch; the GEMM called in between has the first slots.
-constexpr int kBiasSlot = 5, kPanelSlot = 6, kProductSlot = 7;
+constexpr int64_t kBlock = 256 * kNoiseGroup;  // elements per task
 
 int64_t blocks_of(int64_t count) {
   return (count + kBlock - 1) / kBlock;
-}
-
-template <class T>
-Span<T> part_of(const Span<T>& span, int64_t offset, int64_t count) {
-  Span<T> part = span;
-  part.mu += offset;
-  part.rho += offset;
-  if (part.prior_mean) part.prior_mean += offset;
-  if (part.weight) part.weight += offset;
-  part.begin += offset;
-  part.count = count;
-  return part;
 }
 
 double sample_one(const Span<float>& span, const NoiseKey& key) {
@@ -55,12 +40,6 @@ void backward_one(const Span<float>& span, const NoiseKey& key, float grad_kl, c
 void backward_one(const Span<double>& span, const NoiseKey& key, double grad_kl, const double* grad, double* grad_mu,
                   double* grad_rho) {
   scalar_backward(span, key, grad_kl, grad, grad_mu, grad_rho);
-}
-
-// Rows of W per panel: whole groups of noise, and as many as fit into kPanelElements.
-int64_t panel_rows(int64_t in, int64_t out) {
-  const int64_t fitting = kPanelElements / std::max<int64_t>(in, 1) / kNoiseGroup * kNoiseGroup;
-  return std::min(out, std::max(fitting, kNoiseGroup));
 }
 
 }  // namespace
@@ -83,24 +62,57 @@ void noise(const NoiseKey& key, int64_t count, T* out) {
   });
 }
 
-template <class T>
-double sample(const Span<T>& span, const NoiseKey& key) {
-  std::vector<double> kl(blocks_of(span.count));
-  parallel_blocks(blocks_of(span.count), [&](int64_t block) {
-    const int64_t begin = block * kBlock;
-    kl[block] = sample_one(part_of(span, begin, std::min(kBlock, span.count - begin)), key);
+namespace {
+
+// Calls body(block, tensor, begin, part of the tensor's span) for the blocks of all tensors, on torch's threads.
+template <class T, class Body>
+void for_blocks(int64_t tensors, const Span<T>* spans, const Body& body) {
+  std::vector<int64_t> ends(tensors);  // number of the first block after each tensor
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < tensors; ++i) ends[i] = blocks += blocks_of(spans[i].count);
+  parallel_blocks(blocks, [&](int64_t block) {
+    const int64_t tensor = std::upper_bound(ends.begin(), ends.end(), block) - ends.begin();
+    const int64_t begin = (block - (tensor ? ends[tensor - 1] : 0)) * kBlock;
+    body(block, tensor, begin, part_of(spans[tensor], begin, std::min(kBlock, spans[tensor].count - begin)));
   });
+}
+
+template <class T>
+double sample_all(int64_t tensors, const Span<T>* spans, const NoiseKey& key) {
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < tensors; ++i) blocks += blocks_of(spans[i].count);
+  std::vector<double> kl(blocks);
+  for_blocks(tensors, spans,
+             [&](int64_t block, int64_t, int64_t, const Span<T>& part) { kl[block] = sample_one(part, key); });
   double total = 0;
   for (double part : kl) total += part;
   return total;
 }
 
+}  // namespace
+
+template <class T>
+double sample(const Span<T>& span, const NoiseKey& key) {
+  return sample_all(1, &span, key);
+}
+
+template <class T>
+double kl(int64_t tensors, const Span<T>* spans) {
+  return sample_all(tensors, spans, NoiseKey{});
+}
+
 template <class T>
 void sample_backward(const Span<T>& span, const NoiseKey& key, T grad_kl, const T* grad, T* grad_mu, T* grad_rho) {
-  parallel_blocks(blocks_of(span.count), [&](int64_t block) {
-    const int64_t begin = block * kBlock;
-    backward_one(part_of(span, begin, std::min(kBlock, span.count - begin)), key, grad_kl,
-                 grad ? grad + begin : nullptr, grad_mu + begin, grad_rho + begin);
+  for_blocks(1, &span, [&](int64_t, int64_t, int64_t begin, const Span<T>& part) {
+    backward_one(part, key, grad_kl, grad ? grad + begin : nullptr, grad_mu + begin, grad_rho + begin);
+  });
+}
+
+template <class T>
+void kl_backward(int64_t tensors, const Span<T>* spans, T grad_kl, T* const* grad_mu, T* const* grad_rho) {
+  for_blocks(tensors, spans, [&](int64_t, int64_t tensor, int64_t begin, const Span<T>& part) {
+    backward_one(part, NoiseKey{}, grad_kl, static_cast<const T*>(nullptr), grad_mu[tensor] + begin,
+                 grad_rho[tensor] + begin);
   });
 }
 
@@ -216,6 +228,8 @@ void linear_samples(const LinearLayer<T>& layer, int64_t samples, int64_t batch,
   template void noise<T>(const NoiseKey&, int64_t, T*);                                                           \
   template double sample<T>(const Span<T>&, const NoiseKey&);                                                     \
   template void sample_backward<T>(const Span<T>&, const NoiseKey&, T, const T*, T*, T*);                         \
+  template double kl<T>(int64_t, const Span<T>*);                                                                 \
+  template void kl_backward<T>(int64_t, const Span<T>*, T, T* const*, T* const*);                                 \
   template double linear<T>(const LinearLayer<T>&, int64_t, const T*, int64_t, int64_t, T*);                      \
   template void linear_backward<T>(const LinearLayer<T>&, int64_t, const T*, int64_t, int64_t, const T*, int64_t, \
                                    int64_t, T, const LinearGradients<T>&);                                        \

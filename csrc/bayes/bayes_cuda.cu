@@ -7,6 +7,8 @@
 // memory.
 #include "bayes/bayes_cuda.h"
 
+#include <algorithm>
+
 #include "bayes/scalar.h"
 #include "common/launch.cuh"
 
@@ -80,7 +82,6 @@ struct Tensors {
 
 template <class T>
 Tensors<T> collect(const Weights<T>* tensors, int count, int64_t& blocks) {
-  if (count > kMostTensors) throw std::runtime_error("finite_width: too many tensors for one launch");
   Tensors<T> all{};
   all.count = count;
   all.wide = true;
@@ -160,12 +161,12 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Tensors<T> all, Call<T
       if constexpr (kKl) {
         const T distance = mu.value[c] - mean.value[c];
         const T spread = fma(distance, distance, sigma.sigma * sigma.sigma);
-        const T term = fma(spread, call.prior.half_precision, call.prior.log_std - T(0.5)) - sigma.log();
+        const T term = fma(spread, to.prior.half_precision, to.prior.log_std - T(0.5)) - sigma.log();
         if (c < valid) terms += term;
       }
     }
     if constexpr (kNoise) store_quad(to.weight + at, valid, all.wide, weight);
-    if constexpr (kKl) kl += static_cast<double>(terms);
+    if (kKl && to.prior.present) kl += static_cast<double>(terms);
   }
   if constexpr (kKl) {
     kl = block_reduce(kl, shared_memory<double>(), Sum{});
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Tensors<T> all, Call
   if constexpr (kNoise) normals_at(place, static_cast<uint64_t>(*call.seed), call.sample, to.stream, normal);
   const T grad_kl = call.grad_kl ? *call.grad_kl : T(0);
   // ∂KL/∂μ = distance/σp²;  ∂KL/∂ρ = σ'(σ/σp²) - σ'/σ.
-  const T precision = T(2) * call.prior.half_precision * grad_kl;
+  const T precision = T(2) * to.prior.half_precision * grad_kl;
 #pragma unroll
   for (int w = 0; w < kQuads; ++w) {
     const int64_t at = place.group * kNoiseGroup + w * kNoiseLanes + 4 * place.quad;
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Tensors<T> all, Call
     const Quad<T> mu = load_quad(to.mu + at, valid, all.wide, T(0)),
                   rho = load_quad(to.rho + at, valid, all.wide, T(0));
     Quad<T> mean{}, grad{}, weight, grad_mu, grad_rho;
-    if (call.prior.present && to.prior_mean) mean = load_quad(to.prior_mean + at, valid, all.wide, T(0));
+    if (to.prior.present && to.prior_mean) mean = load_quad(to.prior_mean + at, valid, all.wide, T(0));
     if constexpr (kNoise) grad = load_quad(to.grad + at, valid, all.wide, T(0));
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -250,29 +251,36 @@ int64_t scratch_of(const Weights<T>* tensors, int count) {
 
 template <class T>
 void sample(const Weights<T>* tensors, int count, const Call<T>& call, double* scratch, T* kl, CUstream_st* stream) {
-  int64_t blocks;
-  const Tensors<T> all = collect(tensors, count, blocks);
-  const bool with_kl = call.prior.present && kl;
-  const dim3 grid = grid_of(blocks);
-  if (call.seed && with_kl) {
-    launch("bayes sample", sample_kernel<T, true, true>, grid, kThreads, kReduceBytes, stream, all, call, scratch);
-  } else if (call.seed) {
-    launch("bayes sample", sample_kernel<T, true, false>, grid, kThreads, 0, stream, all, call, scratch);
-  } else if (with_kl) {
-    launch("bayes kl", sample_kernel<T, false, true>, grid, kThreads, kReduceBytes, stream, all, call, scratch);
+  const bool with_kl = kl && std::any_of(tensors, tensors + count, [](const Weights<T>& w) { return w.prior.present; });
+  int64_t done = 0;
+  for (int first = 0; first < count; first += kMostTensors) {
+    int64_t blocks;
+    const Tensors<T> all = collect(tensors + first, std::min(kMostTensors, count - first), blocks);
+    const dim3 grid = grid_of(blocks);
+    if (call.seed && with_kl) {
+      launch("bayes sample", sample_kernel<T, true, true>, grid, kThreads, kReduceBytes, stream, all, call,
+             scratch + done);
+    } else if (call.seed) {
+      launch("bayes sample", sample_kernel<T, true, false>, grid, kThreads, 0, stream, all, call, scratch);
+    } else if (with_kl) {
+      launch("bayes kl", sample_kernel<T, false, true>, grid, kThreads, kReduceBytes, stream, all, call,
+             scratch + done);
+    }
+    done += blocks;
   }
   if (kl) {
-    launch("bayes kl sum", finish_kernel<T>, dim3(1), kThreads, kReduceBytes, stream, scratch, with_kl ? blocks : 0,
-           kl);
+    launch("bayes kl sum", finish_kernel<T>, dim3(1), kThreads, kReduceBytes, stream, scratch, with_kl ? done : 0, kl);
   }
 }
 
 template <class T>
 void sample_backward(const Weights<T>* tensors, int count, const Call<T>& call, CUstream_st* stream) {
-  int64_t blocks;
-  const Tensors<T> all = collect(tensors, count, blocks);
   const auto kernel = call.seed ? backward_kernel<T, true> : backward_kernel<T, false>;
-  launch("bayes backward", kernel, grid_of(blocks), kThreads, 0, stream, all, call);
+  for (int first = 0; first < count; first += kMostTensors) {
+    int64_t blocks;
+    const Tensors<T> all = collect(tensors + first, std::min(kMostTensors, count - first), blocks);
+    launch("bayes backward", kernel, grid_of(blocks), kThreads, 0, stream, all, call);
+  }
 }
 
 template <class T>

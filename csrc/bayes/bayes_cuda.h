@@ -1,4 +1,5 @@
-// The variational kernels on a GPU: W = μ + softplus(ρ) ∘ ε and its KL, for several tensors in one launch.
+// The variational kernels on a GPU: W = μ + softplus(ρ) ∘ ε and its KL, for several tensors in one launch. Local
+// reparametrisation has none yet: it runs in plain torch there.
 //
 // The noise and the maths are those of the CPU (common/philox.h, bayes/gaussian_math.h, bayes/scalar.h): W, ∂μ and ∂ρ
 // have the same bits in float32; the KL is summed in another order, which is fixed by the shapes alone. What varies
@@ -27,6 +28,7 @@ struct Weights {
   const T* grad;        // [count], backward: ∂L/∂W, null: 0; may be grad_mu
   T* grad_mu;           // [count], backward
   T* grad_rho;          // [count], backward
+  Prior<T> prior;
   int64_t count;
   uint32_t stream;  // of the noise: 0 the weight, 1 the bias
 };
@@ -37,7 +39,6 @@ struct Call {
   const int64_t* seed;  // [1] on the device; null where no noise is wanted
   uint32_t sample;
   bool centred;
-  Prior<T> prior;
   const T* grad_kl;  // [1] on the device; null: 0
 };
 
@@ -45,8 +46,9 @@ struct Call {
 template <class T>
 int64_t scratch_of(const Weights<T>* tensors, int count);
 
-// Writes every tensors[i].weight, and the KL of all of them together where the prior is present (else 0).
-//   tensors  [count], count <= kMostTensors
+// Writes every tensors[i].weight (with a seed), and the KL of all of them together that have a prior (else 0). A launch
+// takes kMostTensors.
+//   tensors  [count]
 //   scratch  [scratch_of(tensors, count)] on the device
 //   kl       [1] on the device, null: no KL is wanted
 template <class T>

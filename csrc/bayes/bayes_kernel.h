@@ -153,17 +153,22 @@ void noise_span(const NoiseKey& key, int64_t begin, int64_t count, float* out) {
   }
 }
 
+// What a pass makes of the noise: nothing, a sample, or σ² in its place.
+enum class Pass { none, noise, variance };
+
 // One full group of sample_span; the KL terms go to sum, or to `terms` [64] where the group is padded.
-template <bool kKl, bool kMean, bool kNoise>
+template <bool kKl, bool kMean, Pass kPass>
 inline __attribute__((always_inline)) void sample_group(const Span<float>& span, const NoiseKey& key, int64_t group,
                                                         const float* mu, const float* rho, const float* prior_mean,
                                                         float* weight, LaneSum* sum, float* terms) {
   auto body = [&](int offset, Floats normal) {
     const Floats m = simd::load(mu + offset), r = simd::load(rho + offset);
     const Softplus<VectorOps> softplus(r);
-    if constexpr (kNoise) {
-      const Floats start = span.centred ? Floats{} : m;
+    if constexpr (kPass == Pass::noise) {
+      const Floats start = span.made == Made::centred ? Floats{} : m;
       simd::store(weight + offset, VectorOps::fma(softplus.sigma, normal, start));
+    } else if constexpr (kPass == Pass::variance) {
+      simd::store(weight + offset, softplus.sigma * softplus.sigma);
     }
     if constexpr (kKl) {
       const Floats distance = kMean ? m - simd::load(prior_mean + offset) : m;
@@ -175,7 +180,7 @@ inline __attribute__((always_inline)) void sample_group(const Span<float>& span,
       }
     }
   };
-  if constexpr (kNoise) {
+  if constexpr (kPass == Pass::noise) {
     for_group(key, group, body);
   } else {
 #pragma GCC unroll 4
@@ -183,15 +188,16 @@ inline __attribute__((always_inline)) void sample_group(const Span<float>& span,
   }
 }
 
-template <bool kKl, bool kMean, bool kNoise>
+template <bool kKl, bool kMean, Pass kPass>
 double sample_span_as(const Span<float>& span, const NoiseKey& key) {
+  constexpr bool kWeight = kPass != Pass::none;
   const int64_t first = span.begin / kNoiseGroup, full = span.count / kNoiseGroup, rest = span.count % kNoiseGroup;
   LaneSum sum;
   for (int64_t group = 0; group < full; ++group) {
     const int64_t at = group * kNoiseGroup;
-    sample_group<kKl, kMean, kNoise>(span, key, first + group, span.mu + at, span.rho + at,
-                                     kMean ? span.prior_mean + at : nullptr, kNoise ? span.weight + at : nullptr, &sum,
-                                     nullptr);
+    sample_group<kKl, kMean, kPass>(span, key, first + group, span.mu + at, span.rho + at,
+                                    kMean ? span.prior_mean + at : nullptr, kWeight ? span.weight + at : nullptr, &sum,
+                                    nullptr);
     if (kKl && group % 4 == 3) sum.flush();
   }
   if (rest) {
@@ -200,8 +206,8 @@ double sample_span_as(const Span<float>& span, const NoiseKey& key) {
     std::memcpy(mu, span.mu + at, rest * sizeof(float));
     std::memcpy(rho, span.rho + at, rest * sizeof(float));
     if (kMean) std::memcpy(mean, span.prior_mean + at, rest * sizeof(float));
-    sample_group<kKl, kMean, kNoise>(span, key, first + full, mu, rho, mean, weight, nullptr, terms);
-    if (kNoise) std::memcpy(span.weight + at, weight, rest * sizeof(float));
+    sample_group<kKl, kMean, kPass>(span, key, first + full, mu, rho, mean, weight, nullptr, terms);
+    if (kWeight) std::memcpy(span.weight + at, weight, rest * sizeof(float));
     if (kKl) {
       sum.flush();
       for (int64_t i = 0; i < rest; ++i) sum.lane[i % kNoiseLanes] += static_cast<double>(terms[i]);
@@ -210,18 +216,20 @@ double sample_span_as(const Span<float>& span, const NoiseKey& key) {
   return kKl ? sum.total() : 0.0;
 }
 
-double sample_span(const Span<float>& span, const NoiseKey& key) {
-  const bool kl = span.prior.present, mean = kl && span.prior_mean, noise = span.weight != nullptr;
-  if (noise) {
-    return mean ? sample_span_as<true, true, true>(span, key)
-           : kl ? sample_span_as<true, false, true>(span, key)
-                : sample_span_as<false, false, true>(span, key);
-  }
-  return mean ? sample_span_as<true, true, false>(span, key) : sample_span_as<true, false, false>(span, key);
+template <Pass kPass>
+double sample_span_by(const Span<float>& span, const NoiseKey& key) {
+  if (!span.prior.present) return kPass == Pass::none ? 0.0 : sample_span_as<false, false, kPass>(span, key);
+  return span.prior_mean ? sample_span_as<true, true, kPass>(span, key) : sample_span_as<true, false, kPass>(span, key);
 }
 
-// grad is ∂L/∂W (not read without kNoise), grad_kl the factor of the KL; prior_mean is read with kMean.
-template <bool kMean, bool kNoise, bool kWeight>
+double sample_span(const Span<float>& span, const NoiseKey& key) {
+  if (!span.weight) return sample_span_by<Pass::none>(span, key);
+  if (span.made == Made::variance) return sample_span_by<Pass::variance>(span, key);
+  return sample_span_by<Pass::noise>(span, key);
+}
+
+// grad is ∂L/∂weight (not read with Pass::none), grad_kl the factor of the KL; prior_mean is read with kMean.
+template <bool kMean, Pass kPass, bool kWeight>
 inline __attribute__((always_inline)) void backward_group(const Span<float>& span, const NoiseKey& key, int64_t group,
                                                           float grad_kl, const float* mu, const float* rho,
                                                           const float* prior_mean, const float* grad, float* weight,
@@ -235,18 +243,26 @@ inline __attribute__((always_inline)) void backward_group(const Span<float>& spa
     const Floats distance = kMean ? m - simd::load(prior_mean + offset) : m;
     Floats mu_part = precision * distance;
     Floats sigma_part = precision * softplus.sigma;  // what is to be multiplied by σ'
-    if constexpr (kNoise) {
+    if constexpr (kPass != Pass::none) {
       const Floats g = simd::load(grad + offset);
-      if (!span.centred) mu_part += g;
-      sigma_part = VectorOps::fma(g, normal, sigma_part);
+      const Floats slope = kPass == Pass::variance ? softplus.sigma + softplus.sigma : normal;  // ∂weight/∂σ
+      if constexpr (kPass == Pass::variance) {
+        mu_part += simd::load(grad_mu + offset);
+      } else if (span.made == Made::sample) {
+        mu_part += g;
+      }
+      sigma_part = VectorOps::fma(g, slope, sigma_part);
       // Written after grad is read: weight may be the same memory.
-      if constexpr (kWeight) simd::store(weight + offset, VectorOps::fma(softplus.sigma, normal, m));
+      if constexpr (kWeight && kPass == Pass::variance) simd::store(weight + offset, softplus.sigma * softplus.sigma);
+      if constexpr (kWeight && kPass == Pass::noise) {
+        simd::store(weight + offset, VectorOps::fma(softplus.sigma, normal, m));
+      }
     }
     simd::store(grad_mu + offset, mu_part);
     const Floats entropy = simd::broadcast(-grad_kl) * over_sigma;
     simd::store(grad_rho + offset, VectorOps::fma(sigma_part, derivative, entropy));
   };
-  if constexpr (kNoise) {
+  if constexpr (kPass == Pass::noise) {
     for_group(key, group, body);
   } else {
 #pragma GCC unroll 4
@@ -254,44 +270,51 @@ inline __attribute__((always_inline)) void backward_group(const Span<float>& spa
   }
 }
 
-template <bool kMean, bool kNoise, bool kWeight>
+template <bool kMean, Pass kPass, bool kWeight>
 void backward_span_as(const Span<float>& span, const NoiseKey& key, float grad_kl, const float* grad, float* grad_mu,
                       float* grad_rho) {
+  constexpr bool kGrad = kPass != Pass::none;
   const int64_t first = span.begin / kNoiseGroup, full = span.count / kNoiseGroup, rest = span.count % kNoiseGroup;
   for (int64_t group = 0; group < full; ++group) {
     const int64_t at = group * kNoiseGroup;
-    backward_group<kMean, kNoise, kWeight>(span, key, first + group, grad_kl, span.mu + at, span.rho + at,
-                                           kMean ? span.prior_mean + at : nullptr, kNoise ? grad + at : nullptr,
-                                           kWeight ? span.weight + at : nullptr, grad_mu + at, grad_rho + at);
+    backward_group<kMean, kPass, kWeight>(span, key, first + group, grad_kl, span.mu + at, span.rho + at,
+                                          kMean ? span.prior_mean + at : nullptr, kGrad ? grad + at : nullptr,
+                                          kWeight ? span.weight + at : nullptr, grad_mu + at, grad_rho + at);
   }
   if (rest) {
     const int64_t at = full * kNoiseGroup, bytes = rest * sizeof(float);
     float mu[kNoiseGroup] = {}, rho[kNoiseGroup] = {}, mean[kNoiseGroup] = {}, g[kNoiseGroup] = {};
-    float weight[kNoiseGroup], to_mu[kNoiseGroup], to_rho[kNoiseGroup];
+    float weight[kNoiseGroup], to_mu[kNoiseGroup] = {}, to_rho[kNoiseGroup];
     std::memcpy(mu, span.mu + at, bytes);
     std::memcpy(rho, span.rho + at, bytes);
     if (kMean) std::memcpy(mean, span.prior_mean + at, bytes);
-    if (kNoise) std::memcpy(g, grad + at, bytes);
-    backward_group<kMean, kNoise, kWeight>(span, key, first + full, grad_kl, mu, rho, mean, g, weight, to_mu, to_rho);
+    if (kGrad) std::memcpy(g, grad + at, bytes);
+    if (kPass == Pass::variance) std::memcpy(to_mu, grad_mu + at, bytes);
+    backward_group<kMean, kPass, kWeight>(span, key, first + full, grad_kl, mu, rho, mean, g, weight, to_mu, to_rho);
     if (kWeight) std::memcpy(span.weight + at, weight, bytes);
     std::memcpy(grad_mu + at, to_mu, bytes);
     std::memcpy(grad_rho + at, to_rho, bytes);
   }
 }
 
+template <Pass kPass, bool kWeight>
+void backward_span_by(const Span<float>& span, const NoiseKey& key, float grad_kl, const float* grad, float* grad_mu,
+                      float* grad_rho) {
+  if (span.prior.present && span.prior_mean) {
+    backward_span_as<true, kPass, kWeight>(span, key, grad_kl, grad, grad_mu, grad_rho);
+  } else {
+    backward_span_as<false, kPass, kWeight>(span, key, grad_kl, grad, grad_mu, grad_rho);
+  }
+}
+
 void backward_span(const Span<float>& span, const NoiseKey& key, float grad_kl, const float* grad, float* grad_mu,
                    float* grad_rho) {
-  const bool mean = span.prior.present && span.prior_mean;
-  if (!grad) {
-    return mean ? backward_span_as<true, false, false>(span, key, grad_kl, grad, grad_mu, grad_rho)
-                : backward_span_as<false, false, false>(span, key, grad_kl, grad, grad_mu, grad_rho);
-  }
-  if (span.weight) {
-    return mean ? backward_span_as<true, true, true>(span, key, grad_kl, grad, grad_mu, grad_rho)
-                : backward_span_as<false, true, true>(span, key, grad_kl, grad, grad_mu, grad_rho);
-  }
-  return mean ? backward_span_as<true, true, false>(span, key, grad_kl, grad, grad_mu, grad_rho)
-              : backward_span_as<false, true, false>(span, key, grad_kl, grad, grad_mu, grad_rho);
+  const auto run = !grad ? backward_span_by<Pass::none, false>
+                   : span.made == Made::variance
+                       ? span.weight ? backward_span_by<Pass::variance, true> : backward_span_by<Pass::variance, false>
+                   : span.weight ? backward_span_by<Pass::noise, true>
+                                 : backward_span_by<Pass::noise, false>;
+  run(span, key, grad_kl, grad, grad_mu, grad_rho);
 }
 
 }  // namespace finite_width::FW_ISA

@@ -1,87 +1,53 @@
 // Registers the variational ops with torch's dispatcher.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+#include "bayes/bind.h"
 
-#include <optional>
+#include <torch/csrc/stable/library.h>
+
 #include <tuple>
 
 #include "bayes/bayes.h"
-#include "common/check.h"
 
 namespace finite_width {
 namespace {
 
+using bayes::Distribution;
+using bayes::for_dtype;
+using bayes::LinearDistribution;
+using bayes::MaybeTensor;
 using torch::stable::contiguous;
 using torch::stable::new_empty;
-using MaybeTensor = std::optional<Tensor>;
+
+void here(const Tensor& tensor, const char* name, const Tensor&) {
+  check_cpu(tensor, name);
+}
 
 uint64_t seed_of(const Tensor& seed) {
-  check_cpu(seed, "seed");
-  check_dtype(seed, "seed", ScalarType::Long);
-  STD_TORCH_CHECK(seed.numel() == 1, "finite_width: seed must have one element, got shape ", shape_text(seed));
+  bayes::check_scalar(here, seed, "seed", ScalarType::Long, seed);
   return static_cast<uint64_t>(seed.const_data_ptr<int64_t>()[0]);
 }
 
-void check_same_shape(const Tensor& tensor, const char* name, const Tensor& other) {
-  bool same = tensor.dim() == other.dim();
-  for (int64_t axis = 0; same && axis < other.dim(); ++axis) same = tensor.size(axis) == other.size(axis);
-  STD_TORCH_CHECK(same, "finite_width: ", name, " must have shape ", shape_text(other), ", got ", shape_text(tensor));
-}
-
-// Calls run with a float or a double, by the tensor's dtype.
-template <class Run>
-void for_dtype(const Tensor& tensor, const char* name, const Run& run) {
-  check_cpu(tensor, name);
-  check_float_or_double(tensor, name);
-  if (tensor.scalar_type() == ScalarType::Float) {
-    run(float{});
-  } else {
-    run(double{});
-  }
-}
-
-// The distribution of one tensor of weights, made contiguous and checked against each other.
-struct Distribution {
-  Tensor mu, rho;
-  MaybeTensor prior_mean;
-
-  Distribution(const Tensor& mu_in, const Tensor& rho_in, const MaybeTensor& mean_in)
-      : mu(contiguous(mu_in)), rho(contiguous(rho_in)) {
-    check_cpu(mu_in, "mu");
-    check_cpu(rho_in, "rho");
-    check_same_shape(rho, "rho", mu);
-    check_dtype(rho, "rho", mu.scalar_type());
-    if (mean_in) {
-      check_cpu(*mean_in, "prior_mean");
-      check_same_shape(*mean_in, "prior_mean", mu);
-      check_dtype(*mean_in, "prior_mean", mu.scalar_type());
-      prior_mean = contiguous(*mean_in);
-    }
-  }
-
-  template <class T>
-  Span<T> span(const std::optional<double>& prior_std, bool centred = false) const {
-    Span<T> result{};
-    result.mu = mu.const_data_ptr<T>();
-    result.rho = rho.const_data_ptr<T>();
-    result.prior_mean = prior_mean ? prior_mean->const_data_ptr<T>() : nullptr;
-    result.count = mu.numel();
-    result.centred = centred;
-    result.prior = Prior<T>::of(prior_std ? &*prior_std : nullptr);
-    return result;
-  }
-};
-
 template <class T>
-T scalar_of(const MaybeTensor& value, const char* name, const Tensor& like) {
-  if (!value) return T(0);
-  check_cpu(*value, name);
-  check_dtype(*value, name, like.scalar_type());
-  STD_TORCH_CHECK(value->numel() == 1, "finite_width: ", name, " must have one element");
-  return value->const_data_ptr<T>()[0];
+Span<T> span_of(const Distribution& one, const std::optional<double>& prior_std, Made made = Made::sample) {
+  Span<T> result{};
+  result.mu = one.mu.const_data_ptr<T>();
+  result.rho = one.rho.const_data_ptr<T>();
+  result.prior_mean = one.prior_mean ? one.prior_mean->const_data_ptr<T>() : nullptr;
+  result.count = one.mu.numel();
+  result.made = made;
+  result.prior = Prior<T>::of(prior_std ? &*prior_std : nullptr);
+  return result;
+}
+
+// The factor of the KL; 0 where there is none.
+template <class T>
+T scale_of(const MaybeTensor& grad_kl, const std::optional<double>& prior_std, const Tensor& like) {
+  if (!grad_kl || !prior_std) return T(0);
+  bayes::check_scalar(here, *grad_kl, "grad_kl", like.scalar_type(), like);
+  return grad_kl->const_data_ptr<T>()[0];
 }
 
 Tensor noise_cpu(const Tensor& like, const Tensor& seed, int64_t sample, int64_t stream) {
+  here(like, "like", like);
   Tensor out = new_empty(like, like.sizes());
   for_dtype(like, "like", [&]<class T>(T) {
     const NoiseKey key{seed_of(seed), static_cast<uint32_t>(sample), static_cast<uint32_t>(stream)};
@@ -93,10 +59,10 @@ Tensor noise_cpu(const Tensor& like, const Tensor& seed, int64_t sample, int64_t
 std::tuple<Tensor, Tensor> sample_cpu(const Tensor& mu, const Tensor& rho, const Tensor& seed,
                                       const MaybeTensor& prior_mean, std::optional<double> prior_std, int64_t stream,
                                       bool centred) {
-  const Distribution weights(mu, rho, prior_mean);
+  const Distribution weights(here, mu, rho, prior_mean);
   Tensor weight = new_empty(mu, mu.sizes()), kl = new_empty(mu, {});
   for_dtype(mu, "mu", [&]<class T>(T) {
-    Span<T> span = weights.span<T>(prior_std, centred);
+    Span<T> span = span_of<T>(weights, prior_std, centred ? Made::centred : Made::sample);
     span.weight = weight.mutable_data_ptr<T>();
     const NoiseKey key{seed_of(seed), 0, static_cast<uint32_t>(stream)};
     *kl.mutable_data_ptr<T>() = static_cast<T>(finite_width::sample(span, key));
@@ -108,94 +74,96 @@ std::tuple<Tensor, Tensor> sample_backward_cpu(const MaybeTensor& grad, const Ma
                                                const Tensor& rho, const MaybeTensor& seed,
                                                const MaybeTensor& prior_mean, std::optional<double> prior_std,
                                                int64_t stream, bool centred) {
-  const Distribution weights(mu, rho, prior_mean);
+  const Distribution weights(here, mu, rho, prior_mean);
   Tensor grad_mu = new_empty(mu, mu.sizes()), grad_rho = new_empty(mu, mu.sizes());
   STD_TORCH_CHECK(seed || !grad, "finite_width: grad needs the seed");
   MaybeTensor incoming;
   if (grad) {
-    check_cpu(*grad, "grad");
-    check_same_shape(*grad, "grad", mu);
-    check_dtype(*grad, "grad", mu.scalar_type());
+    bayes::check_like(here, *grad, "grad", mu);
     incoming = contiguous(*grad);
   }
   for_dtype(mu, "mu", [&]<class T>(T) {
     const NoiseKey key{seed ? seed_of(*seed) : 0, 0, static_cast<uint32_t>(stream)};
-    const T scale = prior_std ? scalar_of<T>(grad_kl, "grad_kl", mu) : T(0);
-    sample_backward<T>(weights.span<T>(prior_std, centred), key, scale,
-                       incoming ? incoming->const_data_ptr<T>() : nullptr, grad_mu.mutable_data_ptr<T>(),
-                       grad_rho.mutable_data_ptr<T>());
+    sample_backward<T>(span_of<T>(weights, prior_std, centred ? Made::centred : Made::sample), key,
+                       scale_of<T>(grad_kl, prior_std, mu), incoming ? incoming->const_data_ptr<T>() : nullptr,
+                       grad_mu.mutable_data_ptr<T>(), grad_rho.mutable_data_ptr<T>());
   });
   return {grad_mu, grad_rho};
 }
 
-Tensor kl_cpu(const Tensor& mu, const Tensor& rho, const MaybeTensor& prior_mean, double prior_std) {
-  const Distribution weights(mu, rho, prior_mean);
-  Tensor kl = new_empty(mu, {});
-  for_dtype(mu, "mu", [&]<class T>(T) {
-    *kl.mutable_data_ptr<T>() = static_cast<T>(finite_width::sample(weights.span<T>(prior_std), NoiseKey{}));
-  });
-  return kl;
+template <class T>
+std::vector<Span<T>> spans_of(const std::vector<Distribution>& all, const std::vector<double>& prior_std) {
+  std::vector<Span<T>> result;
+  for (size_t i = 0; i < all.size(); ++i) result.push_back(span_of<T>(all[i], prior_std[i]));
+  return result;
 }
 
-// Weight and bias of a linear layer.
-struct LinearDistribution {
-  Distribution weight;
-  std::optional<Distribution> bias;
+Tensor kl_cpu(const std::vector<Tensor>& mu, const std::vector<Tensor>& rho, const std::vector<Tensor>& prior_mean,
+              const std::vector<double>& prior_std) {
+  const std::vector<Distribution> all = bayes::distributions(here, mu, rho, prior_mean, prior_std.size());
+  Tensor total = new_empty(mu[0], {});
+  for_dtype(mu[0], "mu", [&]<class T>(T) {
+    const std::vector<Span<T>> spans = spans_of<T>(all, prior_std);
+    *total.mutable_data_ptr<T>() = static_cast<T>(kl<T>(static_cast<int64_t>(spans.size()), spans.data()));
+  });
+  return total;
+}
 
-  LinearDistribution(const Tensor& weight_mu, const Tensor& weight_rho, const MaybeTensor& bias_mu,
-                     const MaybeTensor& bias_rho, const MaybeTensor& weight_mean, const MaybeTensor& bias_mean)
-      : weight(weight_mu, weight_rho, weight_mean) {
-    check_dim(weight_mu, "weight_mu", 2);
-    STD_TORCH_CHECK(bias_mu.has_value() == bias_rho.has_value(), "finite_width: bias_mu and bias_rho go together");
-    if (bias_mu) {
-      bias.emplace(*bias_mu, *bias_rho, bias_mean);
-      check_shape(*bias_mu, "bias_mu", {weight_mu.size(0)});
-      check_dtype(*bias_mu, "bias_mu", weight_mu.scalar_type());
-    }
+// ∂μ of each tensor, then ∂ρ of each.
+std::vector<Tensor> kl_backward_cpu(const Tensor& grad, const std::vector<Tensor>& mu, const std::vector<Tensor>& rho,
+                                    const std::vector<Tensor>& prior_mean, const std::vector<double>& prior_std) {
+  const std::vector<Distribution> all = bayes::distributions(here, mu, rho, prior_mean, prior_std.size());
+  std::vector<Tensor> result;
+  for (int half = 0; half < 2; ++half) {
+    for (const Tensor& each : mu) result.push_back(new_empty(each, each.sizes()));
   }
+  for_dtype(mu[0], "mu", [&]<class T>(T) {
+    std::vector<T*> to;
+    for (Tensor& each : result) to.push_back(each.mutable_data_ptr<T>());
+    const std::vector<Span<T>> spans = spans_of<T>(all, prior_std);
+    kl_backward<T>(static_cast<int64_t>(spans.size()), spans.data(), scale_of<T>(grad, prior_std[0], mu[0]), to.data(),
+                   to.data() + spans.size());
+  });
+  return result;
+}
 
-  template <class T>
-  LinearLayer<T> layer(const Tensor& seed, const std::optional<double>& prior_std) const {
-    LinearLayer<T> result{};
-    result.in = weight.mu.size(1);
-    result.out = weight.mu.size(0);
-    result.weight = weight.span<T>(prior_std);
-    if (bias) result.bias = bias->span<T>(prior_std);
-    result.seed = seed_of(seed);
-    return result;
-  }
-};
+template <class T>
+LinearLayer<T> layer_of(const LinearDistribution& weights, const Tensor& seed, const std::optional<double>& prior_std) {
+  LinearLayer<T> result{};
+  result.in = weights.in();
+  result.out = weights.out();
+  result.weight = span_of<T>(weights.weight, prior_std);
+  if (weights.bias) result.bias = span_of<T>(*weights.bias, prior_std);
+  result.seed = seed_of(seed);
+  return result;
+}
 
 std::tuple<Tensor, Tensor> linear_cpu(const Tensor& x, const Tensor& weight_mu, const Tensor& weight_rho,
                                       const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed,
                                       const MaybeTensor& weight_mean, const MaybeTensor& bias_mean,
                                       std::optional<double> prior_std) {
-  const LinearDistribution weights(weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
-  check_cpu(x, "x");
-  check_shape(x, "x", {-1, weight_mu.size(1)});
-  check_dtype(x, "x", weight_mu.scalar_type());
-  Tensor y = new_empty(x, {x.size(0), weight_mu.size(0)}), kl = new_empty(x, {});
+  const LinearDistribution weights(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  weights.check_fits(here, x, "x", {-1, weights.in()});
+  Tensor y = new_empty(x, {x.size(0), weights.out()}), kl = new_empty(x, {});
   for_dtype(x, "x", [&]<class T>(T) {
     *kl.mutable_data_ptr<T>() =
-        static_cast<T>(linear<T>(weights.layer<T>(seed, prior_std), x.size(0), x.const_data_ptr<T>(), x.stride(0),
+        static_cast<T>(linear<T>(layer_of<T>(weights, seed, prior_std), x.size(0), x.const_data_ptr<T>(), x.stride(0),
                                  x.stride(1), y.mutable_data_ptr<T>()));
   });
   return {y, kl};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
-    const Tensor& grad_y, const MaybeTensor& grad_kl, const Tensor& x, const Tensor& weight_mu,
-    const Tensor& weight_rho, const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed,
-    const MaybeTensor& weight_mean, const MaybeTensor& bias_mean, std::optional<double> prior_std, bool needs_x) {
-  const LinearDistribution weights(weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
-  const int64_t in = weight_mu.size(1), out = weight_mu.size(0), batch = x.size(0);
-  check_cpu(x, "x");
-  check_shape(x, "x", {-1, in});
-  check_dtype(x, "x", weight_mu.scalar_type());
-  check_cpu(grad_y, "grad_y");
-  check_shape(grad_y, "grad_y", {batch, out});
-  check_dtype(grad_y, "grad_y", weight_mu.scalar_type());
-  const int64_t bias_size = bias_mu ? out : 0;
+using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// ∂x, ∂weight_mu, ∂weight_rho, ∂bias_mu, ∂bias_rho by run(T, layer, factor of the KL, where to write), once they have
+// been allocated: empty where there is no bias, or x needs none.
+template <class Run>
+FiveTensors linear_gradients(const LinearDistribution& weights, const Tensor& grad_y, const MaybeTensor& grad_kl,
+                             const Tensor& x, const Tensor& seed, const std::optional<double>& prior_std, bool needs_x,
+                             const Run& run) {
+  const int64_t in = weights.in(), out = weights.out(), batch = x.size(0), bias_size = weights.bias ? out : 0;
+  weights.check_fits(here, x, "x", {-1, in});
+  weights.check_fits(here, grad_y, "grad_y", {batch, out});
   Tensor grad_x = needs_x ? new_empty(x, {batch, in}) : new_empty(x, {0});
   Tensor grad_mu = new_empty(x, {out, in}), grad_rho = new_empty(x, {out, in});
   Tensor grad_bias_mu = new_empty(x, {bias_size}), grad_bias_rho = new_empty(x, {bias_size});
@@ -203,25 +171,65 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
     const LinearGradients<T> to{needs_x ? grad_x.mutable_data_ptr<T>() : nullptr, grad_mu.mutable_data_ptr<T>(),
                                 grad_rho.mutable_data_ptr<T>(), grad_bias_mu.mutable_data_ptr<T>(),
                                 grad_bias_rho.mutable_data_ptr<T>()};
-    const T scale = prior_std ? scalar_of<T>(grad_kl, "grad_kl", x) : T(0);
-    linear_backward<T>(weights.layer<T>(seed, prior_std), batch, x.const_data_ptr<T>(), x.stride(0), x.stride(1),
-                       grad_y.const_data_ptr<T>(), grad_y.stride(0), grad_y.stride(1), scale, to);
+    run(layer_of<T>(weights, seed, prior_std), scale_of<T>(grad_kl, prior_std, x), to);
   });
   return {grad_x, grad_mu, grad_rho, grad_bias_mu, grad_bias_rho};
+}
+
+FiveTensors linear_backward_cpu(const Tensor& grad_y, const MaybeTensor& grad_kl, const Tensor& x,
+                                const Tensor& weight_mu, const Tensor& weight_rho, const MaybeTensor& bias_mu,
+                                const MaybeTensor& bias_rho, const Tensor& seed, const MaybeTensor& weight_mean,
+                                const MaybeTensor& bias_mean, std::optional<double> prior_std, bool needs_x) {
+  const LinearDistribution weights(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  return linear_gradients(weights, grad_y, grad_kl, x, seed, prior_std, needs_x,
+                          [&]<class T>(const LinearLayer<T>& layer, T scale, const LinearGradients<T>& to) {
+                            linear_backward<T>(layer, x.size(0), x.const_data_ptr<T>(), x.stride(0), x.stride(1),
+                                               grad_y.const_data_ptr<T>(), grad_y.stride(0), grad_y.stride(1), scale,
+                                               to);
+                          });
+}
+
+std::tuple<Tensor, Tensor, Tensor> local_cpu(const Tensor& x, const Tensor& weight_mu, const Tensor& weight_rho,
+                                             const MaybeTensor& bias_mu, const MaybeTensor& bias_rho,
+                                             const Tensor& seed, const MaybeTensor& weight_mean,
+                                             const MaybeTensor& bias_mean, std::optional<double> prior_std) {
+  const LinearDistribution weights(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  weights.check_fits(here, x, "x", {-1, weights.in()});
+  Tensor y = new_empty(x, {x.size(0), weights.out()}), deviation = new_empty(x, {x.size(0), weights.out()});
+  Tensor kl = new_empty(x, {});
+  for_dtype(x, "x", [&]<class T>(T) {
+    *kl.mutable_data_ptr<T>() = static_cast<T>(
+        local_linear<T>(layer_of<T>(weights, seed, prior_std), x.size(0), x.const_data_ptr<T>(), x.stride(0),
+                        x.stride(1), y.mutable_data_ptr<T>(), deviation.mutable_data_ptr<T>()));
+  });
+  return {y, kl, deviation};
+}
+
+FiveTensors local_backward_cpu(const Tensor& grad_y, const MaybeTensor& grad_kl, const Tensor& x,
+                               const Tensor& weight_mu, const Tensor& weight_rho, const MaybeTensor& bias_mu,
+                               const MaybeTensor& bias_rho, const Tensor& seed, const MaybeTensor& weight_mean,
+                               const MaybeTensor& bias_mean, std::optional<double> prior_std, const Tensor& deviation,
+                               bool needs_x) {
+  const LinearDistribution weights(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  weights.check_fits(here, deviation, "deviation", {x.size(0), weights.out()});
+  const Tensor spread = contiguous(deviation);
+  return linear_gradients(weights, grad_y, grad_kl, x, seed, prior_std, needs_x,
+                          [&]<class T>(const LinearLayer<T>& layer, T scale, const LinearGradients<T>& to) {
+                            local_linear_backward<T>(layer, x.size(0), x.const_data_ptr<T>(), x.stride(0), x.stride(1),
+                                                     grad_y.const_data_ptr<T>(), grad_y.stride(0), grad_y.stride(1),
+                                                     spread.const_data_ptr<T>(), scale, to);
+                          });
 }
 
 Tensor linear_samples_cpu(const Tensor& x, const Tensor& weight_mu, const Tensor& weight_rho,
                           const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed, int64_t first,
                           int64_t samples) {
-  const LinearDistribution weights(weight_mu, weight_rho, bias_mu, bias_rho, {}, {});
-  check_cpu(x, "x");
-  check_shape(x, "x", {-1, -1, weight_mu.size(1)});
-  check_dtype(x, "x", weight_mu.scalar_type());
-  STD_TORCH_CHECK(x.size(0) == 1 || x.size(0) == samples, "finite_width: x must have shape [samples or 1, batch, in]");
+  const LinearDistribution weights(here, weight_mu, weight_rho, bias_mu, bias_rho, {}, {});
+  weights.check_samples(here, x, samples);
   const Tensor input = contiguous(x);
-  Tensor y = new_empty(x, {samples, x.size(1), weight_mu.size(0)});
+  Tensor y = new_empty(x, {samples, x.size(1), weights.out()});
   for_dtype(x, "x", [&]<class T>(T) {
-    LinearLayer<T> layer = weights.layer<T>(seed, std::nullopt);
+    LinearLayer<T> layer = layer_of<T>(weights, seed, std::nullopt);
     layer.sample = static_cast<uint32_t>(first);
     linear_samples<T>(layer, samples, x.size(1), x.size(0) == 1, input.const_data_ptr<T>(), y.mutable_data_ptr<T>());
   });
@@ -236,7 +244,10 @@ STABLE_TORCH_LIBRARY_IMPL(finite_width, CPU, library) {
   library.impl("bayes_sample", TORCH_BOX(&finite_width::sample_cpu));
   library.impl("bayes_sample_backward", TORCH_BOX(&finite_width::sample_backward_cpu));
   library.impl("bayes_kl", TORCH_BOX(&finite_width::kl_cpu));
+  library.impl("bayes_kl_backward", TORCH_BOX(&finite_width::kl_backward_cpu));
   library.impl("bayes_linear", TORCH_BOX(&finite_width::linear_cpu));
   library.impl("bayes_linear_backward", TORCH_BOX(&finite_width::linear_backward_cpu));
+  library.impl("bayes_local", TORCH_BOX(&finite_width::local_cpu));
+  library.impl("bayes_local_backward", TORCH_BOX(&finite_width::local_backward_cpu));
   library.impl("bayes_linear_samples", TORCH_BOX(&finite_width::linear_samples_cpu));
 }

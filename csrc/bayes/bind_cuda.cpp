@@ -1,10 +1,10 @@
 // Registers the variational ops for CUDA: products by torch's own GEMM, everything else by bayes_cuda.cu. The seed and
 // the KL's cotangent stay on the device, so that nothing here waits for it.
+#include "bayes/bind.h"
+
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <array>
-#include <optional>
 #include <tuple>
 
 #include "bayes/bayes_cuda.h"
@@ -13,80 +13,56 @@
 namespace finite_width::cuda {
 namespace {
 
+using bayes::Distribution;
+using bayes::for_dtype;
+using bayes::LinearDistribution;
+using bayes::MaybeTensor;
 using torch::stable::contiguous;
 using torch::stable::new_empty;
-using MaybeTensor = std::optional<Tensor>;
 
-// Calls run with a float or a double, by the tensor's dtype.
-template <class Run>
-void for_dtype(const Tensor& tensor, const char* name, const Run& run) {
-  check_float_or_double(tensor, name);
-  if (tensor.scalar_type() == ScalarType::Float) {
-    run(float{});
-  } else {
-    run(double{});
-  }
+void here(const Tensor& tensor, const char* name, const Tensor& like) {
+  check_here(tensor, name, like);
 }
 
-void check_like(const Tensor& tensor, const char* name, const Tensor& other) {
-  check_here(tensor, name, other);
-  check_dtype(tensor, name, other.scalar_type());
-  bool same = tensor.dim() == other.dim();
-  for (int64_t axis = 0; same && axis < other.dim(); ++axis) same = tensor.size(axis) == other.size(axis);
-  STD_TORCH_CHECK(same, "finite_width: ", name, " must have shape ", shape_text(other), ", got ", shape_text(tensor));
+// The noise's stream is 0 for a weight and 1 for a bias.
+template <class T>
+Weights<T> weights_of(const Distribution& one, const std::optional<double>& prior_std, int64_t stream) {
+  Weights<T> result{};
+  result.mu = one.mu.const_data_ptr<T>();
+  result.rho = one.rho.const_data_ptr<T>();
+  result.prior_mean = one.prior_mean ? one.prior_mean->const_data_ptr<T>() : nullptr;
+  result.prior = Prior<T>::of(prior_std ? &*prior_std : nullptr);
+  result.count = one.mu.numel();
+  result.stream = static_cast<uint32_t>(stream);
+  return result;
 }
 
-void check_scalar(const Tensor& value, const char* name, ScalarType dtype, const Tensor& like) {
-  check_here(value, name, like);
-  check_dtype(value, name, dtype);
-  STD_TORCH_CHECK(value.numel() == 1, "finite_width: ", name, " must have one element, got shape ", shape_text(value));
+// Weight and bias of a layer; how many there are is count_of.
+template <class T>
+std::array<Weights<T>, 2> both_of(const LinearDistribution& layer, const std::optional<double>& prior_std) {
+  return {weights_of<T>(layer.weight, prior_std, 0),
+          layer.bias ? weights_of<T>(*layer.bias, prior_std, 1) : Weights<T>{}};
 }
 
-// One tensor of weights, made contiguous and checked; the noise's stream is 0 for a weight and 1 for a bias.
-struct Distribution {
-  Tensor mu, rho;
-  MaybeTensor prior_mean;
-  uint32_t stream;
-
-  Distribution(const Tensor& mu_in, const Tensor& rho_in, const MaybeTensor& mean, uint32_t stream)
-      : mu(contiguous(mu_in)), rho(contiguous(rho_in)), stream(stream) {
-    check_here(mu_in, "mu", mu_in);
-    check_like(rho, "rho", mu);
-    if (mean) {
-      check_like(*mean, "prior_mean", mu);
-      prior_mean = contiguous(*mean);
-    }
-  }
-
-  template <class T>
-  Weights<T> weights() const {
-    Weights<T> result{};
-    result.mu = mu.const_data_ptr<T>();
-    result.rho = rho.const_data_ptr<T>();
-    result.prior_mean = prior_mean ? prior_mean->const_data_ptr<T>() : nullptr;
-    result.count = mu.numel();
-    result.stream = stream;
-    return result;
-  }
-};
+int count_of(const LinearDistribution& layer) {
+  return layer.bias ? 2 : 1;
+}
 
 template <class T>
-Call<T> call_of(const MaybeTensor& seed, const MaybeTensor& grad_kl, const std::optional<double>& prior_std,
-                const Tensor& like) {
+Call<T> call_of(const MaybeTensor& seed, const MaybeTensor& grad_kl, const Tensor& like) {
   Call<T> call{};
   if (seed) {
-    check_scalar(*seed, "seed", ScalarType::Long, like);
+    bayes::check_scalar(here, *seed, "seed", ScalarType::Long, like);
     call.seed = seed->const_data_ptr<int64_t>();
   }
-  call.prior = Prior<T>::of(prior_std ? &*prior_std : nullptr);
-  if (grad_kl && prior_std) {
-    check_scalar(*grad_kl, "grad_kl", like.scalar_type(), like);
+  if (grad_kl) {
+    bayes::check_scalar(here, *grad_kl, "grad_kl", like.scalar_type(), like);
     call.grad_kl = grad_kl->const_data_ptr<T>();
   }
   return call;
 }
 
-// Samples `count` tensors in one launch; the KL of all of them goes to kl [1], unless null.
+// Samples `count` tensors; the KL of all of them goes to kl [1], unless null.
 template <class T>
 void sample_all(const Weights<T>* tensors, int count, const Call<T>& call, T* kl, const Tensor& like,
                 cudaStream_t stream) {
@@ -96,7 +72,7 @@ void sample_all(const Weights<T>* tensors, int count, const Call<T>& call, T* kl
 
 Tensor noise_cuda(const Tensor& like, const Tensor& seed, int64_t sample, int64_t stream) {
   check_here(like, "like", like);
-  check_scalar(seed, "seed", ScalarType::Long, like);
+  bayes::check_scalar(here, seed, "seed", ScalarType::Long, like);
   const OnDevice device(like);
   Tensor out = new_empty(like, like.sizes());
   for_dtype(like, "like", [&]<class T>(T) {
@@ -109,13 +85,13 @@ Tensor noise_cuda(const Tensor& like, const Tensor& seed, int64_t sample, int64_
 std::tuple<Tensor, Tensor> sample_cuda(const Tensor& mu, const Tensor& rho, const Tensor& seed,
                                        const MaybeTensor& prior_mean, std::optional<double> prior_std, int64_t stream,
                                        bool centred) {
-  const Distribution one(mu, rho, prior_mean, static_cast<uint32_t>(stream));
+  const Distribution one(here, mu, rho, prior_mean);
   const OnDevice device(mu);
   Tensor weight = new_empty(mu, mu.sizes()), kl = new_empty(mu, {});
   for_dtype(mu, "mu", [&]<class T>(T) {
-    Weights<T> weights = one.weights<T>();
+    Weights<T> weights = weights_of<T>(one, prior_std, stream);
     weights.weight = weight.mutable_data_ptr<T>();
-    Call<T> call = call_of<T>(seed, {}, prior_std, mu);
+    Call<T> call = call_of<T>(seed, {}, mu);
     call.centred = centred;
     sample_all<T>(&weights, 1, call, kl.mutable_data_ptr<T>(), mu, device.stream());
   });
@@ -126,63 +102,66 @@ std::tuple<Tensor, Tensor> sample_backward_cuda(const MaybeTensor& grad, const M
                                                 const Tensor& rho, const MaybeTensor& seed,
                                                 const MaybeTensor& prior_mean, std::optional<double> prior_std,
                                                 int64_t stream, bool centred) {
-  const Distribution one(mu, rho, prior_mean, static_cast<uint32_t>(stream));
+  const Distribution one(here, mu, rho, prior_mean);
   STD_TORCH_CHECK(seed || !grad, "finite_width: grad needs the seed");
   const OnDevice device(mu);
   Tensor grad_mu = new_empty(mu, mu.sizes()), grad_rho = new_empty(mu, mu.sizes());
   MaybeTensor incoming;
   if (grad) {
-    check_like(*grad, "grad", mu);
+    bayes::check_like(here, *grad, "grad", mu);
     incoming = contiguous(*grad);
   }
   for_dtype(mu, "mu", [&]<class T>(T) {
-    Weights<T> weights = one.weights<T>();
+    Weights<T> weights = weights_of<T>(one, prior_std, stream);
     weights.grad = incoming ? incoming->const_data_ptr<T>() : nullptr;
     weights.grad_mu = grad_mu.mutable_data_ptr<T>();
     weights.grad_rho = grad_rho.mutable_data_ptr<T>();
-    Call<T> call = call_of<T>(grad ? seed : MaybeTensor(), grad_kl, prior_std, mu);
+    Call<T> call = call_of<T>(grad ? seed : MaybeTensor(), prior_std ? grad_kl : MaybeTensor(), mu);
     call.centred = centred;
     sample_backward<T>(&weights, 1, call, device.stream());
   });
   return {grad_mu, grad_rho};
 }
 
-Tensor kl_cuda(const Tensor& mu, const Tensor& rho, const MaybeTensor& prior_mean, double prior_std) {
-  const Distribution one(mu, rho, prior_mean, 0);
-  const OnDevice device(mu);
-  Tensor kl = new_empty(mu, {});
-  for_dtype(mu, "mu", [&]<class T>(T) {
-    const Weights<T> weights = one.weights<T>();
-    sample_all<T>(&weights, 1, call_of<T>({}, {}, prior_std, mu), kl.mutable_data_ptr<T>(), mu, device.stream());
-  });
-  return kl;
+template <class T>
+std::vector<Weights<T>> all_of(const std::vector<Distribution>& all, const std::vector<double>& prior_std) {
+  std::vector<Weights<T>> result;
+  for (size_t i = 0; i < all.size(); ++i) result.push_back(weights_of<T>(all[i], prior_std[i], 0));
+  return result;
 }
 
-// Weight [out, in] and bias [out] of a linear layer.
-struct Layer {
-  Distribution weight;
-  std::optional<Distribution> bias;
+Tensor kl_cuda(const std::vector<Tensor>& mu, const std::vector<Tensor>& rho, const std::vector<Tensor>& prior_mean,
+               const std::vector<double>& prior_std) {
+  const std::vector<Distribution> all = bayes::distributions(here, mu, rho, prior_mean, prior_std.size());
+  const OnDevice device(mu[0]);
+  Tensor total = new_empty(mu[0], {});
+  for_dtype(mu[0], "mu", [&]<class T>(T) {
+    const std::vector<Weights<T>> tensors = all_of<T>(all, prior_std);
+    sample_all<T>(tensors.data(), static_cast<int>(tensors.size()), Call<T>{}, total.mutable_data_ptr<T>(), mu[0],
+                  device.stream());
+  });
+  return total;
+}
 
-  Layer(const Tensor& weight_mu, const Tensor& weight_rho, const MaybeTensor& bias_mu, const MaybeTensor& bias_rho,
-        const MaybeTensor& weight_mean, const MaybeTensor& bias_mean)
-      : weight(weight_mu, weight_rho, weight_mean, 0) {
-    check_dim(weight_mu, "weight_mu", 2);
-    STD_TORCH_CHECK(bias_mu.has_value() == bias_rho.has_value(), "finite_width: bias_mu and bias_rho go together");
-    if (bias_mu) {
-      check_here(*bias_mu, "bias_mu", weight_mu);
-      check_dtype(*bias_mu, "bias_mu", weight_mu.scalar_type());
-      check_shape(*bias_mu, "bias_mu", {weight_mu.size(0)});
-      bias.emplace(*bias_mu, *bias_rho, bias_mean, 1);
+// ∂μ of each tensor, then ∂ρ of each.
+std::vector<Tensor> kl_backward_cuda(const Tensor& grad, const std::vector<Tensor>& mu, const std::vector<Tensor>& rho,
+                                     const std::vector<Tensor>& prior_mean, const std::vector<double>& prior_std) {
+  const std::vector<Distribution> all = bayes::distributions(here, mu, rho, prior_mean, prior_std.size());
+  const OnDevice device(mu[0]);
+  std::vector<Tensor> result;
+  for (int half = 0; half < 2; ++half) {
+    for (const Tensor& each : mu) result.push_back(new_empty(each, each.sizes()));
+  }
+  for_dtype(mu[0], "mu", [&]<class T>(T) {
+    std::vector<Weights<T>> tensors = all_of<T>(all, prior_std);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      tensors[i].grad_mu = result[i].mutable_data_ptr<T>();
+      tensors[i].grad_rho = result[i + tensors.size()].mutable_data_ptr<T>();
     }
-  }
-
-  int count() const { return bias ? 2 : 1; }
-
-  template <class T>
-  std::array<Weights<T>, 2> weights() const {
-    return {weight.weights<T>(), bias ? bias->weights<T>() : Weights<T>{}};
-  }
-};
+    sample_backward<T>(tensors.data(), static_cast<int>(tensors.size()), call_of<T>({}, grad, mu[0]), device.stream());
+  });
+  return result;
+}
 
 // x Wᵀ + b by torch, in the precision that the user has chosen for torch's products.
 Tensor affine(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
@@ -196,19 +175,16 @@ std::tuple<Tensor, Tensor> linear_cuda(const Tensor& x, const Tensor& weight_mu,
                                        const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed,
                                        const MaybeTensor& weight_mean, const MaybeTensor& bias_mean,
                                        std::optional<double> prior_std) {
-  const Layer layer(weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
-  check_here(x, "x", weight_mu);
-  check_shape(x, "x", {-1, weight_mu.size(1)});
-  check_dtype(x, "x", weight_mu.scalar_type());
+  const LinearDistribution layer(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  layer.check_fits(here, x, "x", {-1, layer.in()});
   const OnDevice device(x);
   Tensor weight = new_empty(x, weight_mu.sizes()), kl = new_empty(x, {});
   MaybeTensor bias = bias_mu ? MaybeTensor(new_empty(x, bias_mu->sizes())) : MaybeTensor();
   for_dtype(x, "x", [&]<class T>(T) {
-    auto both = layer.weights<T>();
+    auto both = both_of<T>(layer, prior_std);
     both[0].weight = weight.mutable_data_ptr<T>();
     both[1].weight = bias ? bias->mutable_data_ptr<T>() : nullptr;
-    sample_all<T>(both.data(), layer.count(), call_of<T>(seed, {}, prior_std, x), kl.mutable_data_ptr<T>(), x,
-                  device.stream());
+    sample_all<T>(both.data(), count_of(layer), call_of<T>(seed, {}, x), kl.mutable_data_ptr<T>(), x, device.stream());
   });
   return {contiguous(affine(x, weight, bias)), kl};
 }
@@ -217,14 +193,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cuda(
     const Tensor& grad_y, const MaybeTensor& grad_kl, const Tensor& x, const Tensor& weight_mu,
     const Tensor& weight_rho, const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed,
     const MaybeTensor& weight_mean, const MaybeTensor& bias_mean, std::optional<double> prior_std, bool needs_x) {
-  const Layer layer(weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
-  const int64_t in = weight_mu.size(1), out = weight_mu.size(0), batch = x.size(0);
-  check_here(x, "x", weight_mu);
-  check_shape(x, "x", {-1, in});
-  check_dtype(x, "x", weight_mu.scalar_type());
-  check_here(grad_y, "grad_y", weight_mu);
-  check_shape(grad_y, "grad_y", {batch, out});
-  check_dtype(grad_y, "grad_y", weight_mu.scalar_type());
+  const LinearDistribution layer(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  const int64_t in = layer.in(), out = layer.out();
+  layer.check_fits(here, x, "x", {-1, in});
+  layer.check_fits(here, grad_y, "grad_y", {x.size(0), out});
   const OnDevice device(x);
   // ∂W is where ∂μ will be: the kernel reads an element of it before it writes there.
   Tensor grad_mu = contiguous(torch::stable::matmul(torch::stable::transpose(grad_y, 0, 1), x));
@@ -235,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cuda(
   }
   Tensor grad_rho = new_empty(x, {out, in}), weight = needs_x ? new_empty(x, {out, in}) : new_empty(x, {0});
   for_dtype(x, "x", [&]<class T>(T) {
-    auto both = layer.weights<T>();
+    auto both = both_of<T>(layer, prior_std);
     both[0].grad = both[0].grad_mu = grad_mu.mutable_data_ptr<T>();
     both[0].grad_rho = grad_rho.mutable_data_ptr<T>();
     both[0].weight = needs_x ? weight.mutable_data_ptr<T>() : nullptr;
@@ -243,7 +215,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cuda(
       both[1].grad = both[1].grad_mu = grad_bias_mu.mutable_data_ptr<T>();
       both[1].grad_rho = grad_bias_rho.mutable_data_ptr<T>();
     }
-    sample_backward<T>(both.data(), layer.count(), call_of<T>(seed, grad_kl, prior_std, x), device.stream());
+    sample_backward<T>(both.data(), count_of(layer), call_of<T>(seed, prior_std ? grad_kl : MaybeTensor(), x),
+                       device.stream());
   });
   Tensor grad_x = needs_x ? contiguous(torch::stable::matmul(grad_y, weight)) : new_empty(x, {0});
   return {grad_x, grad_mu, grad_rho, grad_bias_mu, grad_bias_rho};
@@ -252,23 +225,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cuda(
 Tensor linear_samples_cuda(const Tensor& x, const Tensor& weight_mu, const Tensor& weight_rho,
                            const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed, int64_t first,
                            int64_t samples) {
-  const Layer layer(weight_mu, weight_rho, bias_mu, bias_rho, {}, {});
-  check_here(x, "x", weight_mu);
-  check_shape(x, "x", {-1, -1, weight_mu.size(1)});
-  check_dtype(x, "x", weight_mu.scalar_type());
-  STD_TORCH_CHECK(x.size(0) == 1 || x.size(0) == samples, "finite_width: x must have shape [samples or 1, batch, in]");
+  const LinearDistribution layer(here, weight_mu, weight_rho, bias_mu, bias_rho, {}, {});
+  layer.check_samples(here, x, samples);
   const OnDevice device(x);
   Tensor y = new_empty(x, {samples, x.size(1), weight_mu.size(0)});
   Tensor weight = new_empty(x, weight_mu.sizes());
   MaybeTensor bias = bias_mu ? MaybeTensor(new_empty(x, bias_mu->sizes())) : MaybeTensor();
   for (int64_t s = 0; s < samples; ++s) {
     for_dtype(x, "x", [&]<class T>(T) {
-      auto both = layer.weights<T>();
+      auto both = both_of<T>(layer, {});
       both[0].weight = weight.mutable_data_ptr<T>();
       both[1].weight = bias ? bias->mutable_data_ptr<T>() : nullptr;
-      Call<T> call = call_of<T>(seed, {}, {}, x);
+      Call<T> call = call_of<T>(seed, {}, x);
       call.sample = static_cast<uint32_t>(first + s);
-      sample_all<T>(both.data(), layer.count(), call, nullptr, x, device.stream());
+      sample_all<T>(both.data(), count_of(layer), call, nullptr, x, device.stream());
     });
     Tensor row = torch::stable::select(y, 0, s);
     torch::stable::copy_(row, affine(torch::stable::select(x, 0, x.size(0) == 1 ? 0 : s), weight, bias));
@@ -285,6 +255,7 @@ FW_CUDA_LIBRARY(library) {
   library.impl("bayes_sample", TORCH_BOX(&finite_width::cuda::sample_cuda));
   library.impl("bayes_sample_backward", TORCH_BOX(&finite_width::cuda::sample_backward_cuda));
   library.impl("bayes_kl", TORCH_BOX(&finite_width::cuda::kl_cuda));
+  library.impl("bayes_kl_backward", TORCH_BOX(&finite_width::cuda::kl_backward_cuda));
   library.impl("bayes_linear", TORCH_BOX(&finite_width::cuda::linear_cuda));
   library.impl("bayes_linear_backward", TORCH_BOX(&finite_width::cuda::linear_backward_cuda));
   library.impl("bayes_linear_samples", TORCH_BOX(&finite_width::cuda::linear_samples_cuda));

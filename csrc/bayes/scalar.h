@@ -32,11 +32,16 @@ inline double scalar_sample(const Span<double>& span, const NoiseKey& key) {
   float normal[kNoiseGroup];
   for (int64_t at = 0; at < span.count; at += kNoiseGroup) {
     const int64_t size = std::min(kNoiseGroup, span.count - at);
-    if (span.weight) float_noise(key, span.begin + at, size, normal);
+    const bool noise = span.weight && span.made != Made::variance;
+    if (noise) float_noise(key, span.begin + at, size, normal);
     for (int64_t i = 0; i < size; ++i) {
       const double mu = span.mu[at + i];
       const ScalarSoftplus softplus(span.rho[at + i]);
-      if (span.weight) span.weight[at + i] = (span.centred ? 0 : mu) + softplus.sigma * normal[i];
+      if (noise) {
+        span.weight[at + i] = (span.made == Made::centred ? 0 : mu) + softplus.sigma * normal[i];
+      } else if (span.weight) {
+        span.weight[at + i] = softplus.sigma * softplus.sigma;
+      }
       if (span.prior.present) {
         const double distance = mu - (span.prior_mean ? span.prior_mean[at + i] : 0);
         const double spread = softplus.sigma * softplus.sigma + distance * distance;
@@ -51,17 +56,22 @@ inline void scalar_backward(const Span<double>& span, const NoiseKey& key, doubl
                             double* grad_mu, double* grad_rho) {
   float normal[kNoiseGroup] = {};
   const double precision = 2 * span.prior.half_precision * grad_kl;
+  const bool variance = span.made == Made::variance;
   for (int64_t at = 0; at < span.count; at += kNoiseGroup) {
     const int64_t size = std::min(kNoiseGroup, span.count - at);
-    if (grad) float_noise(key, span.begin + at, size, normal);
+    if (grad && !variance) float_noise(key, span.begin + at, size, normal);
     for (int64_t i = 0; i < size; ++i) {
       const double mu = span.mu[at + i], g = grad ? grad[at + i] : 0;
       const ScalarSoftplus softplus(span.rho[at + i]);
       const double distance = mu - (span.prior.present && span.prior_mean ? span.prior_mean[at + i] : 0);
-      grad_mu[at + i] = (span.centred ? 0 : g) + precision * distance;
+      const double by_mu = variance && grad ? grad_mu[at + i] : span.made == Made::sample ? g : 0;
+      const double by_sigma = variance ? 2 * softplus.sigma * g : normal[i] * g;
+      grad_mu[at + i] = by_mu + precision * distance;
       grad_rho[at + i] =
-          (g * normal[i] + precision * softplus.sigma) * softplus.derivative - grad_kl * softplus.derivative_over_sigma;
-      if (span.weight) span.weight[at + i] = mu + softplus.sigma * normal[i];
+          (by_sigma + precision * softplus.sigma) * softplus.derivative - grad_kl * softplus.derivative_over_sigma;
+      if (span.weight) {
+        span.weight[at + i] = variance ? softplus.sigma * softplus.sigma : mu + softplus.sigma * normal[i];
+      }
     }
   }
 }

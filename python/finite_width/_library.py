@@ -51,12 +51,18 @@ SCHEMAS: dict[str, str] = {
     " bool centred) -> (Tensor, Tensor)",
     "bayes_sample_backward": "(Tensor? grad, Tensor? grad_kl, Tensor mu, Tensor rho, Tensor? seed, Tensor? prior_mean,"
     " float? prior_std, int stream, bool centred) -> (Tensor, Tensor)",
-    "bayes_kl": "(Tensor mu, Tensor rho, Tensor? prior_mean, float prior_std) -> Tensor",
+    "bayes_kl": "(Tensor[] mu, Tensor[] rho, Tensor[] prior_mean, float[] prior_std) -> Tensor",
+    "bayes_kl_backward": "(Tensor grad, Tensor[] mu, Tensor[] rho, Tensor[] prior_mean, float[] prior_std) -> Tensor[]",
     "bayes_linear": "(Tensor x, Tensor weight_mu, Tensor weight_rho, Tensor? bias_mu, Tensor? bias_rho, Tensor seed,"
     " Tensor? weight_prior_mean, Tensor? bias_prior_mean, float? prior_std) -> (Tensor, Tensor)",
     "bayes_linear_backward": "(Tensor grad_y, Tensor? grad_kl, Tensor x, Tensor weight_mu, Tensor weight_rho,"
     " Tensor? bias_mu, Tensor? bias_rho, Tensor seed, Tensor? weight_prior_mean, Tensor? bias_prior_mean,"
     " float? prior_std, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bayes_local": "(Tensor x, Tensor weight_mu, Tensor weight_rho, Tensor? bias_mu, Tensor? bias_rho, Tensor seed,"
+    " Tensor? weight_prior_mean, Tensor? bias_prior_mean, float? prior_std) -> (Tensor, Tensor, Tensor)",
+    "bayes_local_backward": "(Tensor grad_y, Tensor? grad_kl, Tensor x, Tensor weight_mu, Tensor weight_rho,"
+    " Tensor? bias_mu, Tensor? bias_rho, Tensor seed, Tensor? weight_prior_mean, Tensor? bias_prior_mean,"
+    " float? prior_std, Tensor deviation, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "bayes_linear_samples": "(Tensor x, Tensor weight_mu, Tensor weight_rho, Tensor? bias_mu, Tensor? bias_rho,"
     " Tensor seed, int first, SymInt samples) -> Tensor",
 }

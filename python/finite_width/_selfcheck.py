@@ -62,7 +62,11 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(_randn(3, 67), torch.tensor(0.5), _randn(3, 67), _randn(3, 67), torch.tensor(5)),
         *(None, 0.5, 0, False),
     ),
-    "bayes_kl": lambda: (_randn(3, 67), _randn(3, 67), None, 0.5),
+    "bayes_kl": lambda: ([_randn(3, 67), _randn(65)], [_randn(3, 67), _randn(65)], [_randn(0), _randn(65)], [0.5, 2.0]),
+    "bayes_kl_backward": lambda: (
+        *(torch.tensor(0.5), [_randn(3, 67), _randn(65)], [_randn(3, 67), _randn(65)], [_randn(0), _randn(65)]),
+        [0.5, 2.0],
+    ),
     "bayes_linear": lambda: (
         *(_randn(7, 35), _randn(18, 35), _randn(18, 35), _randn(18), _randn(18), torch.tensor(5)),
         *(None, None, 0.5),
@@ -70,6 +74,14 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "bayes_linear_backward": lambda: (
         *(_randn(7, 18), torch.tensor(0.5), _randn(7, 35), _randn(18, 35), _randn(18, 35), _randn(18), _randn(18)),
         *(torch.tensor(5), None, None, 0.5, True),
+    ),
+    "bayes_local": lambda: (
+        *(_randn(7, 35), _randn(18, 35), _randn(18, 35), _randn(18), _randn(18), torch.tensor(5)),
+        *(None, None, 0.5),
+    ),
+    "bayes_local_backward": lambda: (
+        *(_randn(7, 18), torch.tensor(0.5), _randn(7, 35), _randn(18, 35), _randn(18, 35), _randn(18), _randn(18)),
+        *(torch.tensor(5), None, None, 0.5, _randn(7, 18).abs() + 0.5, True),
     ),
     "bayes_linear_samples": lambda: (
         *(_randn(1, 7, 35), _randn(18, 35), _randn(18, 35), _randn(18), _randn(18), torch.tensor(5)),

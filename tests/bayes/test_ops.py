@@ -44,14 +44,33 @@ def sample_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sampl
 
 
 def kl_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
-    mean = torch.randn(3, 29, dtype=dtype, generator=generator)
+    def tensor(shape: tuple[int, ...], with_mean: bool = False) -> tuple[Any, ...]:
+        mean = torch.randn(*shape, dtype=dtype, generator=generator) if with_mean else None
+        return *pair(dtype, generator, *shape), mean
+
+    def lists(*rows: tuple[Any, ...]) -> Sample:
+        return Sample(tuple(list(column) for column in zip(*rows, strict=True)))
+
+    transposed = (*(x.mT for x in pair(dtype, generator, 7, 5)), None)
     return [
-        Sample((*pair(dtype, generator, 3, 29), mean, 0.5)),
-        Sample((*pair(dtype, generator, 130), None, 2.0)),
-        Sample((*(x.mT for x in pair(dtype, generator, 7, 5)), None, 1.0)),
-        Sample((*pair(dtype, generator, 0), None, 1.0)),
-        Sample((*pair(dtype, generator, 200, 301), None, 0.3)),
+        lists((*tensor((3, 29), True), 0.5)),
+        lists((*tensor((130,)), 2.0)),
+        lists((*transposed, 1.0)),
+        lists((*tensor((0,)), 1.0)),
+        lists((*tensor((200, 301)), 0.3)),
+        lists((*tensor((3, 5)), 0.5), (*tensor((0, 4)), 1.0), (*tensor((70,), True), 2.0), (*tensor((1,)), 0.3)),
+        # More than a CUDA launch takes, and more than a block holds.
+        lists(*((*tensor((4 * i, 11), i % 3 == 0), 0.1 + 0.2 * i) for i in range(20)), (*tensor((150, 301)), 0.3)),
     ]
+
+
+def kl_backward_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    grad = torch.randn((), dtype=dtype, generator=generator)
+    samples = []
+    for sample in kl_samples(dtype, generator):
+        mu, rho, means, stds = sample.args
+        samples.append(Sample((grad, mu, rho, [torch.empty(0, dtype=dtype) if m is None else m for m in means], stds)))
+    return samples
 
 
 def linear_arguments(
@@ -116,6 +135,25 @@ def with_cotangents(sample: Sample) -> Sample:
     return Sample((grad_y, grad_kl, x, mu, rho, bias_mu, bias_rho, seed, mean, bias_mean, std, True))
 
 
+def with_deviation(sample: Sample) -> Sample:
+    """The backward call of `local` for the same arguments; one output in seven has no noise."""
+    *args, needs_x = with_cotangents(sample).args
+    deviation = torch.linspace(0.1, 2, args[0].numel(), dtype=args[0].dtype).reshape(args[0].shape)
+    return Sample(
+        (*args, torch.where(torch.arange(args[0].numel()).reshape(args[0].shape) % 7 == 3, 0, deviation), needs_x)
+    )
+
+
+def local_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    """Those of `linear`, and inputs of zeros: outputs without variance where there is no bias.
+
+    There the deviation has a kink, as |x| has, so that sample is too large for the gradient checks' finite differences.
+    """
+    x, *rest = linear_arguments(dtype, generator, 6, 21, 25, bias=False)
+    x[2] = 0
+    return [*linear_samples(dtype, generator), Sample((x, *rest, None, None, 1.0))]
+
+
 def linear_backward_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
     return [with_cotangents(sample) for sample in linear_samples(dtype, generator)]
 
@@ -169,12 +207,16 @@ CASES = [
     OpCase(
         name="bayes_kl",
         kind="differentiable",
-        call=ops.kl,
+        call=ops.kl_sum,
         samples=kl_samples,
         bad=[
-            ((two, three), ValueError, "rho must have the shape of mu"),
-            ((two, two, None, -1.0), ValueError, "prior_std must be positive"),
-            ((two.int(), two.int()), TypeError, "mu must be float32 or float64"),
+            (([two], [three], [None], [1.0]), ValueError, r"rho\[0\] must have the shape of mu\[0\]"),
+            (([two, three], [two, three], [None, two], [1.0, 1.0]), ValueError, r"prior_mean\[1\] must have the shape"),
+            (([two], [two], [None], [-1.0]), ValueError, r"prior_std\[0\] must be positive"),
+            (([two.int()], [two.int()], [None], [1.0]), TypeError, r"mu\[0\] must be float32 or float64"),
+            (([two, two.double()], [two, two.double()], [None] * 2, [1.0] * 2), TypeError, r"mu\[1\] has dtype"),
+            (([two, two], [two], [None], [1.0]), ValueError, "lists of one length"),
+            (([], [], [], []), ValueError, "at least 1"),
         ],
         tolerance=TOLERANCE,
     ),
@@ -183,6 +225,15 @@ CASES = [
         kind="differentiable",
         call=ops.linear,
         samples=linear_samples,
+        thread_samples=thread_samples,
+        bad=[*BAD_LINEAR, ((torch.ones(4, 2), matrix, matrix, None, None, SEED, None, None, -1.0), ValueError, "std")],
+        tolerance=TOLERANCE,
+    ),
+    OpCase(
+        name="bayes_local",
+        kind="differentiable",
+        call=ops.local,
+        samples=local_samples,
         thread_samples=thread_samples,
         bad=[*BAD_LINEAR, ((torch.ones(4, 2), matrix, matrix, None, None, SEED, None, None, -1.0), ValueError, "std")],
         tolerance=TOLERANCE,
@@ -209,6 +260,43 @@ CASES = [
         bad=[
             ((two, None, two, three, SEED, None, None, 0, False), RuntimeError, "rho|size of tensor"),
             (("grad", None, two, two, SEED, None, None, 0, False), RuntimeError, "Tensor"),
+        ],
+        tolerance=TOLERANCE,
+    ),
+    OpCase(
+        name="bayes_kl_backward",
+        kind="functional",
+        call=lambda *arguments: torch.ops.finite_width.bayes_kl_backward(*arguments),
+        samples=kl_backward_samples,
+        bad=[
+            ((torch.tensor(1.0), [two], [two], [three], [1.0]), RuntimeError, "prior_mean|size of tensor"),
+            (("grad", [two], [two], [torch.ones(0)], [1.0]), RuntimeError, "Tensor"),
+        ],
+        tolerance=TOLERANCE,
+    ),
+    OpCase(
+        name="bayes_local_backward",
+        kind="functional",
+        call=lambda *arguments: torch.ops.finite_width.bayes_local_backward(*arguments),
+        samples=lambda dtype, generator: [with_deviation(s) for s in local_samples(dtype, generator)],
+        thread_samples=lambda dtype, generator: [with_deviation(s) for s in thread_samples(dtype, generator)],
+        bad=[
+            (
+                (
+                    torch.ones(4, 3),
+                    None,
+                    torch.ones(4, 2),
+                    matrix,
+                    matrix,
+                    *[None] * 2,
+                    SEED,
+                    *[None] * 3,
+                    matrix,
+                    True,
+                ),
+                RuntimeError,
+                "deviation|size of tensor",
+            ),
         ],
         tolerance=TOLERANCE,
     ),

@@ -3,7 +3,7 @@
 from . import metrics as metrics
 from .conv import BayesConv1d, BayesConv2d, BayesConv3d
 from .convert import ConversionReport, convert
-from .layers import BayesLinear
+from .linear import BayesLinear
 from .mean import freeze_, mean_mode
 from .metrics import brier, ece, mutual_information, nll, predictive_entropy
 from .objective import kl, negative_elbo

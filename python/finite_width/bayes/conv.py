@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from . import ops, reference
-from .layers import SIGN_IN, SIGN_OUT, BayesLayer, _with_means, draw_seed, perturb, signs
+from .layers import SIGN_IN, SIGN_OUT, BayesLayer, draw_seed, perturb, signs, with_means
 
 
 class _BayesConv(BayesLayer):
@@ -117,7 +117,7 @@ class _BayesConv(BayesLayer):
             device=self.weight_mu.device,
             dtype=self.weight_mu.dtype,
         )
-        return _with_means(layer, self)
+        return with_means(layer, self)
 
     def extra_repr(self) -> str:
         return (

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 from .. import _check
 from .conv import BayesConv1d, BayesConv2d, BayesConv3d
-from .layers import ESTIMATORS, BayesLayer, BayesLinear
+from .layers import ESTIMATORS, BayesLayer
+from .linear import BayesLinear
 from .mean import swap
 from .priors import GaussianPrior, MopedPrior, check_prior
 

@@ -1,4 +1,4 @@
-"""What the variational layers share, and the linear one: parameters, noise, estimators, the fused KL."""
+"""What the variational layers share: parameters, noise, estimators, the fused KL."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from .._gemm import gemm
 from . import ops, reference
+from .last import Last
 from .priors import GaussianPrior, MopedPrior, check_prior
 
 ESTIMATORS = ("weight", "flipout", "local")
@@ -32,48 +31,6 @@ def draw_seed(device: torch.device) -> Tensor:
 def inverse_softplus(sigma: Tensor) -> Tensor:
     """ρ with softplus(ρ) = σ, for σ > 0."""
     return sigma + torch.log(-torch.expm1(-sigma))
-
-
-class _Used:
-    """Whether a graph has been run backward. Held by the graph's hooks, so it must not hold the graph."""
-
-    value = False
-
-    def mark(self, *_: Any) -> None:
-        self.value = True
-
-
-class _Last:
-    """What the last forward left for kl(): valid while nothing has changed and its graph is unused.
-
-    Copies and pickles are empty: it holds tensors of a graph.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.result: Any = None
-        self.state: Any = None
-        self.used = _Used()
-
-    def put(self, result: Any, nodes: list[Tensor], state: Any) -> None:
-        self.result, self.state, self.used = result, state, _Used()
-        for tensor in nodes:
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_hook(self.used.mark)
-
-    def get(self, state: Any) -> Any:
-        if self.result is None or self.used.value or len(state) != len(self.state):
-            return None
-        pairs = zip(state, self.state, strict=True)
-        return self.result if all(a is b or (type(a) is int and a == b) for a, b in pairs) else None
-
-    def __deepcopy__(self, memo: Any) -> _Last:
-        return _Last()
-
-    def __reduce__(self) -> Any:
-        return _Last, ()
 
 
 class BayesLayer(nn.Module):
@@ -115,7 +72,7 @@ class BayesLayer(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(weight_shape[0], **options)) if bias else None)
         self.register_buffer("weight_prior_mean", None)
         self.register_buffer("bias_prior_mean", None)
-        self._last = _Last()
+        self._last = Last()
         self._mean_mode = 0
         self._prediction: Any = None
         self.reset_parameters()
@@ -207,20 +164,16 @@ class BayesLayer(nn.Module):
             return None
         return self._last.get(self._state())
 
-    def kl(self) -> Tensor:
-        """KL(q || p) of this layer's weights now: fused into the last forward where that still holds, else computed."""
+    def ready_kl(self) -> Tensor | None:
+        """KL(q || p) of this layer's weights now, where the last forward computed it on its way; else None.
+
+        For a prior without closed form, an estimate at the last forward's weights, or at fresh ones.
+        """
         kept = self._kept()
         if self.prior_std is None:
             return self._sampled_kl(kept)
-        if kept is not None:
-            result: Tensor = kept
-            return result
-        total = None
-        for mu, rho, mean in self.distributions():
-            part = ops.kl(mu, rho, mean, self.prior_std)
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+        result: Tensor | None = kept
+        return result
 
     def _sampled_kl(self, kept: Any) -> Tensor:
         """Σ log q(W) - log p(W) at the weights of the last forward, or at fresh ones; log q from ε itself."""
@@ -229,7 +182,7 @@ class BayesLayer(nn.Module):
         for stream, (mu, rho, _) in enumerate(self.distributions()):
             normal = ops.noise(mu, seed, 0, stream)
             weight = weights[stream] if weights else ops.sample(mu, rho, seed, stream=stream)[0]
-            log_q = -0.5 * normal * normal - reference.softplus(rho).log_sigma - 0.5 * math.log(2 * math.pi)
+            log_q = -0.5 * normal * normal - reference.log_sigma(rho) - 0.5 * math.log(2 * math.pi)
             difference = log_q.sum(dtype=torch.float64) - self.prior.log_prob(weight).sum(dtype=torch.float64)
             total = total + difference.to(mu.dtype)
         return total
@@ -284,145 +237,7 @@ def perturb(mean: Tensor, variance: Tensor, seed: Tensor) -> Tensor:
     return mean + torch.where(variance > 1e-30, deviation, 0.0) * noise
 
 
-class BayesLinear(BayesLayer):
-    """A linear layer with a Gaussian over each weight: y = x Wᵀ + b, W ~ N(μ, σ²), σ = softplus(ρ).
-
-    Each call draws fresh noise, in training and in evaluation mode; `mean_mode` gives the mean network.
-
-    Args:
-        in_features, out_features: sizes.
-        bias: whether there is a bias (with a distribution of its own).
-        prior: GaussianPrior (default: std 1), ScaleMixturePrior, MopedPrior or an object with log_prob(weight).
-        estimator: "weight": one sample of W for the batch, fused with the KL (the cheapest); "flipout": one sample,
-            its sign flipped at random for each example (less gradient noise, two products); "local": samples y
-            itself (least gradient noise, two products).
-        init_std: σ at the start; default 0.1 / √in_features.
-        device, dtype: of the parameters; float32 or float64.
-
-    Raises:
-        ValueError: sizes < 1, init_std <= 0, an unknown estimator.
-        TypeError: something that is not a prior, another dtype.
-
-    Source: Blundell et al. 2015 ("weight"); Wen et al. 2018 (flipout); Kingma et al. 2015 (local).
-
-    Example:
-        >>> import torch, finite_width as fw
-        >>> layer = fw.bayes.BayesLinear(3, 2)
-        >>> layer(torch.ones(5, 3)).shape
-        torch.Size([5, 2])
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool = True,
-        prior: Any = None,
-        estimator: str = "weight",
-        init_std: float | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        _check.positive_int("in_features", in_features)
-        _check.positive_int("out_features", out_features)
-        super().__init__((out_features, in_features), bias, prior, estimator, init_std, device, dtype)
-        self.in_features, self.out_features = in_features, out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
-        _check.is_tensor("x", x)
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have shape [..., {self.in_features}], got {list(x.shape)}")
-        if self._mean_mode:
-            return F.linear(x, self.weight_mu, self.bias_mu)
-        if self._prediction is not None:
-            return self._predict(x)
-        rows = x.reshape(-1, self.in_features)
-        # Under autocast torch's own product takes x and W to the lower precision; μ, ρ and the KL stay float32.
-        autocast = torch.is_autocast_enabled(x.device.type)
-        seed = draw_seed(x.device)
-        if self.estimator == "weight":
-            if autocast or self.prior_std is None:
-                weight, bias = self._sampled(seed)
-                y = _product(rows, weight, bias, autocast)
-            else:
-                y = self._fused(rows, seed)
-        elif self.estimator == "flipout":
-            weight, bias = self._perturbation(seed)
-            flipped = rows * signs(rows, seed, SIGN_IN)
-            mean = _product(rows, self.weight_mu, self.bias_mu, autocast)
-            change = _product(flipped, weight, bias, autocast)
-            y = mean + change * signs(change, seed, SIGN_OUT)
-        else:
-            variance = None if self.bias_rho is None else reference.sigma(self.bias_rho) ** 2
-            y = perturb(
-                _product(rows, self.weight_mu, self.bias_mu, autocast).to(self.weight_mu.dtype),
-                _product(rows * rows, self.weight_std() ** 2, variance, autocast).to(self.weight_mu.dtype),
-                seed,
-            )
-        return y.reshape(*x.shape[:-1], self.out_features)
-
-    def _fused(self, rows: Tensor, seed: Tensor) -> Tensor:
-        parameters, buffers = self._parameters, self._buffers
-        weight = parameters["weight_mu"]
-        assert weight is not None
-        _check.like("weight_mu", weight, "x", rows)
-        # The other checks of ops.linear hold by construction.
-        y, kl = ops.linear_unchecked(
-            rows,
-            weight,
-            parameters["weight_rho"],
-            parameters["bias_mu"],
-            parameters["bias_rho"],
-            seed,
-            buffers["weight_prior_mean"],
-            buffers["bias_prior_mean"],
-            self.prior_std,
-        )
-        self._keep(kl, [kl])
-        return y
-
-    def _predict(self, x: Tensor) -> Tensor:
-        seed, first, count = self._prediction.of(self, x)
-        with torch.no_grad():
-            y = ops.linear_samples(
-                x.reshape(count, -1, self.in_features),
-                self.weight_mu,
-                self.weight_rho,
-                self.bias_mu,
-                self.bias_rho,
-                seed,
-                first,
-                count,
-            )
-        return y.reshape(*x.shape[:-1], self.out_features)
-
-    def mean_layer(self) -> nn.Linear:
-        """The nn.Linear of the mean network, with copies of μ."""
-        layer = nn.Linear(
-            self.in_features,
-            self.out_features,
-            bias=self.bias_mu is not None,
-            device=self.weight_mu.device,
-            dtype=self.weight_mu.dtype,
-        )
-        return _with_means(layer, self)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias_mu is not None}, "
-            f"{super().extra_repr()}"
-        )
-
-
-def _product(x: Tensor, weight: Tensor | None, bias: Tensor | None, autocast: bool) -> Tensor:
-    """x Wᵀ + b, on this library's GEMM except under autocast."""
-    assert weight is not None
-    return F.linear(x, weight, bias) if autocast else gemm(x, weight.mT, bias)
-
-
-def _with_means(layer: Any, source: BayesLayer) -> Any:
+def with_means(layer: Any, source: BayesLayer) -> Any:
     """The layer with the means of `source`, its mode and its requires_grad."""
     with torch.no_grad():
         layer.weight.copy_(source.weight_mu)

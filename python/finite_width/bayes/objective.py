@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from . import ops
 from .layers import BayesLayer
 
 
@@ -67,11 +68,21 @@ def kl(model: nn.Module) -> Tensor:
         >>> fw.bayes.negative_elbo(loss, fw.bayes.kl(model), num_data=800, reduction="mean").backward()
     """
     layers = layers_of(model)
-    total: Tensor | None = None
+    parts: list[Tensor] = []
+    # What has to be computed, in one call for all tensors of a dtype and device.
+    missing: dict[Any, list[tuple[Tensor, Tensor, Tensor | None, float | None]]] = {}
     for layer in _distinct(layers):
-        part = layer.kl()
-        total = part if total is None else total + part.to(total.device)
-    assert total is not None
+        ready = layer.ready_kl()
+        if ready is not None:
+            parts.append(ready)
+            continue
+        key = (layer.weight_mu.dtype, layer.weight_mu.device)
+        rows = missing.setdefault(key, [])
+        rows += [(mu, rho, mean, layer.prior_std) for mu, rho, mean in layer.distributions()]
+    parts += [ops.kl_sum_unchecked(*zip(*rows, strict=True)) for rows in missing.values()]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     # Elsewhere than on the CPU, looking at the value would wait for the device.
     if not traced and total.device.type == "cpu" and math.isnan(total.item()):

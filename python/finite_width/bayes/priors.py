@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -88,9 +88,13 @@ class ScaleMixturePrior:
 
     def log_prob(self, weight: Tensor) -> Tensor:
         """The log density of the mixture, element by element."""
-        first = GaussianPrior(self.std1).log_prob(weight) + math.log(self.pi)
-        second = GaussianPrior(self.std2).log_prob(weight) + math.log1p(-self.pi)
-        return torch.logaddexp(first, second)
+        # log(a + b) = log a + softplus(log b - log a), each log a constant plus a multiple of w². With the wider
+        # component as a, log b - log a is never large, and nothing cancels.
+        parts = sorted(((self.std1, self.pi), (self.std2, 1 - self.pi)), reverse=True)
+        (wide, narrow) = (math.log(pi / std) - 0.5 * math.log(2 * math.pi) for std, pi in parts)
+        slope, steeper = (-0.5 / std**2 for std, _ in parts)
+        square = weight * weight
+        return wide + slope * square - F.logsigmoid(wide - narrow + (slope - steeper) * square)
 
 
 @dataclass(frozen=True)

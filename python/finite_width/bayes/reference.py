@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+LEAST_VARIANCE = 1e-30  # below, an output of local reparametrisation has no noise
 
 
 class Softplus(NamedTuple):
@@ -24,6 +26,13 @@ class Softplus(NamedTuple):
 def sigma(rho: Tensor) -> Tensor:
     """softplus(ρ) alone, without the threshold of F.softplus."""
     return -F.logsigmoid(-rho)
+
+
+def log_sigma(rho: Tensor) -> Tensor:
+    """log softplus(ρ) alone; for small ρ, where σ may round to 0, ρ + log(log1p(e) / e) with e = exp(ρ)."""
+    low = rho < -15
+    by_rho = rho - torch.exp(torch.where(low, rho, -15.0)) / 2
+    return torch.where(low, by_rho, torch.log(sigma(torch.where(low, 0.0, rho))))
 
 
 def softplus(rho: Tensor) -> Softplus:
@@ -143,9 +152,29 @@ def sample_backward(
     return grads[0].contiguous(), grads[1].contiguous()
 
 
-def kl(mu: Tensor, rho: Tensor, prior_mean: Tensor | None, prior_std: float) -> Tensor:
-    """KL(N(μ, σ²) || N(prior_mean, prior_std²)), summed."""
-    return transform(mu, rho, torch.zeros_like(mu), prior_mean, prior_std, False)[1]
+def kl(mu: Sequence[Tensor], rho: Sequence[Tensor], prior_mean: Sequence[Tensor], prior_std: Sequence[float]) -> Tensor:
+    """Σ KL(N(μ, σ²) || N(prior_mean, prior_std²)) over all elements of all tensors; an empty prior_mean is 0."""
+    rows = zip(mu, rho, prior_mean, prior_std, strict=True)
+    parts = [transform(m, r, torch.zeros_like(m), given(mean), std, False)[1] for m, r, mean, std in rows]
+    return torch.stack(parts).sum(dtype=torch.float64).to(mu[0].dtype)
+
+
+def kl_backward(
+    grad: Tensor,
+    mu: Sequence[Tensor],
+    rho: Sequence[Tensor],
+    prior_mean: Sequence[Tensor],
+    prior_std: Sequence[float],
+) -> list[Tensor]:
+    """∂μ of each tensor, then ∂ρ of each."""
+    rows = zip(mu, rho, prior_mean, prior_std, strict=True)
+    pairs = [transform_backward(None, grad, m, r, None, given(mean), std, False) for m, r, mean, std in rows]
+    return [pair[half].contiguous() for half in range(2) for pair in pairs]
+
+
+def given(prior_mean: Tensor) -> Tensor | None:
+    """A list's prior mean; None for the empty tensor that stands for 0 there."""
+    return prior_mean if prior_mean.numel() else None
 
 
 def linear(
@@ -203,6 +232,94 @@ def linear_backward(
         False,
     )
     return grad_x, grad_mu, grad_rho, *grad_bias
+
+
+def local(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    seed: Tensor,
+    weight_prior_mean: Tensor | None,
+    bias_prior_mean: Tensor | None,
+    prior_std: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = x μᵀ + b + d ∘ ε with d² = x² (σ²)ᵀ + σ_b² and ε of stream 2; the KL of weight and bias; d."""
+    mean = x @ weight_mu.mT
+    total = transform(weight_mu, weight_rho, torch.zeros_like(weight_mu), weight_prior_mean, prior_std, False)[1]
+    if bias_mu is not None and bias_rho is not None:
+        mean = mean + bias_mu
+        zeros = torch.zeros_like(bias_mu)
+        total = total + transform(bias_mu, bias_rho, zeros, bias_prior_mean, prior_std, False)[1]
+    deviation = local_deviation(x, weight_rho, bias_rho)
+    y = mean + deviation * noise(mean, seed, 0, 2)
+    return y.contiguous(), total, deviation.contiguous()
+
+
+def local_deviation(x: Tensor, weight_rho: Tensor, bias_rho: Tensor | None) -> Tensor:
+    """d = √(x² (σ²)ᵀ + σ_b²), 0 with derivative 0 where the variance is tiny."""
+    variance = (x * x) @ (sigma(weight_rho) ** 2).mT
+    if bias_rho is not None:
+        variance = variance + sigma(bias_rho) ** 2
+    tiny = variance <= LEAST_VARIANCE
+    return torch.where(tiny, 0.0, torch.sqrt(torch.where(tiny, 1.0, variance)))
+
+
+def local_gradients(
+    grad_y: Tensor,
+    grad_kl: Tensor | None,
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    normal: Tensor,
+    weight_prior_mean: Tensor | None,
+    bias_prior_mean: Tensor | None,
+    prior_std: float | None,
+    deviation: Tensor,
+) -> tuple[Tensor, ...]:
+    """∂x, ∂weight_mu, ∂weight_rho, and ∂bias_mu, ∂bias_rho where there is a bias."""
+    still = deviation == 0
+    grad_variance = torch.where(still, 0.0, grad_y * normal / (2 * torch.where(still, 1.0, deviation)))
+    grad_x = grad_y @ weight_mu + 2 * x * (grad_variance @ sigma(weight_rho) ** 2)
+
+    def pair(by_mu: Tensor, by_variance: Tensor, mu: Tensor, rho: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+        kl_mu, kl_rho = transform_backward(None, grad_kl, mu, rho, None, mean, prior_std, False)
+        parts = softplus(rho)
+        return by_mu + kl_mu, 2 * by_variance * parts.sigma * parts.derivative + kl_rho
+
+    by_variance = grad_variance.mT @ (x * x)
+    result = grad_x, *pair(grad_y.mT @ x, by_variance, weight_mu, weight_rho, weight_prior_mean)
+    if bias_mu is None or bias_rho is None:
+        return result
+    return *result, *pair(grad_y.sum(0), grad_variance.sum(0), bias_mu, bias_rho, bias_prior_mean)
+
+
+def local_backward(
+    grad_y: Tensor,
+    grad_kl: Tensor | None,
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_rho: Tensor,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    seed: Tensor,
+    weight_prior_mean: Tensor | None,
+    bias_prior_mean: Tensor | None,
+    prior_std: float | None,
+    deviation: Tensor,
+    needs_x: bool,
+) -> tuple[Tensor, ...]:
+    """The five gradients from d of the forward pass; empty tensors where there is no bias, or x needs none."""
+    grads = local_gradients(
+        *(grad_y, grad_kl, x, weight_mu, weight_rho, bias_mu, bias_rho, noise(grad_y, seed, 0, 2)),
+        *(weight_prior_mean, bias_prior_mean, prior_std, deviation),
+    )
+    grad_x, *rest = (grad.contiguous() for grad in grads)
+    empty = () if bias_mu is not None else (x.new_empty(0), x.new_empty(0))
+    return grad_x if needs_x else x.new_empty(0), *rest, *empty
 
 
 def linear_samples(

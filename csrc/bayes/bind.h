@@ -1,0 +1,108 @@
+// What the bindings for the CPU and for CUDA share: checks of the variational ops' arguments, and their distributions.
+//
+// A `Place` says where tensors must be: it throws unless the tensor is there, beside `like`.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/check.h"
+
+namespace finite_width::bayes {
+
+using MaybeTensor = std::optional<Tensor>;
+using Place = void (*)(const Tensor& tensor, const char* name, const Tensor& like);
+
+// Calls run with a float or a double, by the tensor's dtype.
+template <class Run>
+void for_dtype(const Tensor& tensor, const char* name, const Run& run) {
+  check_float_or_double(tensor, name);
+  if (tensor.scalar_type() == ScalarType::Float) {
+    run(float{});
+  } else {
+    run(double{});
+  }
+}
+
+inline void check_like(Place here, const Tensor& tensor, const char* name, const Tensor& other) {
+  here(tensor, name, other);
+  check_dtype(tensor, name, other.scalar_type());
+  bool same = tensor.dim() == other.dim();
+  for (int64_t axis = 0; same && axis < other.dim(); ++axis) same = tensor.size(axis) == other.size(axis);
+  STD_TORCH_CHECK(same, "finite_width: ", name, " must have shape ", shape_text(other), ", got ", shape_text(tensor));
+}
+
+inline void check_scalar(Place here, const Tensor& value, const char* name, ScalarType dtype, const Tensor& like) {
+  here(value, name, like);
+  check_dtype(value, name, dtype);
+  STD_TORCH_CHECK(value.numel() == 1, "finite_width: ", name, " must have one element, got shape ", shape_text(value));
+}
+
+// One tensor of weights, made contiguous and checked.
+struct Distribution {
+  Tensor mu, rho;
+  MaybeTensor prior_mean;
+
+  Distribution(Place here, const Tensor& mu_in, const Tensor& rho_in, const MaybeTensor& mean_in)
+      : mu(torch::stable::contiguous(mu_in)), rho(torch::stable::contiguous(rho_in)) {
+    here(mu_in, "mu", mu_in);
+    check_like(here, rho_in, "rho", mu_in);
+    if (mean_in) {
+      check_like(here, *mean_in, "prior_mean", mu_in);
+      prior_mean = torch::stable::contiguous(*mean_in);
+    }
+  }
+};
+
+// Weight [out, in] and bias [out] of a linear layer.
+struct LinearDistribution {
+  Distribution weight;
+  std::optional<Distribution> bias;
+
+  LinearDistribution(Place here, const Tensor& weight_mu, const Tensor& weight_rho, const MaybeTensor& bias_mu,
+                     const MaybeTensor& bias_rho, const MaybeTensor& weight_mean, const MaybeTensor& bias_mean)
+      : weight(here, weight_mu, weight_rho, weight_mean) {
+    check_dim(weight_mu, "weight_mu", 2);
+    STD_TORCH_CHECK(bias_mu.has_value() == bias_rho.has_value(), "finite_width: bias_mu and bias_rho go together");
+    if (bias_mu) {
+      check_fits(here, *bias_mu, "bias_mu", {out()});
+      bias.emplace(here, *bias_mu, *bias_rho, bias_mean);
+    }
+  }
+
+  int64_t in() const { return weight.mu.size(1); }
+  int64_t out() const { return weight.mu.size(0); }
+
+  // Another tensor of the layer's dtype, in that shape.
+  void check_fits(Place here, const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) const {
+    here(tensor, name, weight.mu);
+    check_shape(tensor, name, shape);
+    check_dtype(tensor, name, weight.mu.scalar_type());
+  }
+
+  // Many inputs at once, for prediction.
+  void check_samples(Place here, const Tensor& x, int64_t samples) const {
+    check_fits(here, x, "x", {-1, -1, in()});
+    STD_TORCH_CHECK(x.size(0) == 1 || x.size(0) == samples,
+                    "finite_width: x must have shape [samples or 1, batch, in]");
+  }
+};
+
+// The distributions of a list of tensors, which have one dtype and one place; an empty prior mean is 0.
+inline std::vector<Distribution> distributions(Place here, const std::vector<Tensor>& mu,
+                                               const std::vector<Tensor>& rho, const std::vector<Tensor>& mean,
+                                               size_t stds) {
+  STD_TORCH_CHECK(!mu.empty() && mu.size() == rho.size() && mu.size() == mean.size() && mu.size() == stds,
+                  "finite_width: mu, rho, prior_mean and prior_std must be lists of one length, at least 1");
+  std::vector<Distribution> result;
+  for (size_t i = 0; i < mu.size(); ++i) {
+    here(mu[i], "mu", mu[0]);
+    check_dtype(mu[i], "mu", mu[0].scalar_type());
+    result.emplace_back(here, mu[i], rho[i], mean[i].numel() > 0 ? MaybeTensor(mean[i]) : MaybeTensor());
+  }
+  return result;
+}
+
+}  // namespace finite_width::bayes
