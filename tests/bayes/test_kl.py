@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import finite_width as fw
 from finite_width.bayes import BayesConv2d, BayesLinear, GaussianPrior, MopedPrior, ScaleMixturePrior
@@ -37,10 +39,10 @@ def assert_exact(model: nn.Module) -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5)
 
 
-@pytest.fixture
-def model() -> nn.Sequential:
-    prior = GaussianPrior(std=0.4)
-    return nn.Sequential(BayesLinear(5, 7, prior=prior), nn.Tanh(), BayesLinear(7, 3, prior=prior, bias=False))
+@pytest.fixture(params=["weight", "local"])
+def model(request: pytest.FixtureRequest) -> nn.Sequential:
+    options: dict[str, Any] = {"prior": GaussianPrior(std=0.4), "estimator": request.param}
+    return nn.Sequential(BayesLinear(5, 7, **options), nn.Tanh(), BayesLinear(7, 3, bias=False, **options))
 
 
 X = torch.linspace(-1, 1, 20).reshape(4, 5)
@@ -84,6 +86,35 @@ def test_the_fused_value_is_used(model: nn.Sequential) -> None:
     assert model[0]._kept() is not None
     y.sum().backward()
     assert model[0]._kept() is None
+
+
+class Calls(TorchDispatchMode):
+    """The names of this library's ops that were called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "finite_width":
+            self.names.append(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_call_for_all_layers_whose_value_is_not_there(model: nn.Sequential) -> None:
+    def calls(module: nn.Module) -> list[str]:
+        with Calls() as mode:
+            fw.bayes.kl(module).backward()
+        return mode.names
+
+    assert calls(model) == ["bayes_kl", "bayes_kl_backward"]
+    model(X)
+    assert "bayes_kl" not in calls(model)
+    model[0](X)  # the other layer's graph has been used
+    assert calls(model).count("bayes_kl") == 1
+    both = nn.ModuleList([model, BayesLinear(3, 2).double()])
+    assert calls(both).count("bayes_kl") == 2
+    assert_exact(model)
 
 
 def test_no_grad_value_after_a_forward_with_gradient(model: nn.Sequential) -> None:

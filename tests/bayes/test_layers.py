@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import finite_width as fw
 from finite_width.bayes import BayesConv1d, BayesConv2d, BayesConv3d, BayesLinear, GaussianPrior, MopedPrior, ops
+from finite_width.bayes.layers import draw_seed, perturb
 
 X = torch.linspace(-2, 2, 24).reshape(4, 6)
 CONVOLUTIONS: list[tuple[Any, Any, tuple[int, ...]]] = [
@@ -69,6 +70,22 @@ def test_flipout_decorrelates_the_examples() -> None:
     for estimator, correlated in (("weight", True), ("flipout", False), ("local", False)):
         layer = BayesLinear(6, 5, estimator=estimator, init_std=0.4)
         assert (float(layer(x).detach().std(0).max()) < 1e-6) is correlated
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_local_is_its_formula(bias: bool) -> None:
+    """The fused op against mean, variance and noise in plain torch, at the seed that the layer draws."""
+    layer = BayesLinear(6, 5, bias=bias, estimator="local", init_std=0.4)
+    torch.manual_seed(3)
+    y = layer(X)
+    torch.manual_seed(3)
+    seed = draw_seed(X.device)
+    squares = layer.weight_std() ** 2, None if layer.bias_rho is None else F.softplus(layer.bias_rho) ** 2
+    expected = perturb(F.linear(X, layer.weight_mu, layer.bias_mu), F.linear(X * X, *squares), seed)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    parameters, cotangent = list(layer.parameters()), torch.linspace(-1, 1, y.numel()).reshape(y.shape)
+    gradients = [torch.autograd.grad((each * cotangent).sum(), parameters) for each in (y, expected)]
+    assert_all_close(list(gradients[0]), list(gradients[1]))
 
 
 @pytest.mark.parametrize("estimator", ["weight", "flipout", "local"])
