@@ -11,6 +11,7 @@
 #include "common/check.h"
 
 namespace finite_width::bayes {
+namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 using Place = void (*)(const Tensor& tensor, const char* name, const Tensor& like);
@@ -105,4 +106,5 @@ inline std::vector<Distribution> distributions(Place here, const std::vector<Ten
   return result;
 }
 
+}  // namespace
 }  // namespace finite_width::bayes

@@ -154,9 +154,9 @@ std::vector<Tensor> kl_backward_cuda(const Tensor& grad, const std::vector<Tenso
   }
   for_dtype(mu[0], "mu", [&]<class T>(T) {
     std::vector<Weights<T>> tensors = all_of<T>(all, prior_std);
-    for (size_t i = 0; i < tensors.size(); ++i) {
+    for (size_t i = 0; i < mu.size(); ++i) {
       tensors[i].grad_mu = result[i].mutable_data_ptr<T>();
-      tensors[i].grad_rho = result[i + tensors.size()].mutable_data_ptr<T>();
+      tensors[i].grad_rho = result[i + mu.size()].mutable_data_ptr<T>();
     }
     sample_backward<T>(tensors.data(), static_cast<int>(tensors.size()), call_of<T>({}, grad, mu[0]), device.stream());
   });
