@@ -208,6 +208,45 @@ def fuzz_update(d: Draw) -> Call:
     return Call(pathsgd.path_update, args)
 
 
+def path_window(d: Draw) -> tuple[Tensor, list[int], list[int], tuple[Any, ...]]:
+    """Path sums at a convolution's input, the shapes of its weight and output, and how it goes over the input."""
+    spatial, groups = d.size(1, 3), d.size(1, 3)
+    sizes = [d.size(1, 9) for _ in range(spatial)]
+    stride, dilation, padding = ([d.size(low, 3) for _ in range(spatial)] for low in (1, 1, 0))
+    rows = list(zip(sizes, padding, dilation, strict=True))
+    kernel = [d.size(1, min(4, (size + 2 * pad - 1) // apart + 1)) for size, pad, apart in rows]
+    out = [
+        (size + 2 * pad - apart * (taps - 1) - 1) // step + 1
+        for (size, pad, apart), taps, step in zip(rows, kernel, stride, strict=True)
+    ]
+    channels, filters = d.size(1, 5), d.size(1, 9) * groups
+    x = d.normal((1, channels * groups, *sizes), torch.float64).abs()
+    return x, [filters, channels, *kernel], [1, filters, *out], (stride, padding, dilation, groups)
+
+
+def fuzz_path_convolution(d: Draw) -> Call:
+    x, shape, _, how = path_window(d)
+    return Call(pathsgd.path_convolution, (x, d.tensor(*shape), d.choice([1.0, 2.0, 3.0]), *how))
+
+
+def fuzz_path_convolution_backward(d: Draw) -> Call:
+    x, shape, out, how = path_window(d)
+    known = d.normal(out, torch.float64).abs()
+    return Call(pathsgd.path_convolution_backward, (known, x, d.tensor(*shape), d.choice([1.0, 2.0, 3.0]), *how))
+
+
+def fuzz_path_convolution_update(d: Draw) -> Call:
+    x, shape, out, how = path_window(d)
+    momentum = d.choice([True, False])
+    known = d.normal(out, torch.float64).abs() + 0.1
+    rates = (0.1, 0.9, 1.0, 0.99, -1.0) if momentum else (0.1, 0.0, 0.0, 1.0, 1.0)
+    args = (
+        *(d.tensor(*shape, writable=True), d.tensor(*shape), d.tensor(*shape, writable=True) if momentum else None),
+        *(x + 0.1, known, float(d.size(-4, 4)), d.choice([1.0, 2.0, 3.0]), rates, *how),
+    )
+    return Call(pathsgd.path_convolution_update, args)
+
+
 def weights(d: Draw, *shape: int) -> tuple[Tensor, Tensor]:
     """Means, and ρ with σ between about 0.02 and 3."""
     return d.tensor(*shape), 4 * d.tensor(*shape).clamp(-1, 0.7)
@@ -288,6 +327,9 @@ FUZZ: dict[str, Callable[[Draw], Call]] = {
     "tt_linear": fuzz_tensor_train,
     "path_sweep": fuzz_sweep,
     "path_update": fuzz_update,
+    "path_convolution": fuzz_path_convolution,
+    "path_convolution_backward": fuzz_path_convolution_backward,
+    "path_convolution_update": fuzz_path_convolution_update,
     "bayes_noise": fuzz_noise,
     "bayes_sample": fuzz_sample,
     "bayes_kl": fuzz_kl,

@@ -16,7 +16,7 @@ namespace finite_width {
 //   2       a block of the transposed product (gemm/gemm_kernel.h)
 //   3, 4    NTK: inner products or rows of an unfold, and products of cotangents
 //   5 to 7  variational layers (bayes/bayes_cpu.cpp)
-//   8 on    Tensor-Train (tt/workspace.h)
+//   8 on    Tensor-Train (tt/workspace.h), Path-SGD's convolutions (pathsgd/convolution_kernel.h)
 constexpr int kWorkspaceSlots = 32;
 void* thread_workspace(int slot, size_t bytes);
 

@@ -10,9 +10,6 @@
 
 namespace finite_width::FW_ISA::ntk {
 
-using finite_width::ntk::Convolution;
-using finite_width::ntk::kMaxAxes;
-
 // Positions of a strip of kTileRows<T> output channels, kept in the first cache until it is written out.
 constexpr int64_t kStripPositions = 512;
 // Images share a scratch until it has so many positions; below, register tiles would stay partly empty.

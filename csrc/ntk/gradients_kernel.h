@@ -3,9 +3,6 @@
 
 namespace finite_width::FW_ISA::ntk {
 
-using finite_width::ntk::Convolution;
-using finite_width::ntk::kMaxAxes;
-
 // Rows of a product are cut so that there are about this many tasks a thread: enough to keep all of them busy.
 constexpr int64_t kTasksPerThread = 4;
 

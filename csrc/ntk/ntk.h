@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/convolution.h"
+
 namespace finite_width::ntk {
 
 // What is kept of the outputs o of the first batch and p of the second: all pairs, o = p, or the sum over o = p. The
@@ -37,15 +39,6 @@ struct Side {
 template <class T>
 void gram_accumulate(const Side<T>& one, const Side<T>& two, int64_t I, int64_t O, int64_t C, Contraction contraction,
                      bool inner, T bias, const Tile<T>& out);
-
-constexpr int kMaxAxes = 3;
-
-// A convolution of one example; 1d and 2d ones have leading axes of size 1.
-struct Convolution {
-  int64_t channels_in, channels_out, groups;
-  int64_t size[kMaxAxes], positions[kMaxAxes], kernel[kMaxAxes];
-  int64_t stride[kMaxAxes], padding[kMaxAxes], dilation[kMaxAxes];
-};
 
 // Per-example weight gradients: gradients[n, o, c, i, tap] = sum over positions of delta and the input under the tap.
 // The unfolded input is packed a panel at a time and never stands in memory.

@@ -68,6 +68,17 @@ FW_HOST_DEVICE double inverse(double x, double exponent, double p) {
   return std::isnan(result) ? 0 : result < kLargest ? result : kLargest;
 }
 
+// What a known mass leaves of 1/gamma = (mass 2^exponent)^(-2/p): one * other * mass^(-2/p). In two halves, which stay
+// in range where their product would not; exact at p = 1 and 2.
+struct StepScale {
+  double one, other;
+};
+
+inline StepScale step_scale(double exponent, double p) {
+  const double half = p == 2 ? std::floor(-exponent / 2) : -exponent / p;
+  return {std::exp2(half), std::exp2(-2 * exponent / p - half)};
+}
+
 // One scalar's update along `direction`, the gradient over gamma with the sign. Momentum is rounded to its storage
 // before it is used, so that a resumed run continues with the same bits.
 template <class T>

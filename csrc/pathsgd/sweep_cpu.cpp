@@ -134,11 +134,12 @@ void sweep(const Sweep<T>& task) {
 template <class T>
 void update(int64_t count, T* param, const T* grad, T* momentum, const double* mass, double exponent, double p,
             const Rates& rates) {
-  const double scale = std::exp2(-exponent / p);
-  const auto range = FW_DISPATCH(path_update_range<T>);
+  const StepScale scale = step_scale(exponent, p);
+  const auto run = FW_DISPATCH(path_update_run<T>);
   parallel_blocks(blocks(count, kUpdateBlock), [&](int64_t index) {
     const int64_t begin = index * kUpdateBlock;
-    range(begin, std::min(begin + kUpdateBlock, count), param, grad, momentum, mass, scale, p, rates);
+    run(std::min(kUpdateBlock, count - begin), param + begin, grad + begin, momentum ? momentum + begin : nullptr,
+        mass + begin, scale, p, rates);
   });
 }
 

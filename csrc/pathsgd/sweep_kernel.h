@@ -1,81 +1,16 @@
 // The inner loops of a Path-SGD sweep: eight double lanes on every instruction set, fused where it says fma.
-#include "common/simd.h"
+#include "pathsgd/lanes_kernel.h"
 
 namespace finite_width::FW_ISA {
 
-using pathsgd::Bf16;
-using pathsgd::Rates;
 using pathsgd::Sweep;
 
-enum class Norm { one, two, any, infinity };
-enum class Rule { none, plain, decay, momentum };
-
 constexpr int kParts = 8 / simd::kLanes<double>;
-typedef simd::Vec<double> Part;
-typedef float FloatPart __attribute__((vector_size(simd::kBytes / 2)));
-typedef int32_t IntPart __attribute__((vector_size(simd::kBytes / 2)));
-typedef uint32_t WordPart __attribute__((vector_size(simd::kBytes / 2)));
-typedef uint16_t HalfPart __attribute__((vector_size(simd::kBytes / 4)));
 
 // Eight neighbouring values, as doubles.
 struct Octet {
   Part part[kParts];
 };
-
-#define FW_INLINE inline __attribute__((always_inline))
-#define FW_LAMBDA __attribute__((always_inline))
-
-// __builtin_convertvector widens in two halves (g++ 12); the instruction takes the whole.
-FW_INLINE Part widened(FloatPart value) {
-#if FW_ISA_LEVEL == 2
-  return _mm512_maskz_cvtps_pd(0xff, (__m256)value);  // the unmasked form warns in g++ 12
-#elif FW_ISA_LEVEL == 1
-  return _mm256_cvtps_pd((__m128)value);
-#else
-  return __builtin_convertvector(value, Part);
-#endif
-}
-
-FW_INLINE Part load_part(const double* from) {
-  return simd::load(from);
-}
-
-FW_INLINE Part load_part(const float* from) {
-  FloatPart value;
-  std::memcpy(&value, from, sizeof value);
-  return widened(value);
-}
-
-FW_INLINE Part load_part(const Bf16* from) {
-  HalfPart bits;
-  std::memcpy(&bits, from, sizeof bits);
-  const WordPart words = __builtin_convertvector(bits, WordPart) << 16;
-  return widened((FloatPart)words);
-}
-
-// Stores a value rounded to T, and returns what was stored.
-FW_INLINE Part store_part(double* to, Part value) {
-  simd::store(to, value);
-  return value;
-}
-
-FW_INLINE Part store_part(float* to, Part value) {
-  const FloatPart rounded = __builtin_convertvector(value, FloatPart);
-  std::memcpy(to, &rounded, sizeof rounded);
-  return widened(rounded);
-}
-
-FW_INLINE Part store_part(Bf16* to, Part value) {
-  const FloatPart rounded = __builtin_convertvector(value, FloatPart);
-  const WordPart words = (WordPart)rounded;
-  const WordPart nearest = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;  // ties to even
-  const IntPart nan = rounded != rounded;
-  const WordPart mask = (WordPart)nan;
-  const WordPart chosen = (mask & 0x7fc0u) | (~mask & nearest);
-  const HalfPart bits = __builtin_convertvector(chosen, HalfPart);
-  std::memcpy(to, &bits, sizeof bits);
-  return widened((FloatPart)(chosen << 16));
-}
 
 // Values of T in a cache line.
 template <class T>
@@ -90,19 +25,6 @@ FW_INLINE void prefetch(const Sweep<T>& task, int64_t place) {
   __builtin_prefetch(task.weight + place, 0, kSecondLevel);
   if constexpr (R != Rule::none) __builtin_prefetch(task.grad + place, 0, kSecondLevel);
   if constexpr (R == Rule::momentum) __builtin_prefetch(task.momentum + place, 0, kSecondLevel);
-}
-
-template <Norm N>
-FW_INLINE Part power(Part w, double p) {
-  if constexpr (N == Norm::two) {
-    return w * w;
-  } else {
-    Part magnitude = w < 0 ? -w : w;
-    if constexpr (N == Norm::any) {
-      for (int lane = 0; lane < simd::kLanes<double>; ++lane) magnitude[lane] = std::pow(magnitude[lane], p);
-    }
-    return magnitude;
-  }
 }
 
 // total + power * source, or the larger of the two at p = infinity.
@@ -328,59 +250,6 @@ void backward_tile(const Sweep<T>& task, int64_t begin, int64_t end, int64_t col
   }
 }
 
-FW_INLINE Part root(Part value) {
-#if FW_ISA_LEVEL == 2
-  return _mm512_maskz_sqrt_pd(0xff, value);  // the unmasked form warns in g++ 12
-#elif FW_ISA_LEVEL == 1
-  return _mm256_sqrt_pd(value);
-#else
-  for (int lane = 0; lane < simd::kLanes<double>; ++lane) value[lane] = std::sqrt(value[lane]);
-  return value;
-#endif
-}
-
-// A block of the update alone. (g s) s with s = mass^(-1/p) stays in range where g s^2 would pass through infinity.
-template <class T, Rule R>
-void update_range(int64_t begin, int64_t end, T* param, const T* grad, T* momentum, const double* mass, double scale,
-                  double p, const Rates& rates) {
-  for (int64_t at = begin; at < end; at += simd::kLanes<double>) {
-    const int64_t count = end - at < simd::kLanes<double> ? end - at : simd::kLanes<double>;
-    T w[8] = {}, g[8] = {}, m[8] = {};
-    double known[8] = {};
-    const bool full = count == simd::kLanes<double>;
-    if (!full) {
-      std::memcpy(w, param + at, count * sizeof(T));
-      std::memcpy(g, grad + at, count * sizeof(T));
-      std::memcpy(known, mass + at, count * sizeof(double));
-      if constexpr (R == Rule::momentum) std::memcpy(m, momentum + at, count * sizeof(T));
-    }
-    T *to = full ? param + at : w, *buffer = full && R == Rule::momentum ? momentum + at : m;
-    Part from = simd::load(full ? mass + at : known);
-    if (p == 1) {
-      from = scale / from;
-    } else if (p == 2) {
-      from = scale / root(from);
-    } else {
-      for (int lane = 0; lane < simd::kLanes<double>; ++lane) from[lane] = scale * std::pow(from[lane], -1 / p);
-    }
-    // No path, no step: also where 1 / mass leaves the range.
-    from = from <= 1.7976931348623157e308 ? from : Part{};
-    const Part w_now = load_part(to);
-    const Part direction = load_part(full ? grad + at : g) * from * from * rates.sign;
-    Part step = direction;
-    if constexpr (R == Rule::momentum) {
-      const Part mu = simd::broadcast(rates.momentum);
-      step = store_part(buffer, simd::fma(mu, load_part(buffer), direction));
-      if (rates.nesterov) step = simd::fma(mu, step, direction);
-    }
-    store_part(to, simd::fma(simd::broadcast(-rates.lr), step, w_now * rates.keep));
-    if (!full) {
-      std::memcpy(param + at, w, count * sizeof(T));
-      if constexpr (R == Rule::momentum) std::memcpy(momentum + at, m, count * sizeof(T));
-    }
-  }
-}
-
 // The variant for a norm and a rule.
 template <class T, class Run>
 FW_INLINE void choose(double p, const T* grad, const T* momentum, double keep, const Run& run) {
@@ -426,18 +295,5 @@ void path_backward_tile(const Sweep<T>& task, int64_t begin, int64_t end, int64_
                            sum_new);
   });
 }
-
-template <class T>
-void path_update_range(int64_t begin, int64_t end, T* param, const T* grad, T* momentum, const double* mass,
-                       double scale, double p, const Rates& rates) {
-  if (momentum) {
-    update_range<T, Rule::momentum>(begin, end, param, grad, momentum, mass, scale, p, rates);
-  } else {
-    update_range<T, Rule::plain>(begin, end, param, grad, momentum, mass, scale, p, rates);
-  }
-}
-
-#undef FW_INLINE
-#undef FW_LAMBDA
 
 }  // namespace finite_width::FW_ISA

@@ -45,6 +45,12 @@ SCHEMAS: dict[str, str] = {
     "Tensor? grad_scale, Tensor? found_inf) -> ()",
     "path_update": "(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum, Tensor mass, float exponent, float p, "
     "float[] rates, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    "path_convolution": "(Tensor x, Tensor weight, float p, int[] stride, int[] padding, int[] dilation, "
+    "int groups) -> Tensor",
+    "path_convolution_backward": "(Tensor known, Tensor x, Tensor weight, float p, int[] stride, int[] padding, "
+    "int[] dilation, int groups) -> Tensor",
+    "path_convolution_update": "(Tensor(a!) weight, Tensor grad, Tensor(b!)? momentum, Tensor x, Tensor known, "
+    "float exponent, float p, float[] rates, int[] stride, int[] padding, int[] dilation, int groups) -> ()",
     # Bayes.
     "bayes_noise": "(Tensor like, Tensor seed, int sample, int stream) -> Tensor",
     "bayes_sample": "(Tensor mu, Tensor rho, Tensor seed, Tensor? prior_mean, float? prior_std, int stream,"

@@ -21,6 +21,13 @@ def _vector(size: int) -> Tensor:
     return torch.cat([_randn(size - 1).double().abs() + 0.5, torch.zeros(1, dtype=torch.float64)])
 
 
+def _positive(*shape: int) -> Tensor:
+    """Path sums: positive, in float64."""
+    return _randn(*shape).double().abs() + 0.5
+
+
+_WINDOW = ([2, 1], [1, 0], [1, 1], 2)  # stride, padding, dilation, groups
+
 # Op -> arguments of the raw op, in float32.
 EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "gemm": lambda: (_randn(33, 65), _randn(65, 17), _randn(17)),
@@ -55,6 +62,14 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "path_update": lambda: (
         *(_randn(65), _randn(65), None, _vector(65), 0.0, 2.0, (0.1, 0.0, 0.0, 1.0, 1.0)),
         *(torch.tensor(8.0), None),
+    ),
+    "path_convolution": lambda: (_positive(1, 6, 7, 9), _randn(8, 3, 3, 2), 2.0, *_WINDOW),
+    "path_convolution_backward": lambda: (
+        *(_positive(1, 8, 4, 8), _positive(1, 6, 7, 9), _randn(8, 3, 3, 2), 2.0, *_WINDOW),
+    ),
+    "path_convolution_update": lambda: (
+        *(_randn(8, 3, 3, 2), _randn(8, 3, 3, 2), None, _positive(1, 6, 7, 9), _positive(1, 8, 4, 8), 0.0, 2.0),
+        *((0.1, 0.0, 0.0, 1.0, 1.0), *_WINDOW),
     ),
     "bayes_noise": lambda: (torch.zeros(3, 67), torch.tensor(5), 2, 1),
     "bayes_sample": lambda: (_randn(3, 67), _randn(3, 67), torch.tensor(5), _randn(67, 3).mT, 0.5, 0, False),

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import finite_width as fw
-from finite_width.pathsgd.ops import path_sweep, path_update
+from finite_width.pathsgd.ops import (
+    path_convolution,
+    path_convolution_backward,
+    path_convolution_update,
+    path_sweep,
+    path_update,
+)
 from op_battery import OpCase, Sample, battery, moved
 
 PLAIN = (0.1, 0.0, 0.0, 1.0, 1.0)
@@ -78,8 +84,103 @@ def _update_samples(dtype, generator):
     return samples
 
 
+# x, weight, output, (stride, padding, dilation, groups): 1 to 3 axes, groups, depthwise, windows on padding alone.
+WINDOWS = [
+    ((1, 5, 9, 8), (7, 5, 3, 3), (1, 7, 9, 8), ([1, 1], [1, 1], [1, 1], 1)),
+    ((1, 6, 9, 8), (8, 3, 3, 2), (1, 8, 4, 8), ([2, 1], [0, 1], [1, 2], 2)),
+    ((1, 4, 5, 5), (8, 1, 3, 3), (1, 8, 3, 3), ([2, 2], [1, 1], [1, 1], 4)),
+    ((1, 13, 2, 2), (26, 13, 3, 3), (1, 26, 2, 2), ([1, 1], [1, 1], [1, 1], 1)),
+    ((1, 40, 17), (3, 40, 4), (1, 3, 5), ([3], [2], [2], 1)),
+    ((1, 3, 4, 3, 5), (5, 3, 2, 1, 3), (1, 5, 3, 3, 2), ([1, 1, 2], [0, 0, 0], [1, 2, 1], 1)),
+    ((1, 2, 3, 3), (4, 2, 1, 1), (1, 4, 7, 7), ([1, 1], [2, 2], [1, 1], 1)),
+]
+LARGE = [
+    ((1, 70, 8, 9), (130, 70, 3, 3), (1, 130, 8, 9), ([1, 1], [1, 1], [1, 1], 1)),
+    ((1, 6, 31, 33), (24, 3, 3, 3), (1, 24, 31, 33), ([1, 1], [1, 1], [1, 1], 2)),
+]
+
+
+def _positive(shape, generator):
+    return 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _convolutions(call, windows=WINDOWS):
+    """Samples of a convolution's op: each window with some p, one of them on strided tensors."""
+
+    def samples(dtype, generator):
+        found = []
+        for index, (x, weight, out, how) in enumerate(windows):
+            p = (2.0, 1.0, 3.0)[index % 3]
+            w, g, m = (torch.randn(weight, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
+            into, known = _positive(x, generator), _positive(out, generator)
+            if index == 1:
+                w, g, into = (each.mT.contiguous().mT for each in (w, g, into))
+            found.append(Sample(call(w, g, m if index % 2 else None, into, known, p, how)))
+        return found
+
+    return samples
+
+
+def _for_forward(w, g, m, x, known, p, how):
+    return (x, w, p, *how)
+
+
+def _for_backward(w, g, m, x, known, p, how):
+    return (known, x, w, p, *how)
+
+
+def _for_update(w, g, m, x, known, p, how):
+    return (w, g, m, x, known, 3.0, p, FULL if m is not None else PLAIN, *how)
+
+
+IMAGE, FILTERS = torch.ones(1, 2, 5, 5, dtype=torch.float64), torch.ones(4, 2, 3, 3)
+OUTPUT = torch.ones(1, 4, 3, 3, dtype=torch.float64)
 ROW = torch.ones(3)
 CASES = [
+    OpCase(
+        name="path_convolution",
+        kind="functional",
+        call=path_convolution,
+        samples=_convolutions(_for_forward),
+        bad=[
+            ((IMAGE.float(), FILTERS), TypeError, "x must be float64"),
+            ((IMAGE, FILTERS.half()), TypeError, "weight must be float32"),
+            ((IMAGE[0], FILTERS), ValueError, "x must have shape"),
+            ((IMAGE, FILTERS[0, 0]), ValueError, "weight must have shape"),
+            ((IMAGE, FILTERS, 0.5), ValueError, "p must be at least 1"),
+            ((IMAGE, FILTERS, math.inf), ValueError, "p must be at least 1 and finite"),
+            ((IMAGE, FILTERS, 2.0, (1,)), ValueError, "stride must be 2 ints"),
+            ((IMAGE, FILTERS, 2.0, (1, 1), (0, -1)), ValueError, "padding must be 2 ints of at least 0"),
+            ((IMAGE, FILTERS, 2.0, (1, 1), (0, 0), (1, 1), 2), ValueError, "groups = 2 does not fit"),
+            ((IMAGE, FILTERS, 2.0, (1, 1), (0, 0), (3, 3)), ValueError, "weight .* is larger than the padded x"),
+        ],
+        thread_samples=_convolutions(_for_forward, LARGE),
+    ),
+    OpCase(
+        name="path_convolution_backward",
+        kind="functional",
+        call=path_convolution_backward,
+        samples=_convolutions(_for_backward),
+        bad=[
+            ((OUTPUT[:, :3], IMAGE, FILTERS), ValueError, "known must have shape"),
+            ((OUTPUT.float(), IMAGE, FILTERS), TypeError, "known has dtype"),
+            ((OUTPUT, IMAGE, FILTERS, 2.0, (2, 2)), ValueError, "known must have shape"),
+        ],
+        thread_samples=_convolutions(_for_backward, LARGE),
+    ),
+    OpCase(
+        name="path_convolution_update",
+        kind="mutating",
+        call=path_convolution_update,
+        samples=_convolutions(_for_update),
+        bad=[
+            ((FILTERS, FILTERS[0], None, IMAGE, OUTPUT), ValueError, "grad must have shape"),
+            ((FILTERS, FILTERS, FILTERS.double(), IMAGE, OUTPUT), TypeError, "momentum has dtype"),
+            ((FILTERS, FILTERS, None, IMAGE, OUTPUT[:, :, 1:]), ValueError, "known must have shape"),
+            ((FILTERS, FILTERS, None, IMAGE, OUTPUT, 0.0, 2.0, (0.1,)), ValueError, "rates must hold"),
+        ],
+        thread_samples=_convolutions(_for_update, LARGE),
+    ),
     OpCase(
         name="path_sweep",
         kind="mutating",
@@ -164,6 +265,60 @@ def test_units_scaled_by_powers_of_two_scale_exactly(forward: bool, p: float, de
         one, other = scaled[index][:-1] / carried, plain[index][:-1]
         shift = plain[index][-1] - scaled[index][-1]
         assert torch.equal(one, torch.ldexp(other, shift))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_channels_scaled_by_powers_of_two_scale_exactly(p: float, groups: int, device: str) -> None:
+    """As for units of a dense layer: a channel's scale of 2^±60 changes no bit, up to that power of two."""
+    generator = torch.Generator().manual_seed(5)
+    c = torch.exp2(torch.randint(-60, 61, (8, 1, 1, 1), generator=generator).double())
+    d = torch.exp2(torch.randint(-60, 61, (6 // groups,), generator=generator).double())
+    into = d.repeat(groups)[:, None, None]
+    scale = (c / d[:, None, None]).float()
+    w, g = (torch.randn(8, 6 // groups, 3, 3, generator=generator) for _ in range(2))
+    x, known = _positive((1, 6, 5, 7), generator), _positive((1, 8, 5, 7), generator)
+    how = ([1, 1], [1, 1], [1, 1], groups)
+    results = []
+    for sums, factors in ((1.0, 1.0), (into**p, scale)):
+        out = 1.0 if isinstance(sums, float) else c[:, 0] ** -p
+        there = moved([w * factors, g / factors, x * sums, known * out], device)
+        forward = path_convolution(there[2], there[0], p, *how)
+        backward = path_convolution_backward(there[3], there[2], there[0], p, *how)
+        path_convolution_update(there[0], there[1], None, there[2], there[3], 1.0, p, PLAIN, *how)
+        results.append(moved([there[0], forward, backward], "cpu"))
+    (one, forward, backward), (other, more_forward, more_backward) = results
+    assert torch.equal(other / scale, one)
+    assert torch.equal(more_forward / c[:, 0] ** p, forward)
+    assert torch.equal(more_backward * into**p, backward)
+    assert not torch.equal(one, w)
+
+
+def test_bfloat16_convolutions_are_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(2)
+    w, g, m = (torch.randn(9, 5, 3, 3, generator=generator).bfloat16() for _ in range(3))
+    x, known = _positive((1, 5, 6, 6), generator), _positive((1, 9, 4, 4), generator)
+    kernel, reference = [w.clone(), g, m.clone(), x, known], [w.clone(), g, m.clone(), x, known]
+    path_convolution_update(*kernel, 3.0, 2.0, FULL)
+    with fw.reference_only():
+        path_convolution_update(*reference, 3.0, 2.0, FULL)
+        forward = path_convolution(x, w)
+    assert not torch.equal(kernel[0], w)
+    for index in (0, 2):
+        torch.testing.assert_close(kernel[index], reference[index], rtol=2**-8, atol=0)
+        assert (kernel[index] == reference[index]).float().mean() > 0.99
+    torch.testing.assert_close(path_convolution(x, w), forward, rtol=1e-13, atol=0)
+
+
+def test_a_convolution_without_paths_takes_no_step() -> None:
+    """Channels whose sums are 0: their weights stay, and momentum goes on."""
+    weight, grad = torch.ones(2, 2, 3, 3), torch.ones(2, 2, 3, 3)
+    buffer = torch.ones(2, 2, 3, 3)
+    x, known = torch.ones(1, 2, 3, 3, dtype=torch.float64), torch.ones(1, 2, 1, 1, dtype=torch.float64)
+    x[:, 0], known[:, 1] = 0, 0
+    path_convolution_update(weight, grad, buffer, x, known, 0.0, 2.0, (1.0, 0.5, 0.0, 1.0, 1.0))
+    assert buffer.amin((2, 3)).tolist() == [[0.5, 1.5], [0.5, 0.5]]
+    assert weight.amax((2, 3)).tolist() == [[0.5, -0.5], [0.5, 0.5]]
 
 
 def test_no_path_no_step_but_momentum_goes_on() -> None:

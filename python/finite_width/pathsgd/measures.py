@@ -102,7 +102,7 @@ def path_gamma(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | N
         raise ValueError("p = ∞ has a γ here for chains of Linear layers alone; use p = 1 or 2 for this model")
     else:
         found = masses(structure, p)
-        for param, mass in found.of.items():
+        for param, mass in found.dense().items():
             by_tensor[param] = mass ** (2 / p) * 2.0 ** (found.exponent * 2 / p)
     return {
         name: by_tensor.get(param, torch.zeros_like(param, dtype=torch.float64)).detach()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .chain import norm_statistics
-from .convolution import PathConvolution, bridged
+from .convolution import ConvolutionMass, PathConvolution, window_of
 from .operations import path_weights
 from .structure import Structure
 from .walk import Walk
@@ -277,19 +277,27 @@ def _tuple(value: Any, dims: int) -> tuple[int, ...]:
 class Masses(NamedTuple):
     """∂Φ/∂|w|^p of every parameter, each up to 2^exponent, and Φ."""
 
-    of: dict[Tensor, Tensor]
+    of: dict[Tensor, Tensor | ConvolutionMass]
     exponent: int
     total: Scaled
 
+    def dense(self) -> dict[Tensor, Tensor]:
+        """The masses, each of its parameter's shape."""
+        return {
+            param: mass.dense(param) if isinstance(mass, ConvolutionMass) else mass for param, mass in self.of.items()
+        }
+
 
 class _Masses(PathSum):
-    """Sums paths with leaves whose gradients are ∂Φ/∂|w|^p; `stand_ins` are those of convolutions in float32."""
+    """Sums paths with leaves whose gradients are ∂Φ/∂|w|^p; with `fused`, convolutions leave ConvolutionMasses."""
 
-    def __init__(self, structure: Structure, p: float, sigma: dict[Any, Tensor] | None, exact: bool) -> None:
+    def __init__(self, structure: Structure, p: float, sigma: dict[Any, Tensor] | None, fused: bool) -> None:
         super().__init__(structure, p, self.leaf, sigma)
-        self.exact = exact
+        self.fused = fused
         self.leaves: dict[Tensor, Tensor] = {}
-        self.stand_ins: dict[Tensor, Tensor] = {}
+        self.convolutions: dict[Tensor, list[ConvolutionMass]] = {}
+        device = next(structure.module.parameters()).device
+        self.anchor = torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
 
     def leaf(self, param: Tensor) -> Tensor:
         """|w|^p, which takes the gradient."""
@@ -300,17 +308,14 @@ class _Masses(PathSum):
     def convolution(
         self, x: Scaled, weight: Tensor, bias: Tensor | None, function: Any, settings: dict[str, Any]
     ) -> Scaled:
-        settings = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | settings
-        plain = self.p in (1, 2) and weight.dtype != torch.float64 and not isinstance(settings["padding"], str)
-        if self.exact or not plain or not bridged(x.value, self.p):
+        self._finite("a convolution")
+        window = window_of(x.value, weight, settings) if self.fused else None
+        if window is None:
             return super().convolution(x, weight, bias, function, settings)
-        if weight not in self.stand_ins:
-            zero = torch.zeros((), dtype=torch.float64, device=weight.device)
-            self.stand_ins[weight] = zero.expand(weight.shape).requires_grad_()
-        edges, raw = self.stand_ins[weight], weight.detach().float().contiguous()
+        found = self.convolutions.setdefault(weight, []).append
 
         def apply(value: Tensor, edge: Tensor | None) -> Tensor:
-            result: Tensor = PathConvolution.apply(value, edges, raw, self.p, function, settings)  # type: ignore[no-untyped-call]
+            result: Tensor = PathConvolution.apply(value, self.anchor, weight.detach(), self.p, window, found)  # type: ignore[no-untyped-call]
             return result if edge is None else result + edge.view(-1, *[1] * (value.dim() - 2))
 
         return self._affine(x, bias, apply)
@@ -321,30 +326,37 @@ def masses(
     p: float,
     sigma: dict[Any, Tensor] | None = None,
     shared: str = "kappa1",
-    exact: bool = True,
+    fused: bool = False,
 ) -> Masses:
     """(γ^(p/2) of every parameter, from one forward and one backward pass of the |w|^p network.
 
-    shared="kappa" adds κ2 = |w|^p ∂²Φ/∂(|w|^p)² for weights that a path passes more than once. exact=False lets
-    convolutions whose weights are not float64 sum in float32.
+    shared="kappa" adds κ2 = |w|^p ∂²Φ/∂(|w|^p)² for weights that a path passes more than once. With `fused`,
+    convolutions go through the wing's own ops, and a weight of one convolution alone has a ConvolutionMass.
     """
     with torch.enable_grad():
-        network = _Masses(structure, p, sigma, exact)
+        network = _Masses(structure, p, sigma, fused)
         total = network.total()
-        pairs = [*network.leaves.items(), *network.stand_ins.items()]
+        leaves = network.leaves
         if not total.value.requires_grad:
             raise ValueError("model has no parameter between its input and its output, hence no paths")
-        found = torch.autograd.grad(total.value, [leaf for _, leaf in pairs], allow_unused=True)
+        found = torch.autograd.grad(total.value, [*leaves.values(), network.anchor], allow_unused=True)
     gradients: dict[Tensor, Tensor] = {}
-    for (param, leaf), gradient in zip(pairs, found, strict=True):
-        mass = torch.zeros_like(leaf) if gradient is None else gradient
-        gradients[param] = gradients[param] + mass if param in gradients else mass
+    for (param, leaf), gradient in zip(leaves.items(), found, strict=False):
+        gradients[param] = torch.zeros_like(leaf) if gradient is None else gradient
+    fused_masses: dict[Tensor, ConvolutionMass] = {}
+    for param, parts in network.convolutions.items():
+        if len(parts) == 1 and param not in gradients:
+            fused_masses[param] = parts[0]
+            continue
+        for part in parts:
+            mass = part.dense(param)
+            gradients[param] = gradients[param] + mass if param in gradients else mass
     if shared == "kappa":
         for param in gradients:
             if _recurs(structure, param):
                 second = _second_derivative(structure, p, param, sigma, total.exponent)
                 gradients[param] = gradients[param] + powered(param.detach(), p) * second
-    return Masses(gradients, total.exponent, Scaled(total.value.detach(), total.exponent))
+    return Masses(gradients | fused_masses, total.exponent, Scaled(total.value.detach(), total.exponent))
 
 
 def _recurs(structure: Structure, param: Tensor) -> bool:

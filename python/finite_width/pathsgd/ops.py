@@ -1,4 +1,4 @@
-"""Path-SGD's ops: one dense layer of a step, and the update alone; both write their arguments."""
+"""Path-SGD's ops: one dense layer of a step, the update alone, and path sums through a convolution."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ def _fake(*args: Any) -> None:
 
 _sweep = _library.register("path_sweep", reference.path_sweep, _fake)
 _update = _library.register("path_update", reference.path_update, _fake)
+_convolution = _library.register("path_convolution", reference.path_convolution, reference.path_convolution)
+_convolution_backward = _library.register(
+    "path_convolution_backward",
+    reference.path_convolution_backward,
+    lambda known, x, *rest: torch.empty_like(x),
+)
+_convolution_update = _library.register("path_convolution_update", reference.path_convolution_update, _fake)
 
 
 def _companion(name: str, value: Tensor | None, of: str, param: Tensor) -> None:
@@ -192,14 +199,168 @@ def path_update(
     _check.is_float("mass", mass, (torch.float64,))
     if mass.shape != param.shape:
         raise ValueError(f"mass must have shape {list(param.shape)}, as param has, got {list(mass.shape)}")
-    if not 1 <= p < float("inf"):
-        raise ValueError(f"p must be at least 1 and finite, got {p}")
+    _finite(p)
     scaling = _scaling(grad_scale, found_inf, param)
     written = [param, momentum]
     dense = [None if each is None else each.contiguous() for each in written]
     step = float(exponent), float(p), _rates("rates", rates), *scaling
     _update(dense[0], grad.contiguous(), dense[1], mass.contiguous(), *step)
     _write_back(written, dense)
+
+
+def path_convolution(
+    x: Tensor,
+    weight: Tensor,
+    p: float = 2.0,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Path sums behind a convolution: F'[o, s] = Σ_{c, tap} |W[o, c, tap]|^p F[c, place under the tap].
+
+    Args:
+        x: F [1, C, *S], float64, one to three spatial axes.
+        weight: [O, C / groups, *kernel], float32, float64 or bfloat16.
+        p: at least 1, finite.
+        stride, padding, dilation: one int per spatial axis.
+        groups: as in torch's convolutions.
+
+    Returns:
+        F' [1, O, *S'], float64.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
+    """
+    how = _window(x, weight, stride, padding, dilation, groups)
+    result: Tensor = _convolution(x.contiguous(), weight.contiguous(), _finite(p), *how)
+    return result
+
+
+def path_convolution_backward(
+    known: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    p: float = 2.0,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Path sums in front of a convolution: B'[c, t] = Σ_{o, tap} |W[o, c, tap]|^p B[o, s], s under whose tap t lies.
+
+    Args:
+        known: B [1, O, *S'], float64.
+        x: F [1, C, *S], for its shape.
+        weight, p, stride, padding, dilation, groups: as for `path_convolution`.
+
+    Returns:
+        B' [1, C, *S], float64.
+
+    Raises:
+        ValueError, TypeError: as for `path_convolution`.
+    """
+    how = _window(x, weight, stride, padding, dilation, groups)
+    _known(known, x, weight, how)
+    dense = known.contiguous(), x.contiguous(), weight.contiguous()
+    result: Tensor = _convolution_backward(*dense, _finite(p), *how)
+    return result
+
+
+def path_convolution_update(
+    weight: Tensor,
+    grad: Tensor,
+    momentum: Tensor | None,
+    x: Tensor,
+    known: Tensor,
+    exponent: float = 0.0,
+    p: float = 2.0,
+    rates: Sequence[float] = UNCHANGED,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> None:
+    """A convolution's update: `path_update` with mass[o, c, tap] = Σ_s B[o, s] F[c, place under the tap], never stored.
+
+    Args:
+        weight: [O, C / groups, *kernel], float32, float64 or bfloat16; written.
+        grad, momentum: like weight; momentum may be None, and is written.
+        x: F [1, C, *S], float64.
+        known: B [1, O, *S'], float64.
+        exponent, rates: as for `path_update`.
+        p, stride, padding, dilation, groups: as for `path_convolution`.
+
+    Raises:
+        ValueError, TypeError: as for `path_convolution`.
+    """
+    how = _window(x, weight, stride, padding, dilation, groups)
+    _known(known, x, weight, how)
+    _check.is_tensor("grad", grad)
+    _companion("grad", grad, "weight", weight)
+    _companion("momentum", momentum, "weight", weight)
+    written = [weight, momentum]
+    dense = [None if each is None else each.contiguous() for each in written]
+    sums = x.contiguous(), known.contiguous()
+    step = float(exponent), _finite(p), _rates("rates", rates)
+    _convolution_update(dense[0], grad.contiguous(), dense[1], *sums, *step, *how)
+    _write_back(written, dense)
+
+
+Window = tuple[list[int], list[int], list[int], int]
+
+
+def _window(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Window:
+    """stride, padding, dilation and groups, checked against x and weight."""
+    _check.is_tensor("x", x)
+    _check.is_float("x", x, (torch.float64,))
+    _check.is_tensor("weight", weight)
+    _check.is_float("weight", weight, DTYPES)
+    spatial = weight.dim() - 2
+    if not 1 <= spatial <= 3:
+        raise ValueError(f"weight must have shape [O, C / groups, *kernel] with 3 to 5 axes, got {list(weight.shape)}")
+    if x.dim() != weight.dim() or x.shape[0] != 1:
+        raise ValueError(f"x must have shape [1, C, *S] with {weight.dim()} axes, as weight has, got {list(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, but weight is on {weight.device}; move one of them")
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(values) != spatial or min(values) < least:
+            raise ValueError(f"{name} must be {spatial} ints of at least {least}, got {list(values)}")
+    if groups < 1 or weight.shape[0] % groups or weight.shape[1] * groups != x.shape[1]:
+        raise ValueError(
+            f"groups = {groups} does not fit x {list(x.shape)} and weight {list(weight.shape)}, [O, C / groups, ...]"
+        )
+    how = list(stride), list(padding), list(dilation), groups
+    if min(_sizes(x, weight, how)) < 1:
+        raise ValueError(f"weight {list(weight.shape)} is larger than the padded x {list(x.shape)}")
+    return how
+
+
+def _sizes(x: Tensor, weight: Tensor, how: Window) -> list[int]:
+    """The spatial sizes of the convolution's output."""
+    rows = zip(x.shape[2:], weight.shape[2:], *how[:3], strict=True)
+    return [(size + 2 * pad - apart * (taps - 1) - 1) // step + 1 for size, taps, step, pad, apart in rows]
+
+
+def _known(known: Tensor, x: Tensor, weight: Tensor, how: Window) -> None:
+    _check.is_tensor("known", known)
+    _check.like("known", known, "x", x)
+    expected = [1, weight.shape[0], *_sizes(x, weight, how)]
+    if list(known.shape) != expected:
+        raise ValueError(f"known must have shape {expected}, as the convolution's output has, got {list(known.shape)}")
+
+
+def _finite(p: float) -> float:
+    if not 1 <= p < float("inf"):
+        raise ValueError(f"p must be at least 1 and finite, got {p}")
+    return float(p)
 
 
 def _dense(value: Tensor | None) -> Tensor | None:

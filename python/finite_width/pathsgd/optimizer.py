@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .. import _check, _library
 from .batches import BatchDeviations
 from .chain import PathVectors, agree, find_chain
+from .convolution import ConvolutionMass
 from .interruption import uninterrupted
 from .network import Masses, masses
 from .operations import BATCHNORMS
@@ -253,12 +254,15 @@ class PathSGD(Optimizer):
             self._vectors.step_with(forward, backward, given.get, kept_sigma)
 
     def _masses(self, sigma: dict[Any, Tensor]) -> Masses:
-        return masses(self._structure, self._p, sigma, self._shared, exact=False)
+        return masses(self._structure, self._p, sigma, self._shared, fused=True)
 
     def _apply(self, found: Masses, given: dict[Tensor, Given]) -> None:
         for parameter, (grad, momentum, rates) in given.items():
             target = self._target(parameter)
             mass = found.of.get(parameter)
+            if isinstance(mass, ConvolutionMass):
+                mass.update(target.detach(), grad, momentum, float(found.exponent), self._p, rates)
+                continue
             mass = torch.zeros_like(target, dtype=torch.float64) if mass is None else mass
             path_update(target.detach(), grad, momentum, mass, float(found.exponent), self._p, rates)
 
@@ -330,7 +334,10 @@ class PathSGD(Optimizer):
         if self._kept is None:
             return None
         if isinstance(self._kept, Masses):
-            of = {self._names[parameter]: mass for parameter, mass in self._kept.of.items()}
+            of = {  # plain tuples, which torch.load reads with weights_only=True
+                self._names[parameter]: tuple(mass) if isinstance(mass, ConvolutionMass) else mass
+                for parameter, mass in self._kept.of.items()
+            }
             return {"masses": of, "exponent": self._kept.exponent, "total": tuple(self._kept.total)}
         forward, backward, sigma = self._kept
         names = {module: name for name, module in self._structure.module.named_modules()}
@@ -367,7 +374,12 @@ class PathSGD(Optimizer):
             from .network import Scaled
 
             parameters = {name: parameter for parameter, name in self._names.items()}
-            of = {parameters[name]: mass.to(device).clone() for name, mass in saved["masses"].items()}
+            of = {
+                parameters[name]: ConvolutionMass(*mass).to(device)
+                if isinstance(mass, tuple)
+                else mass.to(device).clone()
+                for name, mass in saved["masses"].items()
+            }
             return Masses(of, saved["exponent"], Scaled(*saved["total"]))
         vectors = [[vector.to(device).clone() for vector in saved[side]] for side in ("forward", "backward")]
         module = self._structure.module

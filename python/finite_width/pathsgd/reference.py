@@ -139,3 +139,68 @@ def path_update(
     root = mass ** (-1 / p) * 2.0 ** (-exponent / p)
     root = torch.where(torch.isfinite(root), root, 0.0)
     apply_step(param, grad.to(torch.float64) * root, momentum, root, rates)
+
+
+def path_convolution(
+    x: Tensor,  # [1, C, ...]
+    weight: Tensor,  # [O, C / groups, ...]
+    p: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Path sums behind a convolution: x through |weight|^p, in float64."""
+    none = [0] * len(stride)
+    return torch.ops.aten.convolution(x, power(weight, p), None, stride, padding, dilation, False, none, groups)
+
+
+def convolution_gradient(
+    known: Tensor,  # [1, O, ...]
+    x: Tensor,
+    edges: Tensor,  # |weight|^p
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    which: int,
+) -> Tensor:
+    """The gradient of <known, convolution of x with edges> by x (0) or by the edges (1)."""
+    wanted, none = [which == 0, which == 1, False], [0] * len(stride)
+    how = (None, stride, padding, dilation, False, none, groups, wanted)
+    result: Tensor = torch.ops.aten.convolution_backward(known, x, edges, *how)[which]
+    return result
+
+
+def path_convolution_backward(
+    known: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    p: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Path sums from the convolution's input to the network's outputs, of those from its output."""
+    return convolution_gradient(known, x, power(weight, p), stride, padding, dilation, groups, 0)
+
+
+def path_convolution_update(
+    weight: Tensor,
+    grad: Tensor,
+    momentum: Tensor | None,
+    x: Tensor,
+    known: Tensor,
+    exponent: float,
+    p: float,
+    rates: Sequence[float],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """`path_update` with the mass that x and known make."""
+    edges = weight.to(torch.float64)  # for its shape
+    mass = convolution_gradient(known, x, edges, stride, padding, dilation, groups, 1)
+    path_update(weight, grad, momentum, mass, exponent, p, rates, None, None)

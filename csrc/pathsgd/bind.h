@@ -1,0 +1,147 @@
+// What the bindings of Path-SGD for the CPU and for CUDA share: dtypes, rates, and what each op checks of its tensors.
+//
+// `here(tensor, name)` is the device's own check: it throws unless the tensor is where the kernel runs.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/check.h"
+#include "pathsgd/sweep.h"
+
+namespace finite_width::pathsgd {
+
+using MaybeTensor = std::optional<Tensor>;
+
+inline Rates rates_of(const std::vector<double>& rates) {
+  STD_TORCH_CHECK(rates.size() == 5, "finite_width: rates must hold lr, momentum, nesterov, keep and sign");
+  return {rates[0], rates[1], rates[3], rates[4], rates[2] != 0};
+}
+
+// Calls run with a null pointer of the storage type.
+template <class Run>
+void with_type(const Tensor& tensor, const Run& run) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      run(static_cast<float*>(nullptr));
+      break;
+    case ScalarType::Double:
+      run(static_cast<double*>(nullptr));
+      break;
+    case ScalarType::BFloat16:
+      run(static_cast<Bf16*>(nullptr));
+      break;
+    default:
+      STD_TORCH_CHECK(false, "finite_width: the parameter must be float32, float64 or bfloat16");
+  }
+}
+
+template <class T>
+T* pointer(const MaybeTensor& tensor) {
+  return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+// A companion of `tensor`: same dtype and number of elements, contiguous.
+template <class Here>
+void check_companion(const Here& here, const MaybeTensor& companion, const char* name, const Tensor& tensor) {
+  if (!companion) return;
+  here(*companion, name);
+  check_dtype(*companion, name, tensor.scalar_type());
+  check_contiguous(*companion, name);
+  STD_TORCH_CHECK(companion->numel() == tensor.numel(), "finite_width: ", name, " has another size than its parameter");
+}
+
+// Doubles, contiguous.
+template <class Here>
+void check_doubles(const Here& here, const Tensor& tensor, const char* name) {
+  here(tensor, name);
+  check_dtype(tensor, name, ScalarType::Double);
+  check_contiguous(tensor, name);
+}
+
+// grad_scale or found_inf: one float, or nothing.
+template <class Here>
+const float* element(const Here& here, const MaybeTensor& value, const char* name) {
+  if (!value) return nullptr;
+  here(*value, name);
+  check_dtype(*value, name, ScalarType::Float);
+  STD_TORCH_CHECK(value->numel() == 1, "finite_width: ", name, " must have one element");
+  return value->const_data_ptr<float>();
+}
+
+// The arguments of path_sweep.
+struct SweepTensors {
+  const Tensor& weight;
+  const MaybeTensor &grad, &momentum, &bias, &bias_grad, &bias_momentum;
+  const Tensor &from_old, &from_new, &across, &fresh, &mass;
+  bool forward;
+  double p;
+  const std::vector<double>&weight_rates, &bias_rates;
+
+  template <class Here>
+  void check(const Here& here) const {
+    here(weight, "weight");
+    check_dim(weight, "weight", 2);
+    check_contiguous(weight, "weight");
+    check_companion(here, grad, "grad", weight);
+    check_companion(here, momentum, "momentum", weight);
+    const int64_t rows = weight.size(0), cols = weight.size(1);
+    if (bias) {
+      here(*bias, "bias");
+      check_dtype(*bias, "bias", weight.scalar_type());
+      check_contiguous(*bias, "bias");
+      check_shape(*bias, "bias", {rows});
+      check_companion(here, bias_grad, "bias_grad", *bias);
+      check_companion(here, bias_momentum, "bias_momentum", *bias);
+    }
+    const auto vector = [&](const Tensor& each, const char* name, int64_t size) {
+      check_doubles(here, each, name);
+      check_shape(each, name, {size});
+    };
+    vector(from_old, "from_old", (forward ? cols : rows) + 1);
+    vector(from_new, "from_new", (forward ? cols : rows) + 1);
+    vector(across, "across", (forward ? rows : cols) + 1);
+    vector(fresh, "fresh", (forward ? rows : cols) + 1);
+    vector(mass, "mass", 2);
+  }
+
+  template <class T>
+  Sweep<T> task() const {
+    return {weight.size(0),
+            weight.size(1),
+            static_cast<T*>(weight.mutable_data_ptr()),
+            pointer<T>(grad),
+            pointer<T>(momentum),
+            pointer<T>(bias),
+            bias ? pointer<T>(bias_grad) : nullptr,
+            bias ? pointer<T>(bias_momentum) : nullptr,
+            from_old.const_data_ptr<double>(),
+            from_new.const_data_ptr<double>(),
+            across.mutable_data_ptr<double>(),
+            fresh.mutable_data_ptr<double>(),
+            mass.mutable_data_ptr<double>(),
+            forward,
+            p,
+            rates_of(weight_rates),
+            rates_of(bias_rates)};
+  }
+};
+
+// What every update checks of the parameter that it writes.
+template <class Here>
+void check_update(const Here& here, const Tensor& param, const Tensor& grad, const MaybeTensor& momentum) {
+  here(param, "param");
+  check_contiguous(param, "param");
+  check_companion(here, grad, "grad", param);
+  check_companion(here, momentum, "momentum", param);
+}
+
+template <class Here>
+void check_mass(const Here& here, const Tensor& mass, const Tensor& param) {
+  check_doubles(here, mass, "mass");
+  STD_TORCH_CHECK(mass.numel() == param.numel(), "finite_width: mass has another size than its parameter");
+}
+
+}  // namespace finite_width::pathsgd
