@@ -51,7 +51,12 @@ FW_HOST_DEVICE double between(double low, double x, double high) {
 
 // x 2^exponent for any exponent, also beyond an int.
 FW_HOST_DEVICE double scaled(double x, double exponent) {
-  return std::ldexp(x, static_cast<int>(between(-5000.0, exponent, 5000.0)));
+  const int shift = static_cast<int>(between(-5000.0, exponent, 5000.0));
+  if (shift < -1022 || shift > 1023) return std::ldexp(x, shift);
+  const uint64_t word = static_cast<uint64_t>(shift + 1023) << 52;  // 2^shift: one product instead of a call
+  double power;
+  memcpy(&power, &word, sizeof power);
+  return x * power;
 }
 
 // (x 2^exponent)^(-2/p): a unit's part of 1/gamma. A unit without paths has none, and takes no step.

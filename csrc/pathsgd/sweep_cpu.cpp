@@ -23,7 +23,7 @@ void normalise(const double* values, int64_t count, double exponent, double* to)
   double largest = 0;
   for (int64_t k = 0; k < count; ++k) largest = std::max(largest, values[k]);
   const int shift = shift_of(largest);
-  for (int64_t k = 0; k < count; ++k) to[k] = std::ldexp(values[k], -shift);
+  for (int64_t k = 0; k < count; ++k) to[k] = scaled(values[k], -shift);
   to[count] = largest > 0 ? exponent + shift : 0;
 }
 
@@ -89,20 +89,25 @@ void sweep_backward(const Sweep<T>& task) {
   for (int64_t j = 0; j < rows; ++j) {
     out_factor[j] = task.weight_rates.sign * inverse(task.from_old[j], task.across[cols] + old_exponent, task.p);
   }
-  std::fill(sums, sums + 2 * std::max<int64_t>(row_tiles, 1) * padded, 0.0);
+  if (row_tiles == 0) std::fill(sums, sums + 2 * padded, 0.0);
   const auto tile = FW_DISPATCH(path_backward_tile<T>);
   parallel_blocks(row_tiles * col_tiles, [&](int64_t index) {
     const int64_t row_tile = index / col_tiles, begin = row_tile * kBackwardRows;
     const int64_t col_begin = index % col_tiles * kTileCols;
-    double* sum_old = sums + 2 * row_tile * padded;
-    tile(task, begin, std::min(begin + kBackwardRows, rows), col_begin, std::min(col_begin + kTileCols, cols),
-         in_factor, out_factor, task.from_old, task.from_new, sum_old, sum_old + padded);
+    const int64_t col_end = std::min(col_begin + kTileCols, cols), padded_end = blocks(col_end, 8) * 8;
+    double *sum_old = sums + 2 * row_tile * padded, *sum_new = sum_old + padded;
+    for (double* each : {sum_old, sum_new}) std::fill(each + col_begin, each + padded_end, 0.0);
+    tile(task, begin, std::min(begin + kBackwardRows, rows), col_begin, col_end, in_factor, out_factor, task.from_old,
+         task.from_new, sum_old, sum_new);
   });
-  for (int64_t row_tile = 1; row_tile < row_tiles; ++row_tile) {
-    const double* more = sums + 2 * row_tile * padded;
-    for (int64_t i = 0; i < 2 * padded; ++i)
-      sums[i] = std::isinf(task.p) ? std::max(sums[i], more[i]) : sums[i] + more[i];
-  }
+  parallel_blocks(row_tiles > 1 ? blocks(2 * padded, kTileCols) : 0, [&](int64_t index) {
+    const int64_t begin = index * kTileCols, end = std::min(begin + kTileCols, 2 * padded);
+    for (int64_t row_tile = 1; row_tile < row_tiles; ++row_tile) {
+      const double* more = sums + 2 * row_tile * padded;
+      for (int64_t i = begin; i < end; ++i)
+        sums[i] = std::isinf(task.p) ? std::max(sums[i], more[i]) : sums[i] + more[i];
+    }
+  });
   normalise(sums, cols, old_exponent, task.across);
   normalise(sums + padded, cols, task.from_new[rows], task.fresh);
   task.mass[0] = task.mass[1] = 0;

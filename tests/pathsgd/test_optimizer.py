@@ -167,6 +167,7 @@ def resumed(make, shape, settings, at, total, dtype=torch.float32):
         (lambda: mlp(6, 11, 9, 2, norm=True), (6,), {"lr": 1e-2, "update_every": 3}, torch.float32),
         (lambda: mlp(6, 11, 9, 2), (6,), {"lr": 1e-2, "momentum": 0.9, "master_weights": True}, torch.bfloat16),
         (lambda: Recurrent(3, 5, 2), (4, 3), {"lr": 1e-2, "update_every": 3}, torch.float32),
+        (lenet, (1, 28, 28), {"lr": 1e-5, "update_every": 3}, torch.float32),
     ],
 )
 def test_resuming_continues_bit_for_bit(make, shape, settings, dtype, at) -> None:

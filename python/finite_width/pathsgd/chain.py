@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .operations import IDENTITY_FUNCTIONS, IDENTITY_METHODS, IDENTITY_MODULES
-from .ops import UNCHANGED, path_sweep
+from .ops import UNCHANGED, path_sweep_unchecked
 from .structure import Structure, attribute
 from .walk import Walk
 
@@ -169,12 +169,16 @@ class PathVectors:
         self.stored: Callable[[Tensor], Tensor] = lambda parameter: parameter  # what takes a parameter's updates
         device = next(t.device for stage in stages for t in (stage.weight, stage.bias) if t is not None)
         sizes = [stages[0].sizes[0], *(stage.sizes[1] for stage in stages)]
-
-        def vectors() -> list[Tensor]:
-            return [torch.zeros(size + 1, dtype=torch.float64, device=device) for size in sizes]
-
-        self.forward, self.backward = vectors(), vectors()
-        self.mass = torch.zeros(2, dtype=torch.float64, device=device)
+        # All in one piece, so that a sweep's results are read in one operation.
+        lengths = [size + 1 for size in sizes] * 2 + [2] * len(stages)
+        self._memory = torch.zeros(sum(lengths), dtype=torch.float64, device=device)
+        pieces = list(self._memory.split(lengths))
+        sides = len(sizes)
+        self.forward, self.backward, self._masses = pieces[:sides], pieces[sides : 2 * sides], pieces[2 * sides :]
+        self._values = [vector[:-1] for vector in self.forward], [vector[:-1] for vector in self.backward]
+        ends = list(accumulate(lengths))
+        results = [end - 1 for end in ends[: 2 * sides]] + list(range(ends[2 * sides - 1], ends[-1]))
+        self._results = torch.tensor(results, device=device)  # every exponent, every mass
 
     def nbytes(self) -> int:
         """Bytes held between steps."""
@@ -193,27 +197,32 @@ class PathVectors:
         Returns:
             Φ of the old and of the new weights, each as (value, exponent).
         """
+        sides = len(self.forward)
         carried, known = (self.forward, self.backward) if forward else (self.backward, self.forward)
-        start, end = (0, len(self.stages)) if forward else (len(self.stages), 0)
-        for vector in (carried[start], known[end]):
-            vector.fill_(1.0)
-            vector[-1] = 0.0
+        carried_values, known_values = self._values if forward else self._values[::-1]
+        start, end = (0, sides - 1) if forward else (sides - 1, 0)
+        for vector, values in ((carried[start], carried_values[start]), (known[end], known_values[end])):
+            vector.zero_()
+            values.fill_(1.0)
         old = new = carried[start]
-        masses: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
-        order = range(len(self.stages)) if forward else range(len(self.stages) - 1, -1, -1)
-        for index in order:
-            stage = self.stages[index]
-            side = index + 1 if forward else index
-            exponents = float(old[-1]), float(new[-1])
+        for index in range(sides - 1) if forward else range(sides - 2, -1, -1):
+            stage, side = self.stages[index], index + 1 if forward else index
             step = self._dense if isinstance(stage, Dense) else self._norm
-            step(stage, old, new, known[side], carried[side], forward, supply, (sigma or {}))  # type: ignore[arg-type]
-            for which, value, exponent in zip(masses, self.mass.tolist(), exponents, strict=True):
-                which.append((value, exponent))
+            where = (old, new, known[side], carried[side], self._masses[index], forward)
+            step(stage, *where, supply, sigma or {})  # type: ignore[arg-type]
             old, new = known[side], carried[side]
-        for which, vector in zip(masses, (old, new), strict=True):
-            values = vector[:-1]
-            which.append((float(values.max() if math.isinf(self.p) else values.sum()), float(vector[-1])))
-        return total(masses[0], self.p), total(masses[1], self.p)
+        results = self._memory[self._results].tolist()
+        exponents = results[:sides], results[sides : 2 * sides]
+        of_new, of_old = exponents if forward else exponents[::-1]
+        sums: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+        for which, values, exponent in ((0, known_values[end], of_old[end]), (1, carried_values[end], of_new[end])):
+            sums[which].append((float(values.max() if math.isinf(self.p) else values.sum()), exponent))
+        if not forward:  # Σ |b|^p B of each layer, at the exponent of what entered it
+            for index in range(sides - 1):
+                mass_old, mass_new = results[2 * sides + 2 * index :][:2]
+                sums[0].append((mass_old, of_new[start] if index + 1 == start else of_old[index + 1]))
+                sums[1].append((mass_new, of_new[index + 1]))
+        return total(sums[0], self.p), total(sums[1], self.p)
 
     def step_with(
         self, forward: list[Tensor], backward: list[Tensor], supply: Supply, sigma: dict[Any, Tensor]
@@ -223,22 +232,25 @@ class PathVectors:
             across = backward[index + 1].clone()
             step = self._dense if isinstance(stage, Dense) else self._norm
             into, fresh = forward[index], torch.empty_like(across)
-            step(stage, into, into, across, fresh, True, supply, sigma)  # type: ignore[arg-type]
+            where = (into, into, across, fresh, self._masses[index], True)
+            step(stage, *where, supply, sigma)  # type: ignore[arg-type]
 
     def _dense(
-        self, stage: Dense, old: Tensor, new: Tensor, across: Tensor, fresh: Tensor, forward: bool, supply: Supply,
-        sigma: dict[Any, Tensor],
+        self, stage: Dense, old: Tensor, new: Tensor, across: Tensor, fresh: Tensor, mass: Tensor, forward: bool,
+        supply: Supply, sigma: dict[Any, Tensor],
     ) -> None:  # fmt: skip
         given = supply(stage.weight)
         weight = self.stored(stage.weight).detach()
-        bias = None if stage.bias is None else self.stored(stage.bias).detach()
-        # One of the two may be a frozen bfloat16 parameter, the other one a float32 copy.
-        matched = None if bias is None else bias.to(weight.dtype)
         for_bias = None if stage.bias is None else supply(stage.bias)
-        grad, momentum = (None, None) if for_bias is None else (_cast(each, weight) for each in for_bias[:2])
-        path_sweep(
+        bias = None if stage.bias is None else self.stored(stage.bias).detach()
+        grad, momentum = (None, None) if for_bias is None else for_bias[:2]
+        matched = bias
+        if bias is not None and bias.dtype != weight.dtype:
+            # One of the two may be a frozen bfloat16 parameter, the other one a float32 copy.
+            matched, grad, momentum = (_cast(each, weight) for each in (bias, grad, momentum))
+        path_sweep_unchecked(
             weight, given and given[0], given and given[1], matched, grad, momentum, old, new, across, fresh,
-            self.mass, forward, self.p, given[2] if given else UNCHANGED, for_bias[2] if for_bias else UNCHANGED,
+            mass, forward, self.p, given[2] if given else UNCHANGED, for_bias[2] if for_bias else UNCHANGED,
         )  # fmt: skip
         if bias is not None and matched is not None and matched is not bias and for_bias is not None:
             bias.copy_(matched)
@@ -246,8 +258,8 @@ class PathVectors:
                 for_bias[1].copy_(momentum)
 
     def _norm(
-        self, stage: Norm, old: Tensor, new: Tensor, across: Tensor, fresh: Tensor, forward: bool, supply: Supply,
-        sigma: dict[Any, Tensor],
+        self, stage: Norm, old: Tensor, new: Tensor, across: Tensor, fresh: Tensor, mass: Tensor, forward: bool,
+        supply: Supply, sigma: dict[Any, Tensor],
     ) -> None:  # fmt: skip
         """The same for one edge per unit, in plain torch: these vectors are small."""
         p = self.p
@@ -263,7 +275,7 @@ class PathVectors:
             if param is not None and given is not None:
                 reference.apply_step(self.stored(param).detach(), given[0], given[1], gamma, given[2])
         after = norm_edges(weight, bias, deviation, mean, p)
-        self.mass.zero_()
+        mass.zero_()
         pairs = ((old.clone(), before, across), (new.clone(), after, fresh))
         for index, (vector, (scale, extra), target) in enumerate(pairs):
             values, exponent = vector[:-1] * scale, vector[-1]
@@ -272,8 +284,8 @@ class PathVectors:
                 values, extra = torch.ldexp(values, exponent - common), torch.ldexp(extra, -common)
                 values, exponent = torch.maximum(values, extra) if math.isinf(p) else values + extra, common
             else:
-                mass = extra * vector[:-1]
-                self.mass[index] = mass.max() if math.isinf(p) else mass.sum()
+                terms = extra * vector[:-1]
+                mass[index] = terms.max() if math.isinf(p) else terms.sum()
             target.copy_(reference.normalised(values, exponent))
 
 

@@ -165,6 +165,19 @@ def path_sweep(
     _write_back(written, dense)
 
 
+def path_sweep_unchecked(weight: Tensor, grad: Tensor | None, momentum: Tensor | None, *rest: Any) -> None:
+    """`path_sweep` in a step, whose small vectors are our own: a step has no time to check them again and again.
+
+    Args:
+        weight, grad, momentum: as for `path_sweep`, of one shape and dtype.
+        rest: the other arguments up to bias_rates; the vectors are contiguous.
+    """
+    if all(each is None or each.is_contiguous() for each in (weight, grad, momentum, *rest[:3])):
+        _sweep(weight, grad, momentum, *rest, None, None)
+    else:
+        path_sweep(weight, grad, momentum, *rest)
+
+
 def path_update(
     param: Tensor,
     grad: Tensor,

@@ -268,8 +268,9 @@ class PathSGD(Optimizer):
 
     def _target(self, parameter: Tensor) -> Tensor:
         """What takes the updates: the parameter, or its float32 copy."""
-        state = self.state.get(parameter, {})
-        master: Tensor = state.get("master_weight", parameter)
+        if not self._master_weights:
+            return parameter
+        master: Tensor = self.state.get(parameter, {}).get("master_weight", parameter)
         return master
 
     def _gradients(self) -> dict[Tensor, Given]:
@@ -314,7 +315,7 @@ class PathSGD(Optimizer):
             target = self._target(parameter)
             if target is not parameter:
                 parameter.copy_(target)
-            torch.autograd.graph.increment_version(parameter)
+        torch.autograd.graph.increment_version(list(given))
         self._seen = self._versions()
 
     def state_dict(self) -> dict[str, Any]:
