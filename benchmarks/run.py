@@ -6,11 +6,13 @@ python benchmarks/run.py --wing ntk [--case NAME] [--refcheck] [--peers] [--json
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import importlib
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,14 @@ ON_REQUEST = "grid"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--wing", choices=WINGS, required=True)
-    parser.add_argument("--case", help="run the cases whose name contains this")
+    parser.add_argument("--case", help='the case of this name; or those that contain it, or match it ("grid * B=1")')
     parser.add_argument("--refcheck", action="store_true", help="compare every implementation with float64")
     parser.add_argument("--peers", action="store_true", help="run the peers, too")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory runs (a fresh process each)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="where the cases put their tensors")
     parser.add_argument("--json", type=Path, help="write the rows and the machine's facts here")
+    parser.add_argument("--add", action="store_true", help="keep the cases of that file that this run does not measure")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # the fresh process: one implementation of one case
     return parser.parse_args()
 
@@ -49,6 +52,15 @@ def memory_in_fresh_process(options: argparse.Namespace, case: str, implementati
         print(f"memory of {implementation} on {case} not measured:\n{done.stderr[-2000:]}", file=sys.stderr)
         return None
     return int(done.stdout.split()[-1])
+
+
+def is_wanted(name: str, asked: str | None, cases: Container[str]) -> bool:
+    """Whether a case runs, given what --case asked for."""
+    if asked is None:
+        return not name.startswith(ON_REQUEST)
+    if asked in cases:
+        return name == asked
+    return asked in name or fnmatch.fnmatchcase(name, asked)
 
 
 def show(rows: list[dict[str, Any]], facts: dict[str, Any], case: harness.Case) -> None:
@@ -102,14 +114,13 @@ def main() -> None:
     print("  ".join(f"{key}: {value}" for key, value in facts.items()))
     everything = []
     for name, build in cases.items():
-        wanted = options.case in name if options.case else not name.startswith(ON_REQUEST)
-        if not wanted:
+        if not is_wanted(name, options.case, cases):
             continue
         case = build()
         if isinstance(case, harness.Run):
             everything.append(case.row())
             show_run(everything[-1])
-            record(options, facts, everything)
+            record(options, facts, everything, list(cases))
             continue
         rows = harness.measure(case, peers=options.peers, refcheck=options.refcheck)
         if case.memory and not options.no_memory:
@@ -118,20 +129,29 @@ def main() -> None:
                     row["peak_bytes"] = memory_in_fresh_process(options, name, row["implementation"])
         show(rows, facts, case)
         everything += [{"what": case.what, **row} for row in rows]
-        record(options, facts, everything)
+        record(options, facts, everything, list(cases))
     if not everything:
-        sys.exit(f"no case of {options.wing} has {options.case!r} in its name; there are: {', '.join(cases)}")
+        sys.exit(f"no case of {options.wing} is named or matched by {options.case!r}; there are: {', '.join(cases)}")
     if options.json:
         print(f"\nwritten to {options.json}")
 
 
-def record(options: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write what was measured so far, so that a run that is stopped keeps it."""
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["python", *sys.argv])
-        found = {"date": time.strftime("%Y-%m-%d"), "command": command, "machine": facts, "rows": rows}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+def record(options: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]], order: list[str]) -> None:
+    """Write what was measured so far, so that a run that is stopped keeps it.
+
+    Args:
+        order: all cases of the wing: with --add, rows of earlier runs stand among the new ones in this order.
+    """
+    if not options.json:
+        return
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    found = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(["python", *sys.argv]), "machine": facts}
+    if options.add and options.json.exists():
+        new = {row["case"] for row in rows}
+        kept = [row for row in json.loads(options.json.read_text())["rows"] if row["case"] not in new]
+        rows = sorted([*kept, *rows], key=lambda row: order.index(row["case"]))
+        found["note"] = "Put together from several runs on one machine; command and rates are those of the last."
+    options.json.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

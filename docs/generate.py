@@ -185,18 +185,34 @@ def ours_of(rows: list[Row]) -> Row | None:
 
 
 def many_cases_table(record: dict[str, Any]) -> list[str]:
-    """A line for each case, a column for each implementation: times, and this library's against the best other."""
+    """A line for each case, a column for each implementation: times, and this library's against the best other.
+
+    Where a case has aims, the best other is the fastest of those that were aimed at.
+    """
     by_case = cases(record)
     names = list(dict.fromkeys(row["implementation"] for rows in by_case.values() for row in rows))
     lines = ["| case | " + " | ".join(names) + " | best other ÷ ours |", "| --- |" + " ---: |" * (len(names) + 1)]
     for case, rows in by_case.items():
         seconds = {row["implementation"]: row["seconds"] for row in rows if "seconds" in row}
         ours = ours_of(rows)
-        others = [value for name, value in seconds.items() if not is_ours(name)]
+        aimed = {aim["against"] for aim in ours.get("targets", [])} if ours else set()
+        others = [value for name, value in seconds.items() if (name in aimed if aimed else not is_ours(name))]
         ratio = f"{min(others) / ours['seconds']:.2f}" if ours and others else "–"
         cells = [duration(seconds[name]) if name in seconds else "–" for name in names]
         lines.append("| " + " | ".join([case, *cells, ratio]) + " |")
     return lines
+
+
+def aims_met(record: dict[str, Any]) -> str:
+    """In how many of many cases every aim was met, and the cases that miss one most."""
+    worst = {}
+    for case, rows in cases(record).items():
+        aims = [aim for row in rows for aim in row.get("targets", [])]
+        if aims:
+            worst[case] = min(aim["measured"] / aim["aim"] for aim in aims)
+    missed = sorted((share, case) for case, share in worst.items() if share < 1)
+    text = f"All aims were met in {len(worst) - len(missed)} of {len(worst)} cases"
+    return text + "".join(f"; {case} reached {share:.2f} of its aim" for share, case in missed) + "."
 
 
 def plot_many_ratios(name: str, record: dict[str, Any]) -> str | None:
@@ -300,6 +316,8 @@ def write_benchmark_page() -> None:
         if len(cases(record)) > MANY_CASES:
             if file := plot_many_ratios(name, record):
                 lines += ["", f"![Speed of every case against its baseline](figures/{file})"]
+            if any(row.get("targets") for row in record["rows"]):
+                lines += ["", aims_met(record)]
             lines += ["", '??? info "Every case"', "", *("    " + line for line in many_cases_table(record))]
             continue
         time, memory = (plot_case_bars(name, record, quantity) for quantity in ("seconds", "peak_bytes"))

@@ -34,13 +34,17 @@ inline void check_dim(const Tensor& tensor, const char* name, int64_t dim) {
 // Each size is checked; -1 stands for any.
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
   bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
-  std::string expected;
   int64_t axis = 0;
   for (int64_t size : sizes) {
     same = same && (size < 0 || tensor.size(axis) == size);
-    expected += (axis++ ? ", " : "") + (size < 0 ? std::string("*") : std::to_string(size));
+    ++axis;
   }
-  STD_TORCH_CHECK(same, "finite_width: ", name, " must have shape [", expected, "], got ", shape_text(tensor));
+  if (same) return;  // the words are made for an error alone
+  std::string expected;
+  for (int64_t size : sizes) {
+    expected += (expected.empty() ? "" : ", ") + (size < 0 ? std::string("*") : std::to_string(size));
+  }
+  STD_TORCH_CHECK(false, "finite_width: ", name, " must have shape [", expected, "], got ", shape_text(tensor));
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {

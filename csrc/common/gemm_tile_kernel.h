@@ -58,35 +58,6 @@ TileFunction<T> pick_rows(int rows, std::integer_sequence<int, R...>) {
   return table[rows - 1];
 }
 
-// A square of L x L values, transposed in registers: log2(L) rounds of pairwise interleaving.
-template <class T, int Half>
-inline __attribute__((always_inline)) void interleave(simd::Vec<T>& low, simd::Vec<T>& high) {
-  constexpr int L = simd::kLanes<T>;
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
-  typedef Index Mask __attribute__((vector_size(simd::kBytes)));
-  Mask first, second;
-#pragma GCC unroll 16
-  for (int lane = 0; lane < L; ++lane) {
-    const int from_high = (lane / Half) % 2;
-    first[lane] = from_high ? L + lane - Half : lane;
-    second[lane] = from_high ? L + lane : lane + Half;
-  }
-  const simd::Vec<T> a = low, b = high;
-  low = __builtin_shuffle(a, b, first);
-  high = __builtin_shuffle(a, b, second);
-}
-
-template <class T, int Half>
-inline __attribute__((always_inline)) void transpose_rounds(simd::Vec<T> (&square)[simd::kLanes<T>]) {
-  if constexpr (Half >= 1) {
-#pragma GCC unroll 16
-    for (int i = 0; i < simd::kLanes<T>; ++i) {
-      if ((i / Half) % 2 == 0) interleave<T, Half>(square[i], square[i + Half]);
-    }
-    transpose_rounds<T, Half / 2>(square);
-  }
-}
-
 // panel[k][i] = row(i)[k], i < count <= L, for a group of L lanes of a panel that is Width wide.
 template <class T, int Width, class Row>
 void pack_group(const Row& row, int count, int64_t depth, T* panel) {
@@ -96,7 +67,7 @@ void pack_group(const Row& row, int count, int64_t depth, T* panel) {
     simd::Vec<T> square[L];
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) square[i] = i < count ? simd::load(row(i) + k) : simd::Vec<T>{};
-    transpose_rounds<T, L / 2>(square);
+    simd::transpose<T>(square);
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) simd::store(panel + (k + i) * Width, square[i]);
   }

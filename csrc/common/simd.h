@@ -85,5 +85,40 @@ inline __attribute__((always_inline)) Vec<T> multiply_add(Vec<T> a, Vec<T> b, Ve
 #endif
 }
 
+// Rounds of pairwise interleaving; see `transpose`.
+template <class T, int Half>
+inline __attribute__((always_inline)) void interleave(Vec<T>& low, Vec<T>& high) {
+  constexpr int L = kLanes<T>;
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
+  typedef Index Mask __attribute__((vector_size(kBytes)));
+  Mask first, second;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < L; ++lane) {
+    const int from_high = (lane / Half) % 2;
+    first[lane] = from_high ? L + lane - Half : lane;
+    second[lane] = from_high ? L + lane : lane + Half;
+  }
+  const Vec<T> a = low, b = high;
+  low = __builtin_shuffle(a, b, first);
+  high = __builtin_shuffle(a, b, second);
+}
+
+template <class T, int Half>
+inline __attribute__((always_inline)) void transpose_rounds(Vec<T> (&square)[kLanes<T>]) {
+  if constexpr (Half >= 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if ((i / Half) % 2 == 0) interleave<T, Half>(square[i], square[i + Half]);
+    }
+    transpose_rounds<T, Half / 2>(square);
+  }
+}
+
+// A square of kLanes x kLanes values, transposed in registers: log2(kLanes) rounds of pairwise interleaving.
+template <class T>
+inline __attribute__((always_inline)) void transpose(Vec<T> (&square)[kLanes<T>]) {
+  transpose_rounds<T, kLanes<T> / 2>(square);
+}
+
 }  // namespace finite_width::FW_ISA::simd
 #endif

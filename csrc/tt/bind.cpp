@@ -9,6 +9,7 @@
 
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/tensor.h"
 #include "tt/linear.h"
 #include "tt/workspace.h"
 
@@ -72,7 +73,7 @@ struct Arguments {
       check_cpu(given[k], "cores");
       check_dtype(given[k], "cores", dtype);
       check_dim(given[k], "cores", in_cores ? 3 : 4);
-      const Tensor core = torch::stable::contiguous(given[k]);
+      const Tensor core = as_contiguous(given[k]);
       cores.push_back(core);
       const int64_t mode = core.size(1), last = core.size(in_cores ? 2 : 3);
       shapes.push_back({core.size(0), in_cores && k < in_cores ? 1 : mode,
@@ -120,11 +121,11 @@ Tensor tt_linear_cpu(const Tensor& x, const std::vector<Tensor>& cores, const st
     check_cpu(*bias, "bias");
     check_dtype(*bias, "bias", args.dtype);
     check_shape(*bias, "bias", {args.rows});
-    shift = torch::stable::contiguous(*bias);
+    shift = as_contiguous(*bias);
   }
-  const Tensor in = torch::stable::contiguous(x);
+  const Tensor in = as_contiguous(x);
   const int64_t batch = x.size(0);
-  Tensor y = torch::stable::new_empty(in, {batch, args.rows});
+  Tensor y = empty_cpu(x, {batch, args.rows});
   if (batch == 0) return y;
   if (args.dtype == ScalarType::BFloat16) {
     float* wide_x = tt::scratch<float>(Piece::wide_x, batch * args.columns);
@@ -152,15 +153,15 @@ std::vector<Tensor> tt_linear_backward_cpu(const Tensor& grad, const Tensor& x, 
   check_dtype(grad, "grad", args.dtype);
   check_shape(grad, "grad", {x.size(0), args.rows});
   STD_TORCH_CHECK(needs.size() == 3, "finite_width: needs must have 3 entries");
-  const Tensor in = torch::stable::contiguous(x), out = torch::stable::contiguous(grad);
+  const Tensor in = as_contiguous(x), out = as_contiguous(grad);
   const int64_t batch = x.size(0);
   std::vector<Tensor> result;
-  if (needs[0]) result.push_back(torch::stable::new_empty(in, {batch, args.columns}));
+  if (needs[0]) result.push_back(empty_cpu(x, {batch, args.columns}));
   const size_t first_core = result.size();
   if (needs[1]) {
-    for (const Tensor& core : args.cores) result.push_back(torch::stable::empty_like(core));
+    for (const Tensor& core : args.cores) result.push_back(empty_cpu(x, core.sizes().data(), core.dim()));
   }
-  if (needs[2]) result.push_back(torch::stable::new_empty(in, {args.rows}));
+  if (needs[2]) result.push_back(empty_cpu(x, {args.rows}));
   if (batch == 0) {
     for (Tensor& each : result) torch::stable::zero_(each);
     return result;

@@ -30,7 +30,7 @@ int64_t merge_room(const Chain<T>& chain);
 
 // The gradients of the cores from that of the whole product (same shape). Of a chain of one core it is the gradient
 // itself, which is copied unless it stands there already.
-//   room         2 * merge_room(chain) + the largest core, values
+//   room         2 * merge_room(chain) values
 //   gradients    one pointer for each core, of its shape
 template <class T>
 void unmerge(const Chain<T>& chain, const T* gradient, T* room, const std::vector<T*>& gradients);

@@ -2,7 +2,11 @@
 #include "tt/chain.h"
 
 #include <algorithm>
+#include <cstring>
+#include <utility>
 
+#include "common/parallel.h"
+#include "gemm/gemm.h"
 #include "tt/product.h"
 
 namespace finite_width::tt {
@@ -23,8 +27,9 @@ std::vector<int64_t> partial_sizes(const Chain<T>& chain) {
   return sizes;
 }
 
+// An axis of a permutation: its size, and its step in the merged half and in the arranged one.
 struct Axis {
-  int64_t size, stride;
+  int64_t size, merged, arranged;
 };
 
 // The axes of the merged half in the wanted order, neighbours joined where their strides allow it.
@@ -41,10 +46,10 @@ std::vector<Axis> ordered_axes(const Chain<T>& chain, const Axes (&order)[3]) {
   std::vector<Axis> axes;
   auto append = [&](int64_t size, int64_t step) {
     if (size == 1) return;
-    if (!axes.empty() && axes.back().stride == size * step) {
-      axes.back() = {axes.back().size * size, step};
+    if (!axes.empty() && axes.back().merged == size * step) {
+      axes.back() = {axes.back().size * size, step, 0};
     } else {
-      axes.push_back({size, step});
+      axes.push_back({size, step, 0});
     }
   };
   for (Axes kind : order) {
@@ -56,34 +61,81 @@ std::vector<Axis> ordered_axes(const Chain<T>& chain, const Axes (&order)[3]) {
       kind == Axes::m ? append(chain.shapes[k].m, m_stride[k]) : append(chain.shapes[k].n, n_stride[k]);
     }
   }
-  if (axes.empty()) axes.push_back({1, 1});
+  if (axes.empty()) axes.push_back({1, 1, 0});
+  int64_t step = 1;
+  for (auto axis = axes.rbegin(); axis != axes.rend(); ++axis) {
+    axis->arranged = step;
+    step *= axis->size;
+  }
   return axes;
 }
 
-// Calls line(arranged offset, merged offset, length, merged stride) for each run along the last axis.
-template <class Line>
-void for_each_line(const std::vector<Axis>& axes, const Line& line) {
-  const Axis last = axes.back();
-  std::vector<int64_t> index(axes.size(), 0);
-  int64_t offset = 0;
-  for (int64_t position = 0;; position += last.size) {
-    line(position, offset, last.size, last.stride);
-    int64_t axis = static_cast<int64_t>(axes.size()) - 2;
-    for (; axis >= 0; --axis) {
-      offset += axes[axis].stride;
-      if (++index[axis] < axes[axis].size) break;
-      offset -= axes[axis].size * axes[axis].stride;
-      index[axis] = 0;
-    }
-    if (axis < 0) return;
-  }
+// Ranks are often 4 or 8: a call of memmove for each line would cost more than the line.
+template <class T>
+void copy_line(int64_t size, const T* from, T* to) {
+  int64_t k = 0;
+  for (; k + 4 <= size; k += 4) std::memcpy(to + k, from + k, 4 * sizeof(T));
+  for (; k < size; ++k) to[k] = from[k];
 }
 
+// An axis of `permute`: its size, and its step on either side.
+struct Step {
+  int64_t size, from, to;
+};
+
+// to[sum of index * to] = from[sum of index * from], over all indices. Where one axis has step 1 on both sides, it is
+// copied line by line; else the two axes with step 1 on one side each make a plane, which is transposed in registers,
+// so that every cache line is read and written once.
 template <class T>
-void transpose(int64_t rows, int64_t columns, const T* from, T* to) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; ++column) to[column * rows + row] = from[row * columns + column];
+void permute(std::vector<Step> axes, const T* from, T* to) {
+  constexpr int64_t kPlane = 64;     // columns of a plane
+  constexpr int64_t kBlock = 16384;  // values moved by one block
+  auto take = [&axes](auto wanted) {
+    const auto found = std::find_if(axes.begin(), axes.end(), wanted);
+    const Step axis = *found;
+    axes.erase(found);
+    return axis;
+  };
+  const Step last = take([](const Step& axis) { return axis.to == 1; });
+  Step fast = last;
+  if (last.from != 1) {
+    fast = take([](const Step& axis) { return axis.from == 1; });
+    if (fast.size > kPlane && fast.size % kPlane == 0) {
+      axes.push_back({fast.size / kPlane, kPlane, kPlane * fast.to});
+      fast.size = kPlane;
+    }
   }
+  int64_t count = 1;
+  for (const Step& axis : axes) count *= axis.size;
+  const int64_t values = last.from == 1 ? last.size : last.size * fast.size;
+  const int64_t chunk = std::max<int64_t>(1, kBlock / values);
+  parallel_blocks((count + chunk - 1) / chunk, [&](int64_t block) {
+    const int64_t begin = block * chunk, end = std::min(begin + chunk, count);
+    const int64_t outer = static_cast<int64_t>(axes.size());
+    std::vector<int64_t> index(axes.size());
+    const T* source = from;
+    T* target = to;
+    for (int64_t axis = outer - 1, rest = begin; axis >= 0; rest /= axes[axis--].size) {
+      index[axis] = rest % axes[axis].size;
+      source += index[axis] * axes[axis].from;
+      target += index[axis] * axes[axis].to;
+    }
+    for (int64_t position = begin; position < end; ++position) {
+      if (last.from == 1) {
+        copy_line(last.size, source, target);
+      } else {
+        transpose(last.size, fast.size, source, last.from, target, fast.to);
+      }
+      for (int64_t axis = outer - 1; axis >= 0; --axis) {
+        source += axes[axis].from;
+        target += axes[axis].to;
+        if (++index[axis] < axes[axis].size) break;
+        source -= axes[axis].size * axes[axis].from;
+        target -= axes[axis].size * axes[axis].to;
+        index[axis] = 0;
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -136,10 +188,8 @@ void unmerge(const Chain<T>& chain, const T* gradient, T* room, const std::vecto
       run_parallel(
           Product<T>{rank, lanes, before, chain.partial[k - 1], 1, rank, gradient, lanes, gradients[k], lanes});
       // Of the product before it: [before, (m n r')] [(m n r'), r].
-      T* core_transposed = room;
-      transpose(rank, lanes, chain.cores[k], core_transposed);
-      T* next = room + core.size();
-      run_parallel(Product<T>{before, rank, lanes, gradient, lanes, 1, core_transposed, rank, next, rank});
+      T* next = room;
+      gemm<T>(before, rank, lanes, gradient, lanes, 1, chain.cores[k], 1, lanes, nullptr, next, rank);
       room = next, gradient = next;
       room += sizes[k - 1];
     }
@@ -151,7 +201,7 @@ void unmerge(const Chain<T>& chain, const T* gradient, T* room, const std::vecto
     const int64_t rank = core.rank_right, rows = core.rank_left * core.m * core.n, after = sizes[k + 1] / rank;
     // Of the core: [(r m n), after] [after, r'].
     T* after_transposed = room;
-    transpose(rank, after, chain.partial[k + 1], after_transposed);
+    transpose(rank, after, chain.partial[k + 1], after, after_transposed, rank);
     run_parallel(Product<T>{rows, rank, after, gradient, after, 1, after_transposed, rank, gradients[k], rank});
     // Of the product after it: [r', (r m n)] [(r m n), after].
     T* next = room + sizes[k + 1];
@@ -163,26 +213,22 @@ void unmerge(const Chain<T>& chain, const T* gradient, T* room, const std::vecto
 
 template <class T>
 void arrange(const Chain<T>& chain, const Axes (&order)[3], const T* merged, T* to) {
-  for_each_line(ordered_axes(chain, order), [&](int64_t position, int64_t offset, int64_t length, int64_t stride) {
-    if (stride == 1) {
-      std::copy(merged + offset, merged + offset + length, to + position);
-    } else {
-      for (int64_t k = 0; k < length; ++k) to[position + k] = merged[offset + k * stride];
-    }
-  });
+  std::vector<Step> steps;
+  for (const Axis& axis : ordered_axes(chain, order)) steps.push_back({axis.size, axis.merged, axis.arranged});
+  permute(std::move(steps), merged, to);
 }
 
 template <class T>
 bool arranged_already(const Chain<T>& chain, const Axes (&order)[3]) {
   const std::vector<Axis> axes = ordered_axes(chain, order);
-  return axes.size() == 1 && axes[0].stride == 1;
+  return axes.size() == 1 && axes[0].merged == 1;
 }
 
 template <class T>
 void arrange_back(const Chain<T>& chain, const Axes (&order)[3], const T* arranged, T* merged) {
-  for_each_line(ordered_axes(chain, order), [&](int64_t position, int64_t offset, int64_t length, int64_t stride) {
-    for (int64_t k = 0; k < length; ++k) merged[offset + k * stride] = arranged[position + k];
-  });
+  std::vector<Step> steps;
+  for (const Axis& axis : ordered_axes(chain, order)) steps.push_back({axis.size, axis.arranged, axis.merged});
+  permute(std::move(steps), arranged, merged);
 }
 
 #define FW_INSTANTIATE(T)                                                          \

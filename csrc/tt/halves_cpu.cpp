@@ -136,7 +136,7 @@ template <class T>
 void halves_up(const Sizes& n, int64_t batch, const Halves<T>& h, const T* u, const T* bias, T* v) {
   const Grid grid(n, batch);
   const int64_t row = n.s * n.r * n.j;
-  if (grid.tiles * grid.blocks < kFewTiles) {
+  if (grid.tiles < kFewTiles) {  // the blocks of a row add to one result: they cannot go to different threads
     T* t = scratch<T>(Piece::tile_t, batch * row);
     const Part<T> all{n, h, batch, 0, n.s};
     run_parallel(all.make_t(u, t));

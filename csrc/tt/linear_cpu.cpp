@@ -226,9 +226,7 @@ void linear_backward(const Plan& plan, const std::vector<CoreShape>& shapes, int
   }
   auto finish = [](const Chain<T>& chain, const Axes(&order)[3], const T* arranged, int64_t size, Piece piece,
                    const std::vector<T*>& gradients) {
-    int64_t cores = 0;
-    for (const CoreShape& core : chain.shapes) cores += core.size();
-    T* room = scratch<T>(piece, size + 2 * merge_room(chain) + cores);
+    T* room = scratch<T>(piece, size + 2 * merge_room(chain));
     if (!arranged_already(chain, order)) {
       arrange_back(chain, order, arranged, room);
       arranged = room;

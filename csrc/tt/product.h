@@ -45,4 +45,8 @@ template <class T>
 void transpose_panels(int64_t rows, int64_t columns, const T* from, T* to);
 constexpr int64_t kPanelSlack = 16;  // what transpose_panels may write beyond
 
+// to[c * to_row + r] = from[r * from_row + c], r < rows, c < columns, on the calling thread.
+template <class T>
+void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row);
+
 }  // namespace finite_width::tt

@@ -46,10 +46,17 @@ void transpose_panels(int64_t rows, int64_t columns, const T* from, T* to) {
   FW_DISPATCH(product_panels<T>)(rows, columns, from, to);
 }
 
+template <class T>
+void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row) {
+  FW_DISPATCH(product_transpose<T>)(rows, columns, from, from_row, to, to_row);
+}
+
 template int64_t panel_width<float>();
 template int64_t panel_width<double>();
 template void transpose_panels<float>(int64_t, int64_t, const float*, float*);
 template void transpose_panels<double>(int64_t, int64_t, const double*, double*);
+template void transpose<float>(int64_t, int64_t, const float*, int64_t, float*, int64_t);
+template void transpose<double>(int64_t, int64_t, const double*, int64_t, double*, int64_t);
 template void run<float>(const Product<float>&);
 template void run<double>(const Product<double>&);
 template void run_parallel<float>(const Product<float>&);

@@ -154,4 +154,41 @@ void product_panels(int64_t rows, int64_t columns, const T* from, T* to) {
   }
 }
 
+// Squares of vectors in registers; matrices too narrow for them value by value.
+template <class T>
+void product_transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row) {
+  constexpr int kWidth = simd::kLanes<T>;
+  if (2 * rows <= kWidth || 2 * columns <= kWidth) {
+    for (int64_t column = 0; column < columns; ++column) {
+      for (int64_t row = 0; row < rows; ++row) to[column * to_row + row] = from[row * from_row + column];
+    }
+    return;
+  }
+  for (int64_t row = 0; row < rows; row += kWidth) {
+    const int high = static_cast<int>(rows - row < kWidth ? rows - row : kWidth);
+    for (int64_t column = 0; column < columns; column += kWidth) {
+      const int wide = static_cast<int>(columns - column < kWidth ? columns - column : kWidth);
+      const T* corner = from + row * from_row + column;
+      T* target = to + column * to_row + row;
+      simd::Vec<T> square[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        square[i] = i >= high        ? simd::Vec<T>{}
+                    : wide == kWidth ? simd::load(corner + i * from_row)
+                                     : load_part(corner + i * from_row, wide);
+      }
+      simd::transpose<T>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        if (i >= wide) continue;
+        if (high == kWidth) {
+          simd::store(target + i * to_row, square[i]);
+        } else {
+          store_part(target + i * to_row, square[i], high);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace finite_width::FW_ISA

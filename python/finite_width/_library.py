@@ -141,7 +141,14 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         function.setup_context(ctx, args, output)
         return output
 
-    body = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    def save_for_forward(ctx: Any, *tensors: torch.Tensor) -> None:
+        """Nothing: the twin has no jvp that would read them."""
+
+    body = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(function.backward),
+        "save_for_forward": save_for_forward,
+    }
     twin = type(function.__name__, (torch.autograd.Function,), body)
     plain = super(torch.autograd.Function, twin).apply  # type: ignore[misc]  # the C++ half of Function.apply
 

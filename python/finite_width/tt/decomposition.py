@@ -150,19 +150,24 @@ def check_cores(cores: Sequence[Tensor], axes: Sequence[int] = (3, 4)) -> None:
     """Raise unless these are the cores of one train: dimensions, dtype, device and adjoining ranks."""
     if len(cores) == 0:
         raise ValueError("cores must hold at least one core, got none")
-    for k, core in enumerate(cores):
-        _check.is_tensor(f"cores[{k}]", core)
-        if core.dim() not in axes or core.dim() != cores[0].dim():
+    before, axis_count = 1, None
+    for k, core in enumerate(cores):  # names are made for an error alone: this is on the way of every call
+        if not isinstance(core, Tensor):
+            _check.is_tensor(f"cores[{k}]", core)
+        shape = core.shape
+        axis_count = axis_count or len(shape)
+        if len(shape) not in axes or len(shape) != axis_count:
             wanted = " or ".join(f"{n} axes" for n in axes)
-            raise ValueError(f"cores[{k}] must have {wanted}, as all the others, got shape {list(core.shape)}")
-        _check.like(f"cores[{k}]", core, "cores[0]", cores[0])
-        before = cores[k - 1].shape[-1] if k else 1
-        if core.shape[0] != before:
+            raise ValueError(f"cores[{k}] must have {wanted}, as all the others, got shape {list(shape)}")
+        if core.dtype != cores[0].dtype or core.device != cores[0].device:
+            _check.like(f"cores[{k}]", core, "cores[0]", cores[0])
+        if shape[0] != before:
             source = f"the last axis of cores[{k - 1}]" if k else "the boundary"
-            raise ValueError(f"cores[{k}] must begin with rank {before}, that of {source}, got {list(core.shape)}")
-        if min(core.shape) < 1:
-            raise ValueError(f"cores[{k}] must have sizes of at least 1, got {list(core.shape)}")
-    if cores[-1].shape[-1] != 1:
+            raise ValueError(f"cores[{k}] must begin with rank {before}, that of {source}, got {list(shape)}")
+        if min(shape) < 1:
+            raise ValueError(f"cores[{k}] must have sizes of at least 1, got {list(shape)}")
+        before = shape[-1]
+    if before != 1:
         raise ValueError(f"cores[{len(cores) - 1}] must end with rank 1, got {list(cores[-1].shape)}")
 
 

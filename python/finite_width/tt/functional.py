@@ -142,7 +142,7 @@ def _check_call(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, layout:
 def four_axis_shapes(cores: Sequence[Tensor], in_cores: int) -> tuple[planner.CoreShape, ...]:
     """The shapes [r_{k-1}, m_k, n_k, r_k] of the cores; a missing mode is 1."""
     if not in_cores:
-        return tuple((core.shape[0], core.shape[1], core.shape[2], core.shape[3]) for core in cores)
+        return tuple([(a, b, c, d) for a, b, c, d in [core.shape for core in cores]])
     return tuple(
         (c.shape[0], 1, c.shape[1], c.shape[2]) if k < in_cores else (c.shape[0], c.shape[1], 1, c.shape[2])
         for k, c in enumerate(cores)
