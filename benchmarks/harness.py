@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class Case:
     not_compared: implementations that compute something else (such as a dense layer of its own weights), whose error
         is therefore left out.
     min_runs, seconds: at least so many interleaved rounds, and so long, whichever is more; but never over `limit` s.
+    patience: an implementation whose first run takes longer than so many seconds, and over five times the fastest, is
+        not run again; its row then counts one run.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Case:
     min_runs: int = 20
     seconds: float = 2.0
     limit: float = 60.0
+    patience: float = inf
     memory: bool = True
     not_compared: Sequence[str] = ()
 
@@ -105,13 +109,17 @@ def time_of(call: Callable[[], Any]) -> float:
 
 
 def interleave(
-    calls: dict[str, Callable[[], Any]], min_runs: int, seconds: float, limit: float
+    calls: dict[str, Callable[[], Any]], min_runs: int, seconds: float, limit: float, patience: float = inf
 ) -> dict[str, list[float]]:
-    """Times of each call in seconds, over rounds that run every call once in a new random order."""
-    order = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in order}
-    for name in order:  # warm up: allocations, thread pools, caches of plans
-        calls[name]()
+    """Times of each call in seconds, over rounds that run every call once in a new random order.
+
+    A first run warms up (allocations, thread pools, caches of plans) and counts only where it is the last: see
+    `Case.patience`.
+    """
+    first = {name: time_of(call) for name, call in calls.items()}
+    slow = {name for name, once in first.items() if once > patience and once > 5 * min(first.values())}
+    order = [name for name in calls if name not in slow]
+    times: dict[str, list[float]] = {name: [first[name]] if name in slow else [] for name in calls}
     shuffle = random.Random(0)
     started = time.perf_counter()
     enabled = gc.isenabled()
@@ -261,7 +269,7 @@ def measure(case: Case, *, peers: bool, refcheck: bool) -> list[dict[str, Any]]:
                 missing[name] = peer
             else:
                 calls[name] = peer
-    times = interleave(calls, case.min_runs, case.seconds, case.limit)
+    times = interleave(calls, case.min_runs, case.seconds, case.limit, case.patience)
     medians = {name: statistics.median(values) for name, values in times.items()}
     exact = case.exact() if refcheck and case.exact else None
     for name, values in times.items():

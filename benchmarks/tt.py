@@ -293,6 +293,7 @@ def grid_case(name: str, rank: int, batch: int) -> Case:
         min_runs=3 if batch > 1000 else 10,
         seconds=0.2,
         limit=6.0,
+        patience=1.0,
         memory=False,
     )
 
