@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from math import prod
 
 import pytest
 import torch
@@ -63,12 +64,13 @@ def test_against_the_dense_layer_in_float64(options, batch):
         assert float((result - exact).detach().norm()) <= 1e-12 * float(exact.detach().norm())
 
 
-@pytest.mark.parametrize("rank", [2, 16, 64])
+@pytest.mark.parametrize("modes", [((4, 8, 8), (4, 8, 6)), ((5, 13, 7), (9, 11, 3))], ids=["even", "odd"])
+@pytest.mark.parametrize("rank", [2, 16, 37, 64])
 @pytest.mark.parametrize("batch", [1, 64, 700])
-def test_every_plan_in_float32(rank, batch):
+def test_every_plan_in_float32(rank, batch, modes):
     """All cuts, orders and dense passes give the same, within 1e-5 of float64."""
-    layer = fw.tt.TTLinear(256, 192, rank=rank, in_modes=(4, 8, 8), out_modes=(4, 8, 6))
-    x, grad = torch.randn(batch, 256), torch.randn(batch, 192)
+    layer = fw.tt.TTLinear(prod(modes[0]), prod(modes[1]), rank=rank, in_modes=modes[0], out_modes=modes[1])
+    x, grad = torch.randn(batch, layer.in_features), torch.randn(batch, layer.out_features)
     cores = [core.detach() for core in layer.cores]
     op, backward = torch.ops.finite_width.tt_linear, torch.ops.finite_width.tt_linear_backward
     wide = [core.double() for core in cores]
@@ -81,6 +83,29 @@ def test_every_plan_in_float32(rank, batch):
                 results = [op(x, cores, None, plan), *backward(grad, x, cores, plan, (1, 1, 1))]
                 for result, right in zip(results, [y, *exact], strict=True):
                     assert float((result - right).norm() / right.norm()) < 1e-5, plan
+
+
+@pytest.mark.parametrize("left_first", [0, 1])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_a_row_larger_than_the_tiles(batch, left_first):
+    """4096 → 4096 at rank 64: the intermediate of one row fills eight tiles; few rows go another way than many."""
+    cores = [torch.randn(1, 64, 64, 64) / 8, torch.randn(64, 64, 64, 1) / 8]
+    x, grad, plan = torch.randn(batch, 4096), torch.randn(batch, 4096), (1, left_first, 0, 0, 0, 0)
+    op, backward = torch.ops.finite_width.tt_linear, torch.ops.finite_width.tt_linear_backward
+    wide = [core.double() for core in cores]
+    exact = [reference.tt_linear(x.double(), wide, None, plan)]
+    exact += reference.tt_linear_backward(grad.double(), x.double(), wide, plan, (1, 1, 1))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append([op(x, cores, None, plan), *backward(grad, x, cores, plan, (1, 1, 1))])
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, right in zip(*results, exact, strict=True):
+        assert float((two - right).norm() / right.norm()) < 1e-5
+        assert torch.equal(one, two) or not fw.has_kernels()
 
 
 def test_leading_dimensions_and_no_bias():
