@@ -218,8 +218,8 @@ def peers(problem: Problem) -> dict[str, Callable[[], Any] | str]:
 def flops(shape: Shape, batch: int) -> float:
     """The fewest of forward and backward: each pass through the halves or the dense W, the better half first.
 
-    Through the halves, with the intermediate made twice: two products forward; five backward, two of which the gradient
-    of x takes alone. W itself, and merging, are not counted.
+    Through the halves, a and b multiply-adds a row, the intermediate made twice: a + b forward; backward a + b for the
+    gradient of x, 2a + 2b for those of the halves, b of them shared. Building W and merging are not counted.
     """
     m1, n1 = prod(shape.out_modes[:2]), prod(shape.in_modes[:2])
     m2, n2 = prod(shape.out_modes[2:]), prod(shape.in_modes[2:])
