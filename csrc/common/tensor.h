@@ -24,11 +24,11 @@ inline Tensor empty_cpu(const Tensor& like, const int64_t* sizes, int64_t dim) {
     strides[axis] = step;
     step *= sizes[axis] > 0 ? sizes[axis] : 1;
   }
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &result));
+  int32_t dtype = 0;
+  AtenTensorHandle result = nullptr;
+  const bool made = aoti_torch_get_dtype(like.get(), &dtype) == 0 &&
+                    aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &result) == 0;
+  STD_TORCH_CHECK(made, "finite_width: no memory for a tensor of the result");
   return Tensor(result);
 }
 
