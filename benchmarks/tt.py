@@ -219,17 +219,19 @@ def flops(shape: Shape, batch: int) -> float:
     """The fewest of forward and backward: each pass through the halves or the dense W, the better half first.
 
     Through the halves, a and b multiply-adds a row, the intermediate made twice: a + b forward; backward a + b for the
-    gradient of x, 2a + 2b for those of the halves, b of them shared. Building W and merging are not counted.
+    gradient of x, 2a + 2b for those of the halves, b of them shared. The dense W takes M N a row, and M N r for building
+    it, twice that for the halves' gradients from its own. Merging the cores is not counted.
     """
     m1, n1 = prod(shape.out_modes[:2]), prod(shape.in_modes[:2])
     m2, n2 = prod(shape.out_modes[2:]), prod(shape.in_modes[2:])
-    dense = m1 * m2 * n1 * n2
+    dense, build = batch * m1 * m2 * n1 * n2, shape.rank * m1 * m2 * n1 * n2
     totals = []
     for first, second in ((m1 * n1 * n2, m1 * m2 * n2), (n1 * n2 * m2, n1 * m1 * m2)):
-        a, b = shape.rank * first, shape.rank * second
-        backward = min(3 * a + 2 * b, a + b + dense, 2 * a + 2 * b + dense, 2 * dense)
-        totals.append(min(a + b, dense) + backward)
-    return 2.0 * batch * min(totals)
+        a, b = batch * shape.rank * first, batch * shape.rank * second
+        through_x, through_cores = dense + build, dense + 2 * build
+        backward = min(3 * a + 2 * b, a + b + through_cores, 2 * a + 2 * b + through_x, through_x + through_cores)
+        totals.append(min(a + b, dense + build) + backward)
+    return 2.0 * min(totals)
 
 
 def main_case(name: str, batch: int, targets: dict[tuple[str, str], float]) -> Case:
