@@ -219,7 +219,7 @@ def flops(shape: Shape, batch: int) -> float:
     """The fewest of forward and backward: each pass through the halves or the dense W, the better half first.
 
     Through the halves, a and b multiply-adds a row, the intermediate made twice: a + b forward; backward a + b for the
-    gradient of x, 2a + 2b for those of the halves, b of them shared. The dense W takes M N a row, and M N r for building
+    gradient of x, 2a + 2b for those of the halves, b of them shared. The dense W takes M N a row, and M N r to build
     it, twice that for the halves' gradients from its own. Merging the cores is not counted.
     """
     m1, n1 = prod(shape.out_modes[:2]), prod(shape.in_modes[:2])
