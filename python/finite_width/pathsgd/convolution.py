@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import DTYPES, Window, path_convolution, path_convolution_backward, path_convolution_update
+from .ops import (
+    DTYPES,
+    Window,
+    path_convolution,
+    path_convolution_backward_unchecked,
+    path_convolution_update_unchecked,
+)
 
 
 class ConvolutionMass(NamedTuple):
@@ -37,7 +43,7 @@ class ConvolutionMass(NamedTuple):
         self, weight: Tensor, grad: Tensor, momentum: Tensor | None, exponent: float, p: float, rates: Any
     ) -> None:
         """The weight's step."""
-        path_convolution_update(weight, grad, momentum, self.x, self.known, exponent, p, rates, *self.window)
+        path_convolution_update_unchecked(weight, grad, momentum, self.x, self.known, exponent, p, rates, *self.window)
 
     def to(self, device: torch.device) -> ConvolutionMass:
         """A copy on a device."""
@@ -89,7 +95,9 @@ class PathConvolution(torch.autograd.Function):
     def backward(ctx: Any, known: Tensor) -> Any:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         ctx.found(ConvolutionMass(x, known, ctx.window))
-        below = path_convolution_backward(known, x, weight, ctx.p, *ctx.window) if ctx.needs_input_grad[0] else None
+        below = None
+        if ctx.needs_input_grad[0]:
+            below = path_convolution_backward_unchecked(known, x, weight, ctx.p, ctx.window)
         return below, None, None, None, None, None
 
 

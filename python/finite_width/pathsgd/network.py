@@ -88,7 +88,7 @@ class PathSum(Walk):
     def _in_range(self, x: Scaled) -> Scaled:
         if not self.rescale or x.value.numel() == 0:
             return x
-        shift = math.frexp(float(x.value.detach().abs().max()))[1]
+        shift = math.frexp(float(x.value.detach().max()))[1]  # sums of |w|^p: never negative
         if abs(shift) <= _RANGE:
             return x
         return Scaled(x.value * math.ldexp(1.0, -shift), x.exponent + shift)

@@ -323,6 +323,22 @@ def path_convolution_update(
 Window = tuple[list[int], list[int], list[int], int]
 
 
+def path_convolution_backward_unchecked(known: Tensor, x: Tensor, weight: Tensor, p: float, window: Window) -> Tensor:
+    """`path_convolution_backward` in a step, behind a `path_convolution` that has checked the same arguments."""
+    result: Tensor = _convolution_backward(known.contiguous(), x.contiguous(), weight.contiguous(), p, *window)
+    return result
+
+
+def path_convolution_update_unchecked(
+    weight: Tensor, grad: Tensor, momentum: Tensor | None, x: Tensor, known: Tensor, *rest: Any
+) -> None:
+    """`path_convolution_update` likewise; rest: exponent, p, rates, stride, padding, dilation, groups."""
+    if all(each is None or each.is_contiguous() for each in (weight, grad, momentum)):
+        _convolution_update(weight, grad, momentum, x.contiguous(), known.contiguous(), *rest)
+    else:
+        path_convolution_update(weight, grad, momentum, x, known, *rest)
+
+
 def _window(
     x: Tensor,
     weight: Tensor,
