@@ -365,7 +365,7 @@ def test_interrupted_step_is_finished_first(monkeypatch, request) -> None:
     model = mlp(6, 11, 9, 2)
     other = copy.deepcopy(model)
     optimizer, twin = PathSGD(model, 1e-3), PathSGD(other, 1e-3)
-    original = chain_module.path_sweep
+    original = chain_module.path_sweep_unchecked
     # A shell that starts the tests in the background has them ignore Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
@@ -382,7 +382,7 @@ def test_interrupted_step_is_finished_first(monkeypatch, request) -> None:
                 original(*args)
                 signal.raise_signal(signal.SIGINT)
 
-            patch.setattr(chain_module, "path_sweep", interrupted)
+            patch.setattr(chain_module, "path_sweep_unchecked", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.step()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
@@ -396,7 +396,7 @@ def test_failed_sweep_is_recomputed(monkeypatch) -> None:
     optimizer = PathSGD(model, 1e-3)
     backward(model, 0)
     optimizer.step()
-    calls, original = [], chain_module.path_sweep
+    calls, original = [], chain_module.path_sweep_unchecked
 
     def failing(*args):
         calls.append(1)
@@ -406,7 +406,7 @@ def test_failed_sweep_is_recomputed(monkeypatch) -> None:
 
     backward(model, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(chain_module, "path_sweep", failing)
+        patch.setattr(chain_module, "path_sweep_unchecked", failing)
         with pytest.raises(MemoryError):
             optimizer.step()
     other = copy.deepcopy(model)
