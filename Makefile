@@ -100,11 +100,11 @@ gpu:
 	@$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no CUDA device'"
 	rm -rf build/gpu && FINITE_WIDTH_CUDA=1 FINITE_WIDTH_REQUIRE_EXT=1 \
 	  $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --target build/gpu .
-	timeout 240 $(ON_GPU) -m pytest tests/*/test_ops.py tests/test_cuda_device.py -k "cuda and not opcheck and not compile"
+	timeout 180 $(ON_GPU) -m pytest tests/*/test_ops.py tests/test_cuda_device.py -k "cuda and not opcheck and not compile"
 	gpu=$$($(PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))"); \
-	for wing in pathsgd bayes; do \
-	  timeout 150 $(ON_GPU) benchmarks/run.py --wing $$wing --device cuda --refcheck --no-memory \
-	    --json benchmarks/results/$$gpu-$$wing.json || exit 1; \
+	for wing in "ntk --peers" pathsgd bayes; do \
+	  timeout 120 $(ON_GPU) benchmarks/run.py --wing $$wing --device cuda --refcheck --no-memory \
+	    --json benchmarks/results/$$gpu-$${wing% --peers}.json || exit 1; \
 	done
 
 clean:

@@ -1,4 +1,4 @@
-"""The empirical NTK: MLPs (A, B, C) and a small CNN (D, E), against plain torch and torch.func."""
+"""The empirical NTK of MLPs (A, B, C) and a small CNN (D, E), against plain torch and torch.func; larger on a GPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import finite_width as fw
+import harness
 import ntk_peers
 from harness import Case
 
@@ -145,7 +146,57 @@ def against(contraction: float | None = None, plain: float | None = None) -> dic
     return {pair: aim for pair, aim in aims.items() if aim is not None}
 
 
-CASES: dict[str, Callable[[], Case]] = {
+def on_gpu(
+    name: str,
+    widths: tuple[int, ...] | None,
+    rows: int,
+    compute: str,
+    targets: dict[tuple[str, str], float],
+    tile: int | None = None,
+) -> Case:
+    """One comparison in every precision, against plain torch in IEEE float32 and, with `tile`, torch.func in tiles."""
+    model = mlp(*widths) if widths else cnn()
+    generator = torch.Generator().manual_seed(1)
+    shape = (widths[0],) if widths else (3, 32, 32)
+    x1, x2 = (torch.randn(rows, *shape, generator=generator, device="cpu").to(harness.DEVICE) for _ in range(2))
+    calls, exact = _calls(model, x1, x2, compute)
+
+    def in_precision(precision: str) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with fw.ntk.cuda_precision(precision):
+                return calls[OURS]()
+
+        return call
+
+    what = "-".join(map(str, widths)) if widths else "the tutorial's CNN"
+    return Case(
+        name=name,
+        what=f"{what}, {rows} × {rows} rows, {compute}, float32",
+        implementations={
+            **{f"{OURS}, {precision}": in_precision(precision) for precision in ("ieee", "split", "bf16")},
+            PLAIN: calls[PLAIN],
+        },
+        baseline=PLAIN,
+        peers={CONTRACTION: lambda: ntk_peers.tiled_contraction(model, x1, x2, compute, tile)} if tile else {},
+        exact=exact,
+        flops=dense_flops(widths, rows, rows, compute) if widths else conv_flops(rows, rows, compute),
+        targets=targets,
+        min_runs=5,
+        limit=20.0,
+    )
+
+
+SPLIT, BF16, IEEE = (f"{OURS}, {precision}" for precision in ("split", "bf16", "ieee"))
+LARGE = (3072, 4096, 4096, 1)
+GPU_CASES: dict[str, Callable[[], Case]] = {
+    "GPU MLP trace": lambda: on_gpu(
+        "GPU MLP trace", LARGE, 16384, "trace", {(SPLIT, PLAIN): 2, (BF16, PLAIN): 4, (IEEE, PLAIN): 1}
+    ),
+    "GPU MLP full": lambda: on_gpu("GPU MLP full", WIDE, 1024, "full", {(SPLIT, CONTRACTION): 200}, 64),
+    "GPU CNN full": lambda: on_gpu("GPU CNN full", None, 512, "full", {(SPLIT, CONTRACTION): 5}, 128),
+}
+
+CPU_CASES: dict[str, Callable[[], Case]] = {
     "A": lambda: case("A", SMALL, 128, 128, "full", against(120, 1), (CONTRACTION,)),
     "B": lambda: case("B", SMALL, 512, 512, "full", against(200, 1), (CONTRACTION,)),
     "C full": lambda: case("C full", WIDE, 128, 128, "full", against(plain=1.7)),
@@ -158,3 +209,4 @@ CASES: dict[str, Callable[[], Case]] = {
     "C full x2=None": lambda: symmetric("C full x2=None", WIDE, 128, "full"),
     "E full x2=None": lambda: symmetric("E full x2=None", None, 64, "full"),
 }
+CASES = CPU_CASES if harness.DEVICE == "cpu" else GPU_CASES

@@ -20,6 +20,12 @@ def contraction(model: nn.Module, x1: Tensor, x2: Tensor, compute: str) -> Tenso
     return sum(torch.einsum(formula, first[name].flatten(2), second[name].flatten(2)) for name in params)
 
 
+def tiled_contraction(model: nn.Module, x1: Tensor, x2: Tensor, compute: str, rows: int) -> Tensor:
+    """The same in tiles of so many rows, whose Jacobians fit the memory."""
+    tiles = [[contraction(model, one, two, compute) for two in x2.split(rows)] for one in x1.split(rows)]
+    return torch.cat([torch.cat(row, 1) for row in tiles])
+
+
 def vector_products(model: nn.Module, x1: Tensor, x2: Tensor, compute: str) -> Tensor:
     """torch.func: the kernel's columns as Jacobian-vector products of vector-Jacobian products, for each pair."""
     params = {name: value.detach() for name, value in model.named_parameters()}

@@ -7,6 +7,8 @@ import torch
 
 from finite_width import _library
 from finite_width.bayes import ops as bayes
+from finite_width.ntk import cuda_precision
+from finite_width.ntk.ops import gram_accumulate
 from finite_width.pathsgd.ops import path_sweep
 from op_battery import need
 
@@ -73,3 +75,25 @@ def test_sweeps_have_the_same_bits_in_every_run(rows: int, cols: int) -> None:
             results.append([*matrices, *vectors])
         for result in results[1:]:
             assert all(torch.equal(one, other) for one, other in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "split", "bf16"])
+@pytest.mark.parametrize("compute", ["full", "trace"])
+def test_kernel_tiles_have_the_same_bits_in_every_run_and_in_a_graph(precision: str, compute: str) -> None:
+    torch.manual_seed(2)
+    a, d = torch.randn(1030, 770, device="cuda"), torch.randn(1030, 2, 130, device="cuda")
+    shape = (1030, 1030, 2, 2) if compute == "full" else (1030, 1030)
+
+    def run(out: torch.Tensor) -> torch.Tensor:
+        with cuda_precision(precision):
+            gram_accumulate(out, a, a, d, d, 1.0, compute)
+        return out
+
+    first = run(torch.zeros(shape, device="cuda"))
+    assert all(torch.equal(first, run(torch.zeros(shape, device="cuda"))) for _ in range(4))
+    captured = torch.zeros(shape, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(captured)
+    graph.replay()
+    assert torch.equal(first, captured)

@@ -53,6 +53,14 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int bloc
   }
 }
 
+// Lets a kernel's blocks have this much shared memory; above 48 KiB a launch must have asked.
+template <class... Parameters>
+void allow_shared(const char* name, void (*kernel)(Parameters...), size_t bytes) {
+  const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  check(cudaFuncSetAttribute(kernel, attribute, static_cast<int>(bytes)),
+        (std::string("give ") + name + " " + std::to_string(bytes) + " bytes of shared memory").c_str());
+}
+
 // The block's dynamic shared memory, 16-byte aligned; its bytes hold anything at first.
 template <class T>
 __device__ inline T* shared_memory() {

@@ -9,6 +9,7 @@
 #include "common/convolution_check.h"
 #include "ntk/convolution.h"
 #include "ntk/ntk.h"
+#include "ntk/tile_tensors.h"
 
 namespace finite_width::ntk {
 namespace {
@@ -26,50 +27,6 @@ void with_type(const Tensor& like, const Run& run) {
 void check_like(const Tensor& tensor, const char* name, const Tensor& other) {
   check_cpu(tensor, name);
   check_dtype(tensor, name, other.scalar_type());
-}
-
-bool same_memory(const Tensor& one, const Tensor& two) {
-  bool same = one.const_data_ptr() == two.const_data_ptr() && one.dim() == two.dim();
-  for (int64_t axis = 0; same && axis < one.dim(); ++axis) {
-    same = one.size(axis) == two.size(axis) && one.stride(axis) == two.stride(axis);
-  }
-  return same;
-}
-
-// A number and not a name: torch's stable-ABI headers leak a string for every text argument of every call.
-Contraction contraction_of(int64_t compute) {
-  STD_TORCH_CHECK(compute >= 0 && compute <= 2,
-                  "finite_width: compute must be 0 (full), 1 (diagonal) or 2 (trace), got ", compute);
-  return static_cast<Contraction>(compute);
-}
-
-template <class T>
-Tile<T> tile_of(const Tensor& out, Contraction contraction) {
-  const bool full = contraction == Contraction::full;
-  return {out.mutable_data_ptr<T>(), out.stride(0), out.stride(1),
-          contraction == Contraction::trace ? 0 : out.stride(2), full ? out.stride(3) : 0};
-}
-
-void check_tile(const Tensor& out, int64_t rows, int64_t columns, int64_t outputs, Contraction contraction) {
-  check_cpu(out, "out");
-  check_float_or_double(out, "out");
-  if (contraction == Contraction::full) {
-    check_shape(out, "out", {rows, columns, outputs, outputs});
-  } else if (contraction == Contraction::diagonal) {
-    check_shape(out, "out", {rows, columns, outputs});
-  } else {
-    check_shape(out, "out", {rows, columns});
-  }
-}
-
-constexpr int64_t kShortRun = 64;  // adjacent channels that take longer to pack than to copy
-
-// Cotangents [rows, O, C] with adjacent channels; where these are few, for a trace with adjacent outputs too.
-Tensor cotangents(const Tensor& d, Contraction contraction) {
-  const bool adjacent = d.size(2) <= 1 || d.stride(2) == 1;
-  const bool outputs_adjacent = d.size(1) <= 1 || d.stride(1) == d.size(2);
-  const bool long_runs = contraction != Contraction::trace || outputs_adjacent || d.size(2) >= kShortRun;
-  return adjacent && long_runs ? d : torch::stable::contiguous(d);
 }
 
 // The kernel on cotangents [rows, O, C] and inputs [rows, I] or none.
@@ -93,15 +50,12 @@ void accumulate(const Tensor& out, const Tensor* a1, const Tensor* a2, const Ten
   });
 }
 
+// The precision is that of the CUDA kernels' products; here they are always in the tensors' own.
 void gram_cpu(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tensor& d1, const Tensor& d2, double bias,
-              int64_t compute) {
+              int64_t compute, int64_t /*precision*/) {
   const Contraction contraction = contraction_of(compute);
-  check_dim(a1, "a1", 2);
-  check_shape(a2, "a2", {-1, a1.size(1)});
-  check_dim(d1, "d1", 3);
-  check_shape(d1, "d1", {a1.size(0), -1, -1});
-  check_shape(d2, "d2", {a2.size(0), d1.size(1), d1.size(2)});
-  check_tile(out, a1.size(0), a2.size(0), d1.size(1), contraction);
+  check_gram(out, a1, a2, d1, d2, contraction);
+  check_cpu(out, "out");
   check_like(a1, "a1", out);
   check_like(a2, "a2", out);
   check_like(d1, "d1", out);
@@ -109,11 +63,10 @@ void gram_cpu(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tenso
   accumulate(out, &a1, &a2, d1, d2, 1, 1, bias, contraction);
 }
 
-void jacobian_cpu(const Tensor& out, const Tensor& j1, const Tensor& j2, int64_t compute) {
+void jacobian_cpu(const Tensor& out, const Tensor& j1, const Tensor& j2, int64_t compute, int64_t /*precision*/) {
   const Contraction contraction = contraction_of(compute);
-  check_dim(j1, "j1", 3);
-  check_shape(j2, "j2", {-1, j1.size(1), j1.size(2)});
-  check_tile(out, j1.size(0), j2.size(0), j1.size(1), contraction);
+  check_jacobian(out, j1, j2, contraction);
+  check_cpu(out, "out");
   check_like(j1, "j1", out);
   check_like(j2, "j2", out);
   accumulate(out, nullptr, nullptr, j1, j2, 1, 1, 0, contraction);
@@ -138,6 +91,7 @@ void ghost_cpu(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tens
   check_shape(d1, "d1", {a1.size(0), -1, a1.size(1), -1});
   check_shape(d2, "d2", {a2.size(0), d1.size(1), a2.size(1), d1.size(3)});
   check_tile(out, a1.size(0), a2.size(0), d1.size(1), contraction);
+  check_cpu(out, "out");
   check_like(a1, "a1", out);
   check_like(a2, "a2", out);
   check_like(d1, "d1", out);

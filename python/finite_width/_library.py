@@ -26,8 +26,8 @@ SCHEMAS: dict[str, str] = {
     "gemm": "(Tensor a, Tensor b, Tensor? bias) -> Tensor",
     # NTK.
     "ntk_gram_accumulate": "(Tensor(a!) out, Tensor a1, Tensor a2, Tensor d1, Tensor d2, float bias, "
-    "int compute) -> ()",
-    "ntk_jacobian_accumulate": "(Tensor(a!) out, Tensor j1, Tensor j2, int compute) -> ()",
+    "int compute, int precision) -> ()",
+    "ntk_jacobian_accumulate": "(Tensor(a!) out, Tensor j1, Tensor j2, int compute, int precision) -> ()",
     "ntk_ghost_accumulate": "(Tensor(a!) out, Tensor a1, Tensor a2, Tensor d1, Tensor d2, float bias, "
     "int compute) -> ()",
     "ntk_position_gradients": "(Tensor a, Tensor d) -> Tensor",

@@ -33,9 +33,9 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "gemm": lambda: (_randn(33, 65), _randn(65, 17), _randn(17)),
     "ntk_gram_accumulate": lambda: (
         *(torch.zeros(7, 5, 3, 3), _randn(7, 33), _randn(5, 33), _randn(7, 3, 17), _randn(5, 3, 17)),
-        *(1.0, 0),
+        *(1.0, 0, 0),
     ),
-    "ntk_jacobian_accumulate": lambda: (torch.zeros(7, 5), _randn(7, 3, 65), _randn(5, 3, 65), 2),
+    "ntk_jacobian_accumulate": lambda: (torch.zeros(7, 5), _randn(7, 3, 65), _randn(5, 3, 65), 2, 0),
     "ntk_ghost_accumulate": lambda: (
         *(torch.zeros(7, 5, 3), _randn(7, 4, 33), _randn(5, 6, 33), _randn(7, 3, 4, 17), _randn(5, 3, 6, 17)),
         *(1.0, 1),

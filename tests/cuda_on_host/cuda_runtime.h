@@ -5,7 +5,9 @@
 // and shuffles really wait for each other, and a barrier that some thread never reaches ends the process with a
 // message. FINITE_WIDTH_HOST_ORDER=forward|backward|shuffled is the order in which blocks, and the runnable threads of
 // a block, take their turns: a kernel that lacks a barrier gives different results. Shared memory starts with garbage
-// (NaN as float and double), and words behind its end are checked after each block.
+// (NaN as float and double), and words behind its end are checked after each block. Asynchronous copies are made as
+// late as a kernel's waits allow, and matrix products from the fragments that the lanes hold (tensor_core.h beside
+// this).
 #pragma once
 
 #define FW_CUDA_ON_HOST 1
@@ -17,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string_view>
@@ -43,6 +46,7 @@ struct dim3 {
 
 typedef struct CUstream_st* cudaStream_t;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 inline const char* cudaGetErrorString(cudaError_t status) {
   return status == cudaSuccess ? "no error" : "invalid configuration argument";
 }
@@ -60,7 +64,7 @@ inline dim3 blockDim, gridDim;
 namespace cuda_on_host {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 256 * 1024, kGuard = 256, kMostShared = 227 * 1024;
+constexpr size_t kStack = 256 * 1024, kGuard = 256, kMostShared = 227 * 1024, kSharedUnasked = 48 * 1024;
 constexpr unsigned char kGarbage = 0xff;  // a NaN in every floating-point type
 
 [[noreturn]] inline void fail(const char* what) {
@@ -73,6 +77,14 @@ struct Group {
   int alive = 0, arrived = 0;
   uint64_t generation = 0;
   uint64_t slots[kWarp];
+  uint32_t fragments[kWarp][6];
+};
+
+// An asynchronous copy that a thread has asked for: `bytes` from `from`, then zeros up to `size`.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, size;
 };
 
 struct Fiber {
@@ -82,6 +94,7 @@ struct Fiber {
   Group *warp, *waiting = nullptr;
   uint64_t seen;
   bool done;
+  std::vector<std::vector<Copy>> copies;  // by group; the last group is open
 };
 
 class Block {
@@ -126,6 +139,7 @@ class Block {
   void block_barrier() { barrier(block_); }
   Group& warp() { return *current_->warp; }
   int lane() const { return static_cast<int>(current_->thread % kWarp); }
+  std::vector<std::vector<Copy>>& copies() { return current_->copies; }
   void* shared_start() {
     const uintptr_t address = reinterpret_cast<uintptr_t>(shared_.data());
     return reinterpret_cast<void*>((address + 15) / 16 * 16);
@@ -178,6 +192,7 @@ class Block {
       ++fiber.warp->alive;
       fiber.waiting = nullptr;
       fiber.done = false;
+      fiber.copies.assign(1, {});
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = kStack;
@@ -241,12 +256,22 @@ void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
 
 }  // namespace cuda_on_host
 
+namespace cuda_on_host {
+inline std::map<const void*, size_t> shared_allowed;  // of a kernel, beyond what needs no asking
+}
+
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
+  cuda_on_host::shared_allowed[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(bytes);
+  return static_cast<size_t>(bytes) <= cuda_on_host::kMostShared ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
 template <class... P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t shared,
                              cudaStream_t) {
   using namespace cuda_on_host;
   if (block.x == 0 || block.x > 1024 || block.y != 1 || block.z != 1 || grid.y > 65535 || grid.z > 65535 ||
-      shared > kMostShared) {
+      shared > std::max(kSharedUnasked, shared_allowed[reinterpret_cast<const void*>(kernel)])) {
     return cudaErrorInvalidConfiguration;
   }
   Block::instance().run(grid, block, shared, [&] { call(kernel, arguments, std::index_sequence_for<P...>()); });
@@ -270,3 +295,5 @@ T __shfl_sync(unsigned mask, T value, int source) {
   cuda_on_host::check_whole(mask);
   return cuda_on_host::exchange(value, source);
 }
+
+#include "tensor_core.h"

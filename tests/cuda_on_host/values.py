@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from finite_width.bayes import ops as bayes
+from finite_width.ntk import cuda_precision
+from finite_width.ntk.ops import gram_accumulate
 from finite_width.pathsgd.ops import path_sweep, path_update
 
 SEED = torch.tensor(-987654321987654321)
@@ -57,6 +59,21 @@ def path_values(randn: Callable[..., Any]) -> dict[str, Any]:
     return values
 
 
+def ntk_values(randn: Callable[..., Any]) -> dict[str, Any]:
+    """Kernel tiles around a square of 128, of two batches and of one, in every precision."""
+    values: dict[str, Any] = {}
+    for precision in ("ieee", "split", "bf16"):
+        for compute, outputs in (("full", 2), ("diagonal", 2), ("trace", 3)):
+            a, b, d, e = randn(70, 37), randn(30, 37), randn(70, outputs, 65), randn(30, outputs, 65)
+            shape = {"full": [outputs, outputs], "diagonal": [outputs], "trace": []}[compute]
+            for name, right in (("two", (b, e)), ("one", (a, d))):
+                out = torch.zeros(70, len(right[0]), *shape)
+                with cuda_precision(precision):
+                    gram_accumulate(out, a, right[0], d, right[1], 1.0, compute)
+                values[f"ntk {precision} {compute} {name}"] = out
+    return values
+
+
 def main() -> None:
     if library := os.environ.get("FINITE_WIDTH_CUDA_ON_HOST"):
         torch.ops.load_library(library)
@@ -65,7 +82,7 @@ def main() -> None:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    torch.save({**bayes_values(randn), **path_values(randn)}, sys.argv[1])
+    torch.save({**bayes_values(randn), **path_values(randn), **ntk_values(randn)}, sys.argv[1])
 
 
 main()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import finite_width as fw
 from finite_width.ntk import ops
-from op_battery import OpCase, Sample, battery
+from op_battery import DEVICES, OpCase, Sample, battery, need, relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -261,6 +264,61 @@ def test_outputs_may_lie_anywhere(compute: str, channels: int) -> None:
         ops.gram_accumulate(expected, a1, a, left, left if d is d1 else d.contiguous(), 1.0, compute)
         ops.gram_accumulate(found, a1, a, d1, d, 1.0, compute)
         assert torch.equal(found, expected)
+
+
+def taken_by_cuda_kernels(device: str) -> bool:
+    """Whether such tensors go to CUDA kernels: on a GPU, or on the CPU in the emulation (tests/cuda_on_host)."""
+    if device == "cpu":
+        return "FINITE_WIDTH_CUDA_ON_HOST" in os.environ
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("finite_width::ntk_gram_accumulate", "CUDA"))
+
+
+# The least and the most relative error of a kernel tile in float32 products of such precision.
+ERRORS = {"ieee": (0.0, 1e-6), "split": (0.0, 1e-6), "bf16": (2e-4, 1e-2)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("precision", ERRORS)
+def test_precisions_keep_their_error(precision: str, compute: str, alone: bool, device: str) -> None:
+    """Against float64, at sizes on both sides of a square (128) and of a stage (16, 32): two batches, and one alone."""
+    need(device)
+    generator = torch.Generator().manual_seed(6)
+    for rows, columns, features, outputs, channels in [(131, 7, 37, 1, 66), (23, 70, 8, 3, 64), (9, 5, 17, 2, 3)]:
+        a1, a2 = (normal(n, features, dtype=torch.float64, generator=generator).float() for n in (rows, columns))
+        d1, d2 = (  # outputs outermost, as a batched backward leaves them
+            normal(outputs, n, channels, dtype=torch.float64, generator=generator).float().transpose(0, 1)
+            for n in (rows, columns)
+        )
+        right = (a1, d1) if alone else (a2, d2)
+        out = tile(compute, rows, len(right[0]), outputs, torch.float32, generator)
+        exact = out.double()
+        with fw.reference_only():
+            ops.gram_accumulate(exact, *(x.double() for x in (a1, right[0], d1, right[1])), 1.0, compute)
+        a1, d1 = a1.to(device), d1.to(device)
+        right = (a1, d1) if alone else (a2.to(device), d2.to(device))
+        found = out.to(device)
+        with fw.ntk.cuda_precision(precision):
+            ops.gram_accumulate(found, a1, right[0], d1, right[1], 1.0, compute)
+        least, most = ERRORS[precision] if taken_by_cuda_kernels(device) else ERRORS["ieee"]
+        assert least <= relative_error(found.cpu(), exact) <= most
+        if alone:
+            added = found.cpu() - out
+            mirrored = added.transpose(0, 1).mT if compute == "full" else added.transpose(0, 1)
+            torch.testing.assert_close(added, mirrored, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_split_sums_of_one_sign_do_not_drift(device: str) -> None:
+    """Tensor cores round sums toward zero: a long sum kept in them would be too small by its length."""
+    need(device)
+    generator = torch.Generator().manual_seed(7)
+    j1, j2 = (torch.rand(n, 1, 3000, dtype=torch.float32, generator=generator) for n in (3, 2))
+    out = torch.zeros(3, 2, device=device)
+    with fw.ntk.cuda_precision("split"):
+        ops.jacobian_accumulate(out, j1.to(device), j2.to(device), "trace")
+    assert relative_error(out.cpu(), j1[:, 0].double() @ j2[:, 0].double().T) <= 1e-6
 
 
 def zeros(*shape: int) -> Tensor:

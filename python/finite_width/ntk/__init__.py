@@ -9,6 +9,7 @@ from .loss_gram import loss_gram
 from .nngp import nngp_kernel
 from .nngp_estimators import NNGPClassifier, NNGPRegressor
 from .operator import NTKOperator
+from .precision import cuda_precision
 from .regression import NTKClassifier, NTKRegressor
 from .ridge_cv import NTKRidgeCV
 from .sketch import sketch
@@ -26,6 +27,7 @@ __all__ = [
     "NTKRegressor",
     "NTKRidgeCV",
     "Solution",
+    "cuda_precision",
     "drift",
     "effective_dimension",
     "empirical_ntk",

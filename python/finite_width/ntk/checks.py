@@ -156,7 +156,7 @@ def make_plan(
         signatures=[use.signature() for use in uses],
         layouts=layouts,
         unrecognised=unrecognised,
-        block=block_rows(touched + 2 * kept),
+        block=block_rows(touched + 2 * kept, target.device.type == "cuda"),
         batched_backward=not structured or _batches(uses, flat),
         last=last,
         sweep_bytes=touched + kept,

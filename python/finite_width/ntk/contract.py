@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, _library
+from .precision import ieee_products
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 FLOATS = (torch.float32, torch.float64)
@@ -224,7 +225,7 @@ def flatten(raw: Tensor) -> Tensor:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Run the model with gradients on and autocast off; put its buffers back, also after an exception or Ctrl-C.
+    """Run the model with gradients on, autocast and TF32 off; put its buffers back, also after an exception or Ctrl-C.
 
     The kernels never write parameters, `.grad`, hooks or modes, so buffers are all that a forward can change.
     """
@@ -234,8 +235,16 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for name, value in module._buffers.items()
         if value is not None
     ]
+    on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
     try:
-        with torch.inference_mode(False), _library.grad_mode(True), torch.autocast("cpu", enabled=False), _eager():
+        with (
+            torch.inference_mode(False),
+            _library.grad_mode(True),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False) if on_gpu else nullcontext(),
+            ieee_products(on_gpu),
+            _eager(),
+        ):
             yield
     finally:
         for module, name, value, saved, version in kept:

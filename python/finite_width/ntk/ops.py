@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _check, _library
-from . import reference
+from . import precision, reference
 
 # The place of a name is what the ops take: torch's stable ABI leaks a string for each text argument of each call.
 COMPUTE = ("full", "diagonal", "trace")
@@ -137,7 +137,7 @@ def gram_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor,
     _check_same("d2", "outputs", d2.shape[1], "d1", d1.shape[1])
     _check_same("d2", "channels", d2.shape[2], "d1", d1.shape[2])
     _check_tile(out, a1.shape[0], a2.shape[0], d1.shape[1], compute)
-    _gram_accumulate(out, a1, a2, d1, d2, bias, COMPUTE.index(compute))
+    _gram_accumulate(out, a1, a2, d1, d2, bias, COMPUTE.index(compute), precision.chosen())
 
 
 def jacobian_accumulate(out: Tensor, j1: Tensor, j2: Tensor, compute: str) -> None:
@@ -167,7 +167,7 @@ def jacobian_accumulate(out: Tensor, j1: Tensor, j2: Tensor, compute: str) -> No
     _check_same("j2", "outputs", j2.shape[1], "j1", j1.shape[1])
     _check_same("j2", "parameters", j2.shape[2], "j1", j1.shape[2])
     _check_tile(out, j1.shape[0], j2.shape[0], j1.shape[1], compute)
-    _jacobian_accumulate(out, j1, j2, COMPUTE.index(compute))
+    _jacobian_accumulate(out, j1, j2, COMPUTE.index(compute), precision.chosen())
 
 
 def ghost_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: str) -> None:

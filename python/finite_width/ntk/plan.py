@@ -16,6 +16,9 @@ from .layout import Layout
 # shapes alone, so that the result has the same bits for any memory budget.
 BLOCK_BYTES = 64 << 20
 BLOCK_ROWS = 512
+# On a GPU a pair of blocks must fill every multiprocessor with squares of 128 rows: 4096 rows make 1024 squares.
+GPU_BLOCK_BYTES = 1 << 30
+GPU_BLOCK_ROWS = 4096
 # One tile of a convolution's Jacobian, over the rows of a block.
 TILE_BYTES = 16 << 20
 METHODS = ("auto", "structured", "jacobian", "products")
@@ -248,9 +251,10 @@ class Planner:
         return Entry("gradients", (name,), own, 0.0, flops, sizes.outputs * size * sizes.itemsize)
 
 
-def block_rows(row_bytes: int) -> int:
+def block_rows(row_bytes: int, on_gpu: bool) -> int:
     """Rows of a block: a power of two."""
-    most = max(1, min(BLOCK_ROWS, BLOCK_BYTES // max(1, row_bytes)))
+    rows, size = (GPU_BLOCK_ROWS, GPU_BLOCK_BYTES) if on_gpu else (BLOCK_ROWS, BLOCK_BYTES)
+    most = max(1, min(rows, size // max(1, row_bytes)))
     return 1 << (most.bit_length() - 1)
 
 

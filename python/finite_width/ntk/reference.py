@@ -23,12 +23,14 @@ def _add_pairs(out: Tensor, inner: Tensor, left: Tensor, right: Tensor, compute:
         out += inner * torch.einsum("nak,mak->nm", left, right)
 
 
-def gram_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: int) -> None:
-    """out[n, m, a, b] += (a1[n] · a2[m] + bias) (d1[n, a] · d2[m, b])."""
+def gram_accumulate(
+    out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: int, precision: int
+) -> None:
+    """out[n, m, a, b] += (a1[n] · a2[m] + bias) (d1[n, a] · d2[m, b]). The precision concerns CUDA kernels alone."""
     _add_pairs(out, a1 @ a2.mT + bias, d1, d2, compute)
 
 
-def jacobian_accumulate(out: Tensor, j1: Tensor, j2: Tensor, compute: int) -> None:
+def jacobian_accumulate(out: Tensor, j1: Tensor, j2: Tensor, compute: int, precision: int) -> None:
     """out[n, m, a, b] += j1[n, a] · j2[m, b]."""
     _add_pairs(out, out.new_ones(()).expand(j1.shape[0], j2.shape[0]), j1, j2, compute)
 

@@ -1,0 +1,98 @@
+// Registers the products of Jacobians for CUDA. The wing's other ops have no kernel there yet, and take the references.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "common/cuda_device.h"
+#include "ntk/gram_cuda.h"
+#include "ntk/tile_tensors.h"
+
+namespace finite_width::cuda {
+namespace {
+
+using ntk::Contraction;
+using ntk::Side;
+
+Precision precision_of(int64_t precision) {
+  STD_TORCH_CHECK(precision >= 0 && precision <= 2,
+                  "finite_width: precision must be 0 (ieee), 1 (split) or 2 (bf16), got ", precision);
+  return static_cast<Precision>(precision);
+}
+
+void check_like(const Tensor& tensor, const char* name, const Tensor& other) {
+  check_here(tensor, name, other);
+  check_dtype(tensor, name, other.scalar_type());
+}
+
+// Inputs [rows, I] whose values are adjacent, since the kernel reads 16 bytes of a row at a time.
+Tensor adjacent(const Tensor& a) {
+  return a.size(1) <= 1 || a.stride(1) == 1 ? a : torch::stable::contiguous(a);
+}
+
+template <class T>
+Side<T> side_of(const Tensor& d, const Tensor* a) {
+  return {d.size(0),   1,          a ? a->const_data_ptr<T>() : nullptr, a ? a->stride(0) : 0, 1, d.const_data_ptr<T>(),
+          d.stride(0), d.stride(1)};
+}
+
+// The kernel on cotangents [rows, O, C] and inputs [rows, I] or none.
+template <class T>
+void accumulate(const Tensor& out, const Tensor* a1, const Tensor* a2, const Tensor& d1, const Tensor& d2, double bias,
+                Contraction contraction, Precision precision) {
+  const OnDevice device(out);
+  const Tensor first = ntk::cotangents(d1, contraction);
+  const Tensor second = ntk::same_memory(d1, d2) ? first : ntk::cotangents(d2, contraction);
+  Tensor left, right;
+  if (a1) {
+    left = adjacent(*a1);
+    right = ntk::same_memory(*a1, *a2) ? left : adjacent(*a2);
+  }
+  const Side<T> one = side_of<T>(first, a1 ? &left : nullptr), two = side_of<T>(second, a1 ? &right : nullptr);
+  const int64_t I = a1 ? a1->size(1) : 0, O = d1.size(1), C = d1.size(2);
+  const bool inner = a1 != nullptr;
+  const GramScratch scratch = gram_scratch(one, two, I, O, C, contraction, inner, precision);
+  Tensor factors = torch::stable::new_zeros(out, {scratch.factors});
+  Tensor rounded = torch::stable::new_empty(out, {scratch.rounded}, ScalarType::Short);
+  gram_accumulate<T>(one, two, I, O, C, contraction, inner, static_cast<T>(bias), ntk::tile_of<T>(out, contraction),
+                     precision, factors.mutable_data_ptr<T>(), static_cast<uint16_t*>(rounded.data_ptr()),
+                     device.stream());
+}
+
+void accumulate(const Tensor& out, const Tensor* a1, const Tensor* a2, const Tensor& d1, const Tensor& d2, double bias,
+                Contraction contraction, int64_t precision) {
+  const Precision how = precision_of(precision);
+  if (out.scalar_type() == ScalarType::Float) {
+    accumulate<float>(out, a1, a2, d1, d2, bias, contraction, how);
+  } else {
+    accumulate<double>(out, a1, a2, d1, d2, bias, contraction, how);
+  }
+}
+
+void gram_cuda(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tensor& d1, const Tensor& d2, double bias,
+               int64_t compute, int64_t precision) {
+  const Contraction contraction = ntk::contraction_of(compute);
+  ntk::check_gram(out, a1, a2, d1, d2, contraction);
+  check_here(out, "out", out);
+  check_like(a1, "a1", out);
+  check_like(a2, "a2", out);
+  check_like(d1, "d1", out);
+  check_like(d2, "d2", out);
+  accumulate(out, &a1, &a2, d1, d2, bias, contraction, precision);
+}
+
+void jacobian_cuda(const Tensor& out, const Tensor& j1, const Tensor& j2, int64_t compute, int64_t precision) {
+  const Contraction contraction = ntk::contraction_of(compute);
+  ntk::check_jacobian(out, j1, j2, contraction);
+  check_here(out, "out", out);
+  check_like(j1, "j1", out);
+  check_like(j2, "j2", out);
+  accumulate(out, nullptr, nullptr, j1, j2, 0, contraction, precision);
+}
+
+}  // namespace
+}  // namespace finite_width::cuda
+
+FW_CUDA_LIBRARY(library) {
+  if (!finite_width::cuda::wanted()) return;
+  library.impl("ntk_gram_accumulate", TORCH_BOX(&finite_width::cuda::gram_cuda));
+  library.impl("ntk_jacobian_accumulate", TORCH_BOX(&finite_width::cuda::jacobian_cuda));
+}

@@ -1,0 +1,450 @@
+// Products of Jacobians on a GPU: one kernel over the ways to multiply (gram_multiply.cuh), and its launcher.
+//
+// Reckoned, not measured, for an H200 (132 multiprocessors): `ieee` is bound by 67 TFLOP/s of multiply-adds, float64 by
+// 34; `split` by a third of the 495 TFLOP/s of TF32, of which mma.sync is known to reach some two thirds; `bf16` by the
+// 990 TFLOP/s of bfloat16, and before it by the second-level cache.
+#include "ntk/gram_cuda.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "common/launch.cuh"
+#include "ntk/gram_multiply.cuh"
+
+namespace finite_width::cuda {
+namespace {
+
+using ntk::Contraction;
+using ntk::Side;
+using ntk::Tile;
+
+constexpr int kGroup = 8;  // rows of squares that are walked together, so that the cache holds what they share
+
+// Rows of one side as a matrix whose products are taken: row (n, o) of `outputs`, and k = (run, channel).
+template <class T>
+struct Operand {
+  const T* data;  // element (n, o, run, channel) at n * example + o * output + run * step + channel
+  int64_t example, output;
+  int outputs, rows;
+  int runs, length;
+  int64_t step;
+  bool wide;  // all runs start on 16 bytes
+};
+
+template <class T, class Sum>
+struct Call {
+  Operand<T> inputs_left, inputs_right;  // [N, I], [M, I]
+  Operand<T> left, right;                // cotangents
+  int rounds;                            // such products, each an output's, which add to out.left apart
+  int64_t left_step, right_step;         // from one round's cotangents to the next
+  Tile<Sum> out;
+  const Sum* factors;  // [N, M], or null: 1 where not computed here
+  Sum bias;
+  bool symmetric;
+};
+
+// A thread's part in copying a stage of an operand: some of one row's chunks of 16 bytes.
+template <class Way>
+class Loader {
+  using T = typename Way::Value;
+  static constexpr int kValues = 16 / sizeof(T), kDepth = Way::kRowBytes / sizeof(T);
+  static constexpr int kSharing = kThreads / Way::kTile;  // threads of a row, which read neighbouring chunks
+  static constexpr int kCopies = Way::kRowBytes / 16 / kSharing;
+
+ public:
+  __device__ Loader(const Operand<T>& operand, int first, int64_t offset)
+      : operand_(operand), steps_per_run_((operand.length + kDepth - 1) / kDepth) {
+    const int row = first + own_row();
+    const int n = row / operand.outputs, o = row % operand.outputs;
+    from_ = row < operand.rows ? operand.data + offset + n * operand.example + o * operand.output : nullptr;
+  }
+
+  __device__ int steps() const { return operand_.runs * steps_per_run_; }
+
+  // Starts the copies of step `step` to [kTile, kStride bytes].
+  __device__ void load(int step, unsigned char* stage) const {
+    const int run = step / steps_per_run_, first = step % steps_per_run_ * kDepth;
+    unsigned char* to = stage + own_row() * Way::kStride;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int k = (static_cast<int>(threadIdx.x) % kSharing + i * kSharing) * kValues;
+      const int left = from_ ? operand_.length - first - k : 0;
+      const int valid = left < 0 ? 0 : left < kValues ? left : kValues;
+      const T* from = valid ? from_ + run * operand_.step + first + k : operand_.data;
+      copy(reinterpret_cast<T*>(to) + k, from, valid);
+    }
+  }
+
+ private:
+  __device__ static int own_row() { return static_cast<int>(threadIdx.x) / kSharing; }
+
+  __device__ void copy(T* to, const T* from, int valid) const {
+    if constexpr (sizeof(T) >= 4) {
+      if (!operand_.wide) {
+#pragma unroll
+        for (int v = 0; v < kValues; ++v) {
+          copy_async<sizeof(T)>(to + v, v < valid ? from + v : operand_.data, v < valid ? sizeof(T) : 0);
+        }
+        return;
+      }
+    }
+    copy_async<16>(to, from, valid * static_cast<int>(sizeof(T)));
+  }
+
+  const Operand<T>& operand_;
+  int steps_per_run_;
+  const T* from_;  // null behind the last row
+};
+
+template <class Way>
+__host__ __device__ constexpr int stages_bytes() {
+  return 2 * Way::kStages * Way::kTile * Way::kStride;
+}
+
+// sums += left rightᵀ for the square at (row0, column0), kStages - 1 stages ahead of the arithmetic.
+template <class Way>
+__device__ void add_products(const Operand<typename Way::Value>& left, int64_t left_offset,
+                             const Operand<typename Way::Value>& right, int64_t right_offset, int row0, int column0,
+                             unsigned char* shared, typename Way::Sums& sums) {
+  constexpr int kSide = Way::kTile * Way::kStride;
+  const Loader<Way> from_left(left, row0, left_offset), from_right(right, column0, right_offset);
+  const auto load = [&](int step) {
+    unsigned char* stage = shared + step % Way::kStages * 2 * kSide;
+    from_left.load(step, stage);
+    from_right.load(step, stage + kSide);
+  };
+  const int steps = from_left.steps();
+#pragma unroll 1
+  for (int step = 0; step < Way::kStages - 1; ++step) {
+    if (step < steps) load(step);
+    commit_copies();
+  }
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<Way::kStages - 2>();
+    __syncthreads();  // the stage is whole, and nobody reads the one that the next copies go to
+    if (step + Way::kStages - 1 < steps) load(step + Way::kStages - 1);
+    commit_copies();
+    const unsigned char* stage = shared + step % Way::kStages * 2 * kSide;
+    Way::multiply(stage, stage + kSide, sums);
+  }
+  __syncthreads();  // the next product's copies go to the first stages
+}
+
+template <class Way>
+__device__ inline void clear(typename Way::Sums& sums) {
+#pragma unroll
+  for (int r = 0; r < Way::kMicro; ++r) {
+#pragma unroll
+    for (int c = 0; c < Way::kMicro; ++c) sums[r][c] = 0;
+  }
+}
+
+// Puts a thread's factors in shared memory behind the stages, or takes them from there.
+template <class Way, bool kPut>
+__device__ inline void rest(typename Way::Sums& factors, unsigned char* shared) {
+  using Sum = typename Way::Sum;
+  Sum* own = reinterpret_cast<Sum*>(shared + stages_bytes<Way>()) + threadIdx.x;
+#pragma unroll
+  for (int r = 0; r < Way::kMicro; ++r) {
+#pragma unroll
+    for (int c = 0; c < Way::kMicro; ++c) {
+      Sum& place = own[(r * Way::kMicro + c) * kThreads];
+      kPut ? void(place = factors[r][c]) : void(factors[r][c] = place);
+    }
+  }
+}
+
+// Adds a row of values to memory, all reads before the first write.
+template <int kCount, class T>
+__device__ inline void add_to(T* const (&places)[kCount], const T (&values)[kCount]) {
+  T old[kCount];
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) old[c] = places[c] ? *places[c] : T(0);
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    if (places[c]) *places[c] = old[c] + values[c];
+  }
+}
+
+// Adds the square's sums, times its factors, to the result; below the diagonal of a symmetric one also to its mirror.
+template <class Way, bool kFused>
+__device__ void write(const Call<typename Way::Value, typename Way::Sum>& call, int row0, int column0, int64_t offset,
+                      const typename Way::Sums& sums, const typename Way::Sums& factors) {
+  using Sum = typename Way::Sum;
+  const auto& out = call.out;
+  int m[Way::kMicro], p[Way::kMicro];
+#pragma unroll
+  for (int c = 0; c < Way::kMicro; ++c) {
+    const int column = column0 + Way::column(c);
+    m[c] = column / call.right.outputs;
+    p[c] = column % call.right.outputs;
+  }
+#pragma unroll
+  for (int r = 0; r < Way::kMicro; ++r) {
+    const int row = row0 + Way::row(r);
+    if (row >= call.left.rows) continue;
+    const int n = row / call.left.outputs, o = row % call.left.outputs;
+    Sum* places[Way::kMicro];
+    Sum* mirrored[Way::kMicro];
+    Sum values[Way::kMicro];
+#pragma unroll
+    for (int c = 0; c < Way::kMicro; ++c) {
+      const int column = column0 + Way::column(c);
+      const bool kept = column < call.right.rows && !(call.symmetric && column > row);
+      Sum* at = out.data + offset;
+      places[c] = kept ? at + n * out.row + m[c] * out.column + o * out.left + p[c] * out.right : nullptr;
+      const bool twice = kept && call.symmetric && column < row;
+      mirrored[c] = twice ? at + m[c] * out.row + n * out.column + p[c] * out.left + o * out.right : nullptr;
+      values[c] = sums[r][c];
+      if constexpr (kFused) {
+        values[c] *= factors[r][c];
+      } else if (call.factors && kept) {
+        values[c] *= call.factors[static_cast<int64_t>(n) * (call.right.rows / call.right.outputs) + m[c]] + call.bias;
+      }
+    }
+    add_to(places, values);
+    if (call.symmetric) add_to(mirrored, values);
+  }
+}
+
+// One square of the result.
+template <class Way, bool kFused>
+__global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Call<typename Way::Value, typename Way::Sum> call) {
+  unsigned char* shared = shared_memory<unsigned char>();
+  const int across = (call.right.rows + Way::kTile - 1) / Way::kTile;
+  const int down = (call.left.rows + Way::kTile - 1) / Way::kTile;
+  const int group = static_cast<int>(blockIdx.x) / (kGroup * across);
+  const int within = static_cast<int>(blockIdx.x) % (kGroup * across);
+  const int tall = down - group * kGroup < kGroup ? down - group * kGroup : kGroup;
+  const int square_row = group * kGroup + within % tall, square_column = within / tall;
+  if (call.symmetric && square_column > square_row) return;
+  const int row0 = square_row * Way::kTile, column0 = square_column * Way::kTile;
+
+  typename Way::Sums factors, sums;
+  if constexpr (kFused) {
+    clear<Way>(factors);
+    add_products<Way>(call.inputs_left, 0, call.inputs_right, 0, row0, column0, shared, factors);
+#pragma unroll
+    for (int r = 0; r < Way::kMicro; ++r) {
+#pragma unroll
+      for (int c = 0; c < Way::kMicro; ++c) factors[r][c] += call.bias;
+    }
+    if constexpr (Way::kFactorsRest) rest<Way, true>(factors, shared);
+  }
+#pragma unroll 1
+  for (int round = 0; round < call.rounds; ++round) {
+    clear<Way>(sums);
+    add_products<Way>(call.left, round * call.left_step, call.right, round * call.right_step, row0, column0, shared,
+                      sums);
+    if constexpr (kFused && Way::kFactorsRest) rest<Way, false>(factors, shared);
+    write<Way, kFused>(call, row0, column0, round * call.out.left, sums, factors);
+  }
+}
+
+// The operand's values in bfloat16, a thread for 8 of them.
+//   to  [rows, padded], padded a multiple of 8; zeros behind a row's values
+__global__ void __launch_bounds__(kThreads) round_kernel(const Operand<float> operand, int padded, uint16_t* to) {
+  const int chunks = padded / 8;
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row = place / chunks;
+  if (row >= operand.rows) return;
+  const int first = static_cast<int>(place % chunks) * 8, n = static_cast<int>(row) / operand.outputs;
+  const float* from = operand.data + n * operand.example + row % operand.outputs * operand.output;
+  Chunk<uint16_t> rounded;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int k = first + i;
+    const bool there = k < operand.runs * operand.length;
+    rounded.value[i] =
+        there ? round_to_bf16(from[k / operand.length * operand.step + k % operand.length]) : uint16_t{0};
+  }
+  *reinterpret_cast<Chunk<uint16_t>*>(to + row * padded + first) = rounded;
+}
+
+int as_int(int64_t count, const char* what) {
+  if (count > INT32_MAX) {
+    throw std::runtime_error(std::string("finite_width: a kernel tile has too many ") + what +
+                             " for the GPU: " + std::to_string(count) + "; compute it in smaller tiles");
+  }
+  return static_cast<int>(count);
+}
+
+template <class T>
+Operand<T> operand_of(const T* data, int64_t examples, int64_t example, int64_t outputs, int64_t output, int64_t runs,
+                      int64_t step, int64_t length) {
+  as_int(runs * length, "values in a row");
+  constexpr int64_t kValues = 16 / sizeof(T);
+  const bool aligned = example % kValues == 0 && output % kValues == 0 && (runs <= 1 || step % kValues == 0);
+  return {data,
+          example,
+          output,
+          as_int(outputs, "outputs"),
+          as_int(examples * outputs, "rows"),
+          as_int(runs, "outputs"),
+          as_int(length, "channels"),
+          step,
+          aligned && aligned16(data)};
+}
+
+// A side's inputs [N, I], and its cotangents as each kind of product takes them.
+template <class T>
+Operand<T> inputs_of(const Side<T>& side, int64_t I) {
+  return operand_of(side.a, side.examples, side.a_row, 1, 0, 1, 0, I);
+}
+
+// Whether a row's outputs are one run of channels, on both sides: the products go through k in step.
+template <class T>
+bool joined(const Side<T>& one, const Side<T>& two, int64_t O, int64_t C) {
+  return O == 1 || (one.d_output == C && two.d_output == C);
+}
+
+template <class T>
+Operand<T> cotangents_of(const Side<T>& side, int64_t O, int64_t C, Contraction contraction, bool joined) {
+  if (contraction != Contraction::trace) {  // rows (n, o); a diagonal's rounds start an output apart
+    return operand_of(side.d, side.examples, side.d_row, O, side.d_output, 1, 0, C);
+  }
+  return operand_of(side.d, side.examples, side.d_row, 1, 0, joined ? 1 : O, side.d_output, joined ? O * C : C);
+}
+
+// For one example and output a row: what a round of a diagonal multiplies.
+template <class T>
+Operand<T> of_one_output(Operand<T> operand) {
+  operand.rows /= operand.outputs;
+  operand.outputs = 1;
+  return operand;
+}
+
+int padded(const Operand<float>& operand) {
+  return (operand.runs * operand.length + 7) / 8 * 8;
+}
+
+int64_t rounded_size(const Operand<float>& operand) {
+  return static_cast<int64_t>(operand.rows) * padded(operand);
+}
+
+// The operand rounded to `to`, which moves on behind it.
+Operand<uint16_t> round(const Operand<float>& operand, uint16_t*& to, cudaStream_t stream) {
+  const int width = padded(operand);
+  const int64_t blocks = ceil_div(static_cast<int64_t>(operand.rows) * (width / 8), kThreads);
+  launch("rounding to bfloat16", round_kernel, grid_of(blocks), kThreads, 0, stream, operand, width, to);
+  const Operand<uint16_t> result = operand_of<uint16_t>(
+      to, operand.rows / operand.outputs, int64_t{operand.outputs} * width, operand.outputs, width, 1, 0, width);
+  to += rounded_size(operand);
+  return result;
+}
+
+template <class Way, bool kFused>
+void start(const Call<typename Way::Value, typename Way::Sum>& call, cudaStream_t stream) {
+  const int64_t down = ceil_div(call.left.rows, Way::kTile), across = ceil_div(call.right.rows, Way::kTile);
+  constexpr size_t kShared =
+      stages_bytes<Way>() + (kFused && Way::kFactorsRest ? sizeof(typename Way::Sums) * kThreads : 0);
+  allow_shared("ntk gram", gram_kernel<Way, kFused>, kShared);
+  launch("ntk gram", gram_kernel<Way, kFused>, grid_of(down * across), kThreads, kShared, stream, call);
+}
+
+// Both sides' operands, and what is done with their products.
+template <class T, class Sum>
+struct Operands {
+  Operand<T> inputs_left{}, inputs_right{}, left, right;
+};
+
+template <class Way>
+void run(const Operands<typename Way::Value, typename Way::Sum>& operands, Contraction contraction, bool inner,
+         bool symmetric, typename Way::Sum bias, const Tile<typename Way::Sum>& out, typename Way::Sum* factors,
+         cudaStream_t stream) {
+  using Sum = typename Way::Sum;
+  Call<typename Way::Value, Sum> call{operands.inputs_left,
+                                      operands.inputs_right,
+                                      operands.left,
+                                      operands.right,
+                                      1,
+                                      0,
+                                      0,
+                                      out,
+                                      nullptr,
+                                      bias,
+                                      symmetric};
+  if (contraction == Contraction::diagonal) {
+    call.rounds = operands.left.outputs;
+    call.left_step = operands.left.output;
+    call.right_step = operands.right.output;
+    call.left = of_one_output(operands.left);
+    call.right = of_one_output(operands.right);
+  }
+  if (!inner) return start<Way, false>(call, stream);
+  if (call.left.outputs == 1) return start<Way, true>(call, stream);
+  // One factor serves O O products: computed first, by the same kernel.
+  const int64_t M = call.right.rows / call.right.outputs;
+  Call<typename Way::Value, Sum> first{
+      {}, {}, operands.inputs_left, operands.inputs_right, 1, 0, 0, {factors, M, 1, 0, 0}, nullptr, 0, symmetric};
+  start<Way, false>(first, stream);
+  call.factors = factors;
+  start<Way, false>(call, stream);
+}
+
+template <class T>
+bool same_side(const Side<T>& one, const Side<T>& two, bool inner) {
+  return one.examples == two.examples && one.d == two.d && one.d_row == two.d_row && one.d_output == two.d_output &&
+         (!inner || (one.a == two.a && one.a_row == two.a_row));
+}
+
+}  // namespace
+
+template <class T>
+GramScratch gram_scratch(const Side<T>& one, const Side<T>& two, int64_t I, int64_t O, int64_t C,
+                         Contraction contraction, bool inner, Precision precision) {
+  GramScratch scratch{inner && contraction == Contraction::full && O > 1 ? one.examples * two.examples : 0, 0};
+  if constexpr (sizeof(T) == 4) {
+    if (precision == Precision::bf16) {
+      const bool symmetric = same_side(one, two, inner);
+      for (const Side<T>* side : {&one, &two}) {
+        if (side == &two && symmetric) break;
+        scratch.rounded += rounded_size(cotangents_of(*side, O, C, contraction, joined(one, two, O, C)));
+        if (inner) scratch.rounded += rounded_size(inputs_of(*side, I));
+      }
+    }
+  }
+  return scratch;
+}
+
+template <class T>
+void gram_accumulate(const Side<T>& one, const Side<T>& two, int64_t I, int64_t O, int64_t C, Contraction contraction,
+                     bool inner, T bias, const Tile<T>& out, Precision precision, T* factors, uint16_t* rounded,
+                     CUstream_st* stream) {
+  if (one.examples == 0 || two.examples == 0 || O == 0) return;
+  const bool symmetric = same_side(one, two, inner);
+  Operands<T, T> operands;
+  operands.left = cotangents_of(one, O, C, contraction, joined(one, two, O, C));
+  operands.right = cotangents_of(two, O, C, contraction, joined(one, two, O, C));
+  if (inner) {
+    operands.inputs_left = inputs_of(one, I);
+    operands.inputs_right = inputs_of(two, I);
+  }
+  if constexpr (sizeof(T) == 4) {
+    if (precision == Precision::split) {
+      return run<SplitTf32>(operands, contraction, inner, symmetric, bias, out, factors, stream);
+    }
+    if (precision == Precision::bf16) {
+      Operands<uint16_t, float> small;
+      small.left = round(operands.left, rounded, stream);
+      small.right = symmetric ? small.left : round(operands.right, rounded, stream);
+      if (inner) {
+        small.inputs_left = round(operands.inputs_left, rounded, stream);
+        small.inputs_right = symmetric ? small.inputs_left : round(operands.inputs_right, rounded, stream);
+      }
+      return run<Bf16>(small, contraction, inner, symmetric, bias, out, factors, stream);
+    }
+  }
+  run<MultiplyAdd<T>>(operands, contraction, inner, symmetric, bias, out, factors, stream);
+}
+
+#define FW_INSTANTIATE(T)                                                                                            \
+  template GramScratch gram_scratch<T>(const Side<T>&, const Side<T>&, int64_t, int64_t, int64_t, Contraction, bool, \
+                                       Precision);                                                                   \
+  template void gram_accumulate<T>(const Side<T>&, const Side<T>&, int64_t, int64_t, int64_t, Contraction, bool, T,  \
+                                   const Tile<T>&, Precision, T*, uint16_t*, CUstream_st*);
+FW_INSTANTIATE(float)
+FW_INSTANTIATE(double)
+
+}  // namespace finite_width::cuda

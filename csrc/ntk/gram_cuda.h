@@ -1,0 +1,44 @@
+// Products of Jacobians on a GPU, added to a kernel tile: what ntk.h's gram_accumulate computes.
+//
+// A block of threads keeps a square of the result in registers, while the rows that it needs of both sides stream
+// through shared memory: first the inputs, whose product becomes the square's factors, then the cotangents. Where both
+// sides are the same memory, squares above the diagonal are left out and the others written twice.
+//
+// Floor: 2 N M (I + O O C) operations (O C for a trace or a diagonal; half where both sides are one), at the rate of
+// the unit that a precision uses, and three times as many for `split`; the result is read and written once. What a
+// block reads of the inputs and cotangents is 1 / 32 byte an operation (float32 squares of 128), which the second-level
+// cache has to serve.
+#pragma once
+
+#include <cstdint>
+
+#include "ntk/ntk.h"
+
+struct CUstream_st;
+
+namespace finite_width::cuda {
+
+// How float32 values are multiplied; sums are always float32. float64 has `ieee` alone.
+//   ieee   multiply-adds in float32
+//   split  x = hi + lo in TF32, and hi hi + hi lo + lo hi on tensor cores: the accuracy of float32 (gram_cuda.cu)
+//   bf16   rounded to bfloat16 first, on tensor cores
+enum class Precision { ieee = 0, split = 1, bf16 = 2 };
+
+// Values of scratch memory that a call needs.
+struct GramScratch {
+  int64_t factors;  // (a1 . a2) for all pairs of examples, where each serves several outputs
+  int64_t rounded;  // the operands in bfloat16, rows padded to 16 bytes
+};
+template <class T>
+GramScratch gram_scratch(const ntk::Side<T>& one, const ntk::Side<T>& two, int64_t I, int64_t O, int64_t C,
+                         ntk::Contraction contraction, bool inner, Precision precision);
+
+// As ntk::gram_accumulate, for one position (a row is an example) and adjacent inputs (a_col = 1).
+//   factors  [scratch.factors], zeros
+//   rounded  [scratch.rounded], 16-byte aligned
+template <class T>
+void gram_accumulate(const ntk::Side<T>& one, const ntk::Side<T>& two, int64_t I, int64_t O, int64_t C,
+                     ntk::Contraction contraction, bool inner, T bias, const ntk::Tile<T>& out, Precision precision,
+                     T* factors, uint16_t* rounded, CUstream_st* stream);
+
+}  // namespace finite_width::cuda

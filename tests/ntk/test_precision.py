@@ -1,0 +1,76 @@
+"""fw.ntk.cuda_precision: a setting of the CUDA kernels alone, and torch's TF32 kept out of the kernel functions."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import pytest
+import torch
+
+import finite_width as fw
+from finite_width.ntk import ops, precision
+
+
+def test_the_precision_holds_inside_the_block_and_in_its_thread() -> None:
+    seen = []
+    with fw.ntk.cuda_precision("split"):
+        with fw.ntk.cuda_precision("bf16"):
+            seen.append(precision.chosen())
+        seen.append(precision.chosen())
+        thread = threading.Thread(target=lambda: seen.append(precision.chosen()))
+        thread.start()
+        thread.join()
+    with pytest.raises(KeyError), fw.ntk.cuda_precision("split"):
+        raise KeyError
+    assert [precision.PRECISIONS[index] for index in (*seen, precision.chosen())] == ["bf16", "split", "ieee", "ieee"]
+
+
+@pytest.mark.parametrize("given", ["tf32", "high", 1, None])
+def test_another_precision_is_an_error(given: object) -> None:
+    with (
+        pytest.raises(ValueError, match="precision must be one of 'ieee', 'split', 'bf16', got"),
+        fw.ntk.cuda_precision(given),
+    ):
+        pass
+
+
+def test_the_cpu_ignores_it() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3))
+    x = torch.randn(9, 5)
+    expected = fw.ntk.empirical_ntk(model, x)
+    for name in precision.PRECISIONS:
+        with fw.ntk.cuda_precision(name):
+            assert torch.equal(fw.ntk.empirical_ntk(model, x), expected)
+
+
+def test_a_compiled_call_sees_it() -> None:
+    def call(out: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        ops.jacobian_accumulate(out, j, j, "trace")
+        return out
+
+    with fw.ntk.cuda_precision("split"):
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        j = torch.randn(3, 2, 4)
+        torch.testing.assert_close(compiled(torch.zeros(3, 3), j), call(torch.zeros(3, 3), j))
+
+
+def test_tf32_is_off_on_a_gpu_and_comes_back() -> None:
+    def settings() -> list[str]:
+        backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+        return [each.fp32_precision for each in backends]
+
+    before = settings()
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        allowed = settings()
+        inside = []
+        with contextlib.suppress(KeyError), precision.ieee_products(True):
+            inside = settings()
+            raise KeyError
+        assert inside == ["ieee"] * 3
+        assert settings() == allowed
+        with precision.ieee_products(False):
+            assert settings() == allowed
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before[0]
