@@ -5,11 +5,8 @@
 // 990 TFLOP/s of bfloat16, and before it by the second-level cache.
 #include "ntk/gram_cuda.h"
 
-#include <algorithm>
-#include <stdexcept>
-
 #include "common/launch.cuh"
-#include "ntk/gram_multiply.cuh"
+#include "ntk/gram_square.cuh"
 
 namespace finite_width::cuda {
 namespace {
@@ -17,19 +14,6 @@ namespace {
 using ntk::Contraction;
 using ntk::Side;
 using ntk::Tile;
-
-constexpr int kGroup = 8;  // rows of squares that are walked together, so that the cache holds what they share
-
-// Rows of one side as a matrix whose products are taken: row (n, o) of `outputs`, and k = (run, channel).
-template <class T>
-struct Operand {
-  const T* data;  // element (n, o, run, channel) at n * example + o * output + run * step + channel
-  int64_t example, output;
-  int outputs, rows;
-  int runs, length;
-  int64_t step;
-  bool wide;  // all runs start on 16 bytes
-};
 
 template <class T, class Sum>
 struct Call {
@@ -42,118 +26,6 @@ struct Call {
   Sum bias;
   bool symmetric;
 };
-
-// A thread's part in copying a stage of an operand: some of one row's chunks of 16 bytes.
-template <class Way>
-class Loader {
-  using T = typename Way::Value;
-  static constexpr int kValues = 16 / sizeof(T), kDepth = Way::kRowBytes / sizeof(T);
-  static constexpr int kSharing = kThreads / Way::kTile;  // threads of a row, which read neighbouring chunks
-  static constexpr int kCopies = Way::kRowBytes / 16 / kSharing;
-
- public:
-  __device__ Loader(const Operand<T>& operand, int first, int64_t offset)
-      : operand_(operand), steps_per_run_((operand.length + kDepth - 1) / kDepth) {
-    const int row = first + own_row();
-    const int n = row / operand.outputs, o = row % operand.outputs;
-    from_ = row < operand.rows ? operand.data + offset + n * operand.example + o * operand.output : nullptr;
-  }
-
-  __device__ int steps() const { return operand_.runs * steps_per_run_; }
-
-  // Starts the copies of step `step` to [kTile, kStride bytes].
-  __device__ void load(int step, unsigned char* stage) const {
-    const int run = step / steps_per_run_, first = step % steps_per_run_ * kDepth;
-    unsigned char* to = stage + own_row() * Way::kStride;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int k = (static_cast<int>(threadIdx.x) % kSharing + i * kSharing) * kValues;
-      const int left = from_ ? operand_.length - first - k : 0;
-      const int valid = left < 0 ? 0 : left < kValues ? left : kValues;
-      const T* from = valid ? from_ + run * operand_.step + first + k : operand_.data;
-      copy(reinterpret_cast<T*>(to) + k, from, valid);
-    }
-  }
-
- private:
-  __device__ static int own_row() { return static_cast<int>(threadIdx.x) / kSharing; }
-
-  __device__ void copy(T* to, const T* from, int valid) const {
-    if constexpr (sizeof(T) >= 4) {
-      if (!operand_.wide) {
-#pragma unroll
-        for (int v = 0; v < kValues; ++v) {
-          copy_async<sizeof(T)>(to + v, v < valid ? from + v : operand_.data, v < valid ? sizeof(T) : 0);
-        }
-        return;
-      }
-    }
-    copy_async<16>(to, from, valid * static_cast<int>(sizeof(T)));
-  }
-
-  const Operand<T>& operand_;
-  int steps_per_run_;
-  const T* from_;  // null behind the last row
-};
-
-template <class Way>
-__host__ __device__ constexpr int stages_bytes() {
-  return 2 * Way::kStages * Way::kTile * Way::kStride;
-}
-
-// sums += left rightᵀ for the square at (row0, column0), kStages - 1 stages ahead of the arithmetic.
-template <class Way>
-__device__ void add_products(const Operand<typename Way::Value>& left, int64_t left_offset,
-                             const Operand<typename Way::Value>& right, int64_t right_offset, int row0, int column0,
-                             unsigned char* shared, typename Way::Sums& sums) {
-  constexpr int kSide = Way::kTile * Way::kStride;
-  const Loader<Way> from_left(left, row0, left_offset), from_right(right, column0, right_offset);
-  const auto load = [&](int step) {
-    unsigned char* stage = shared + step % Way::kStages * 2 * kSide;
-    from_left.load(step, stage);
-    from_right.load(step, stage + kSide);
-  };
-  const int steps = from_left.steps();
-#pragma unroll 1
-  for (int step = 0; step < Way::kStages - 1; ++step) {
-    if (step < steps) load(step);
-    commit_copies();
-  }
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    wait_for_copies<Way::kStages - 2>();
-    __syncthreads();  // the stage is whole, and nobody reads the one that the next copies go to
-    if (step + Way::kStages - 1 < steps) load(step + Way::kStages - 1);
-    commit_copies();
-    const unsigned char* stage = shared + step % Way::kStages * 2 * kSide;
-    Way::multiply(stage, stage + kSide, sums);
-  }
-  __syncthreads();  // the next product's copies go to the first stages
-}
-
-template <class Way>
-__device__ inline void clear(typename Way::Sums& sums) {
-#pragma unroll
-  for (int r = 0; r < Way::kMicro; ++r) {
-#pragma unroll
-    for (int c = 0; c < Way::kMicro; ++c) sums[r][c] = 0;
-  }
-}
-
-// Puts a thread's factors in shared memory behind the stages, or takes them from there.
-template <class Way, bool kPut>
-__device__ inline void rest(typename Way::Sums& factors, unsigned char* shared) {
-  using Sum = typename Way::Sum;
-  Sum* own = reinterpret_cast<Sum*>(shared + stages_bytes<Way>()) + threadIdx.x;
-#pragma unroll
-  for (int r = 0; r < Way::kMicro; ++r) {
-#pragma unroll
-    for (int c = 0; c < Way::kMicro; ++c) {
-      Sum& place = own[(r * Way::kMicro + c) * kThreads];
-      kPut ? void(place = factors[r][c]) : void(factors[r][c] = place);
-    }
-  }
-}
 
 // Adds a row of values to memory, all reads before the first write.
 template <int kCount, class T>
@@ -214,22 +86,15 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Call<typename W
   unsigned char* shared = shared_memory<unsigned char>();
   const int across = (call.right.rows + Way::kTile - 1) / Way::kTile;
   const int down = (call.left.rows + Way::kTile - 1) / Way::kTile;
-  const int group = static_cast<int>(blockIdx.x) / (kGroup * across);
-  const int within = static_cast<int>(blockIdx.x) % (kGroup * across);
-  const int tall = down - group * kGroup < kGroup ? down - group * kGroup : kGroup;
-  const int square_row = group * kGroup + within % tall, square_column = within / tall;
-  if (call.symmetric && square_column > square_row) return;
-  const int row0 = square_row * Way::kTile, column0 = square_column * Way::kTile;
+  const Square square = square_of(static_cast<int>(blockIdx.x), down, across);
+  if (call.symmetric && square.column > square.row) return;
+  const int row0 = square.row * Way::kTile, column0 = square.column * Way::kTile;
 
   typename Way::Sums factors, sums;
   if constexpr (kFused) {
     clear<Way>(factors);
     add_products<Way>(call.inputs_left, 0, call.inputs_right, 0, row0, column0, shared, factors);
-#pragma unroll
-    for (int r = 0; r < Way::kMicro; ++r) {
-#pragma unroll
-      for (int c = 0; c < Way::kMicro; ++c) factors[r][c] += call.bias;
-    }
+    add_bias<Way>(factors, call.bias);
     if constexpr (Way::kFactorsRest) rest<Way, true>(factors, shared);
   }
 #pragma unroll 1
@@ -240,51 +105,6 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const Call<typename W
     if constexpr (kFused && Way::kFactorsRest) rest<Way, false>(factors, shared);
     write<Way, kFused>(call, row0, column0, round * call.out.left, sums, factors);
   }
-}
-
-// The operand's values in bfloat16, a thread for 8 of them.
-//   to  [rows, padded], padded a multiple of 8; zeros behind a row's values
-__global__ void __launch_bounds__(kThreads) round_kernel(const Operand<float> operand, int padded, uint16_t* to) {
-  const int chunks = padded / 8;
-  const int64_t place = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = place / chunks;
-  if (row >= operand.rows) return;
-  const int first = static_cast<int>(place % chunks) * 8, n = static_cast<int>(row) / operand.outputs;
-  const float* from = operand.data + n * operand.example + row % operand.outputs * operand.output;
-  Chunk<uint16_t> rounded;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int k = first + i;
-    const bool there = k < operand.runs * operand.length;
-    rounded.value[i] =
-        there ? round_to_bf16(from[k / operand.length * operand.step + k % operand.length]) : uint16_t{0};
-  }
-  *reinterpret_cast<Chunk<uint16_t>*>(to + row * padded + first) = rounded;
-}
-
-int as_int(int64_t count, const char* what) {
-  if (count > INT32_MAX) {
-    throw std::runtime_error(std::string("finite_width: a kernel tile has too many ") + what +
-                             " for the GPU: " + std::to_string(count) + "; compute it in smaller tiles");
-  }
-  return static_cast<int>(count);
-}
-
-template <class T>
-Operand<T> operand_of(const T* data, int64_t examples, int64_t example, int64_t outputs, int64_t output, int64_t runs,
-                      int64_t step, int64_t length) {
-  as_int(runs * length, "values in a row");
-  constexpr int64_t kValues = 16 / sizeof(T);
-  const bool aligned = example % kValues == 0 && output % kValues == 0 && (runs <= 1 || step % kValues == 0);
-  return {data,
-          example,
-          output,
-          as_int(outputs, "outputs"),
-          as_int(examples * outputs, "rows"),
-          as_int(runs, "outputs"),
-          as_int(length, "channels"),
-          step,
-          aligned && aligned16(data)};
 }
 
 // A side's inputs [N, I], and its cotangents as each kind of product takes them.
@@ -313,25 +133,6 @@ Operand<T> of_one_output(Operand<T> operand) {
   operand.rows /= operand.outputs;
   operand.outputs = 1;
   return operand;
-}
-
-int padded(const Operand<float>& operand) {
-  return (operand.runs * operand.length + 7) / 8 * 8;
-}
-
-int64_t rounded_size(const Operand<float>& operand) {
-  return static_cast<int64_t>(operand.rows) * padded(operand);
-}
-
-// The operand rounded to `to`, which moves on behind it.
-Operand<uint16_t> round(const Operand<float>& operand, uint16_t*& to, cudaStream_t stream) {
-  const int width = padded(operand);
-  const int64_t blocks = ceil_div(static_cast<int64_t>(operand.rows) * (width / 8), kThreads);
-  launch("rounding to bfloat16", round_kernel, grid_of(blocks), kThreads, 0, stream, operand, width, to);
-  const Operand<uint16_t> result = operand_of<uint16_t>(
-      to, operand.rows / operand.outputs, int64_t{operand.outputs} * width, operand.outputs, width, 1, 0, width);
-  to += rounded_size(operand);
-  return result;
 }
 
 template <class Way, bool kFused>
