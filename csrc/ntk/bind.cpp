@@ -83,14 +83,9 @@ Tensor rows_of_cotangents(const Tensor& d) {
 }
 
 void ghost_cpu(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tensor& d1, const Tensor& d2, double bias,
-               int64_t compute) {
+               int64_t compute, int64_t /*precision*/) {
   const Contraction contraction = contraction_of(compute);
-  check_dim(a1, "a1", 3);
-  check_shape(a2, "a2", {-1, -1, a1.size(2)});
-  check_dim(d1, "d1", 4);
-  check_shape(d1, "d1", {a1.size(0), -1, a1.size(1), -1});
-  check_shape(d2, "d2", {a2.size(0), d1.size(1), a2.size(1), d1.size(3)});
-  check_tile(out, a1.size(0), a2.size(0), d1.size(1), contraction);
+  check_ghost(out, a1, a2, d1, d2, contraction);
   check_cpu(out, "out");
   check_like(a1, "a1", out);
   check_like(a2, "a2", out);

@@ -1,4 +1,4 @@
-// Registers the products of Jacobians for CUDA. The wing's other ops have no kernel there yet, and take the references.
+// Registers the products of Jacobians for CUDA. The wing's other ops have no kernel there, and take the references.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -23,9 +23,10 @@ void check_like(const Tensor& tensor, const char* name, const Tensor& other) {
   check_dtype(tensor, name, other.scalar_type());
 }
 
-// Inputs [rows, I] whose values are adjacent, since the kernel reads 16 bytes of a row at a time.
-Tensor adjacent(const Tensor& a) {
-  return a.size(1) <= 1 || a.stride(1) == 1 ? a : torch::stable::contiguous(a);
+// The tensor with its last axis adjacent, since the kernels read 16 bytes of it at a time.
+Tensor adjacent(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
 template <class T>
@@ -88,6 +89,43 @@ void jacobian_cuda(const Tensor& out, const Tensor& j1, const Tensor& j2, int64_
   accumulate(out, nullptr, nullptr, j1, j2, 0, contraction, precision);
 }
 
+template <class T>
+void accumulate_positions(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tensor& d1, const Tensor& d2,
+                          double bias, Contraction contraction, Precision precision) {
+  const OnDevice device(out);
+  const Tensor left = adjacent(a1), left_d = adjacent(d1);
+  const Tensor right = ntk::same_memory(a1, a2) ? left : adjacent(a2);
+  const Tensor right_d = ntk::same_memory(d1, d2) ? left_d : adjacent(d2);
+  const auto side = [](const Tensor& a, const Tensor& d) {
+    return Positions<T>{a.size(0),   a.size(1),   a.const_data_ptr<T>(),
+                        a.stride(0), a.stride(1), d.const_data_ptr<T>(),
+                        d.stride(0), d.stride(1), d.stride(2)};
+  };
+  const Positions<T> one = side(left, left_d), two = side(right, right_d);
+  const int64_t I = a1.size(2), O = d1.size(1), C = d1.size(3);
+  const int64_t scratch = ghost_scratch(one, two, I, O, C, contraction, precision);
+  Tensor rounded = torch::stable::new_empty(out, {scratch}, ScalarType::Short);
+  ghost_accumulate<T>(one, two, I, O, C, contraction, static_cast<T>(bias), ntk::tile_of<T>(out, contraction),
+                      precision, static_cast<uint16_t*>(rounded.data_ptr()), device.stream());
+}
+
+void ghost_cuda(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tensor& d1, const Tensor& d2, double bias,
+                int64_t compute, int64_t precision) {
+  const Contraction contraction = ntk::contraction_of(compute);
+  ntk::check_ghost(out, a1, a2, d1, d2, contraction);
+  check_here(out, "out", out);
+  check_like(a1, "a1", out);
+  check_like(a2, "a2", out);
+  check_like(d1, "d1", out);
+  check_like(d2, "d2", out);
+  const Precision how = precision_of(precision);
+  if (out.scalar_type() == ScalarType::Float) {
+    accumulate_positions<float>(out, a1, a2, d1, d2, bias, contraction, how);
+  } else {
+    accumulate_positions<double>(out, a1, a2, d1, d2, bias, contraction, how);
+  }
+}
+
 }  // namespace
 }  // namespace finite_width::cuda
 
@@ -95,4 +133,5 @@ FW_CUDA_LIBRARY(library) {
   if (!finite_width::cuda::wanted()) return;
   library.impl("ntk_gram_accumulate", TORCH_BOX(&finite_width::cuda::gram_cuda));
   library.impl("ntk_jacobian_accumulate", TORCH_BOX(&finite_width::cuda::jacobian_cuda));
+  library.impl("ntk_ghost_accumulate", TORCH_BOX(&finite_width::cuda::ghost_cuda));
 }

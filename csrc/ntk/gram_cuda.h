@@ -41,4 +41,30 @@ void gram_accumulate(const ntk::Side<T>& one, const ntk::Side<T>& two, int64_t I
                      ntk::Contraction contraction, bool inner, T bias, const ntk::Tile<T>& out, Precision precision,
                      T* factors, uint16_t* rounded, CUstream_st* stream);
 
+// One batch of a layer at several positions; the last axis of both is adjacent.
+//   a  [N, T, I], element (n, t, i) at a[n * a_example + t * a_position + i]
+//   d  [N, O, T, C], element (n, o, t, c) at d[n * d_example + o * d_output + t * d_position + c]
+template <class T>
+struct Positions {
+  int64_t examples, positions;
+  const T* a;
+  int64_t a_example, a_position;
+  const T* d;
+  int64_t d_example, d_output, d_position;
+};
+
+// Values that ghost_accumulate needs in `rounded`.
+template <class T>
+int64_t ghost_scratch(const Positions<T>& one, const Positions<T>& two, int64_t I, int64_t O, int64_t C,
+                      ntk::Contraction contraction, Precision precision);
+
+// out[n, m, o, p] += sum over t, s of (a1[n, t] . a2[m, s] + bias) (d1[n, o, t] . d2[m, p, s]), contracted as asked.
+// Floor: 2 N M T S (I + O O C) operations, as above. The pairs of positions that fit no square of whole examples are
+// computed for nothing: up to half of a square's rows.
+//   rounded  [ghost_scratch], 16-byte aligned
+template <class T>
+void ghost_accumulate(const Positions<T>& one, const Positions<T>& two, int64_t I, int64_t O, int64_t C,
+                      ntk::Contraction contraction, T bias, const ntk::Tile<T>& out, Precision precision,
+                      uint16_t* rounded, CUstream_st* stream);
+
 }  // namespace finite_width::cuda

@@ -71,4 +71,15 @@ inline void check_jacobian(const Tensor& out, const Tensor& j1, const Tensor& j2
   check_tile(out, j1.size(0), j2.size(0), j1.size(1), contraction);
 }
 
+// The shapes of ntk_ghost_accumulate.
+inline void check_ghost(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tensor& d1, const Tensor& d2,
+                        Contraction contraction) {
+  check_dim(a1, "a1", 3);
+  check_shape(a2, "a2", {-1, -1, a1.size(2)});
+  check_dim(d1, "d1", 4);
+  check_shape(d1, "d1", {a1.size(0), -1, a1.size(1), -1});
+  check_shape(d2, "d2", {a2.size(0), d1.size(1), a2.size(1), d1.size(3)});
+  check_tile(out, a1.size(0), a2.size(0), d1.size(1), contraction);
+}
+
 }  // namespace finite_width::ntk

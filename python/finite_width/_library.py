@@ -29,7 +29,7 @@ SCHEMAS: dict[str, str] = {
     "int compute, int precision) -> ()",
     "ntk_jacobian_accumulate": "(Tensor(a!) out, Tensor j1, Tensor j2, int compute, int precision) -> ()",
     "ntk_ghost_accumulate": "(Tensor(a!) out, Tensor a1, Tensor a2, Tensor d1, Tensor d2, float bias, "
-    "int compute) -> ()",
+    "int compute, int precision) -> ()",
     "ntk_position_gradients": "(Tensor a, Tensor d) -> Tensor",
     "ntk_conv_gradients": "(Tensor input, Tensor delta, int[] kernel_size, int[] stride, int[] padding, "
     "int[] dilation, int groups, bool bias) -> Tensor",

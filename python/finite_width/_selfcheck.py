@@ -38,7 +38,7 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "ntk_jacobian_accumulate": lambda: (torch.zeros(7, 5), _randn(7, 3, 65), _randn(5, 3, 65), 2, 0),
     "ntk_ghost_accumulate": lambda: (
         *(torch.zeros(7, 5, 3), _randn(7, 4, 33), _randn(5, 6, 33), _randn(7, 3, 4, 17), _randn(5, 3, 6, 17)),
-        *(1.0, 1),
+        *(1.0, 1, 0),
     ),
     "ntk_position_gradients": lambda: (_randn(7, 4, 33), _randn(7, 3, 4, 17)),
     "ntk_conv_gradients": lambda: (

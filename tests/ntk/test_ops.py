@@ -310,6 +310,38 @@ def test_precisions_keep_their_error(precision: str, compute: str, alone: bool, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("precision", ERRORS)
+def test_precisions_of_positions_keep_their_error(precision: str, compute: str, device: str) -> None:
+    """Against float64, two batches and one alone; with more positions than a square has rows, they are cut."""
+    need(device)
+    generator = torch.Generator().manual_seed(8)
+    for rows, columns, left, right, features, outputs, channels in [
+        (45, 5, 3, 50, 18, 2, 9),
+        (2, 2, 131, 131, 5, 1, 6),
+    ]:
+        a1, d1 = (
+            normal(*shape, dtype=torch.float32, generator=generator)
+            for shape in ((rows, left, features), (rows, outputs, left, channels))
+        )
+        a2, d2 = (
+            normal(*shape, dtype=torch.float32, generator=generator)
+            for shape in ((columns, right, features), (columns, outputs, right, channels))
+        )
+        for a, d in ((a2, d2), (a1, d1)):
+            out = tile(compute, rows, len(a), outputs, torch.float32, generator)
+            exact = out.double()
+            with fw.reference_only():
+                ops.ghost_accumulate(exact, a1.double(), a.double(), d1.double(), d.double(), 1.0, compute)
+            found, there, d_there = out.to(device), a1.to(device), d1.to(device)
+            others = (there, d_there) if a is a1 else (a.to(device), d.to(device))
+            with fw.ntk.cuda_precision(precision):
+                ops.ghost_accumulate(found, there, others[0], d_there, others[1], 1.0, compute)
+            least, most = ERRORS[precision] if taken_by_cuda_kernels(device) else ERRORS["ieee"]
+            assert least <= relative_error(found.cpu(), exact) <= most
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_split_sums_of_one_sign_do_not_drift(device: str) -> None:
     """Tensor cores round sums toward zero: a long sum kept in them would be too small by its length."""
     need(device)

@@ -209,7 +209,7 @@ def ghost_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor
     _check_same("d2", "outputs", d2.shape[1], "d1", d1.shape[1])
     _check_same("d2", "channels", d2.shape[3], "d1", d1.shape[3])
     _check_tile(out, a1.shape[0], a2.shape[0], d1.shape[1], compute)
-    _ghost_accumulate(out, a1, a2, d1, d2, bias, COMPUTE.index(compute))
+    _ghost_accumulate(out, a1, a2, d1, d2, bias, COMPUTE.index(compute), precision.chosen())
 
 
 def position_gradients(a: Tensor, d: Tensor) -> Tensor:

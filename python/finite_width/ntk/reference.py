@@ -35,7 +35,9 @@ def jacobian_accumulate(out: Tensor, j1: Tensor, j2: Tensor, compute: int, preci
     _add_pairs(out, out.new_ones(()).expand(j1.shape[0], j2.shape[0]), j1, j2, compute)
 
 
-def ghost_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: int) -> None:
+def ghost_accumulate(
+    out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: int, precision: int
+) -> None:
     """out[n, m, a, b] += Σ_{t, s} (a1[n, t] · a2[m, s] + bias) (d1[n, a, t] · d2[m, b, s])."""
     inner = torch.einsum("nti,msi->nmts", a1, a2) + bias
     if compute == FULL:
