@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -60,7 +61,8 @@ def chosen() -> int:
 @contextmanager
 def ieee_products(on_gpu: bool) -> Iterator[None]:
     """torch's own float32 products and convolutions on a GPU without TF32, whatever the user allows elsewhere."""
-    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn] if on_gpu else []
+    cudnn: Any = torch.backends.cudnn  # its attributes are unknown to type checkers
+    settings = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn] if on_gpu else []
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:
