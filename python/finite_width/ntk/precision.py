@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,22 +12,22 @@ from .. import _check
 
 # The place of a name is what the ops take.
 PRECISIONS = ("ieee", "split", "bf16")
-_chosen: ContextVar[int] = ContextVar("finite_width_cuda_precision", default=0)
+_chosen = 0  # of the process, as torch's own settings; torch.compile cannot trace a ContextVar
 
 
 @contextmanager
 def cuda_precision(precision: str) -> Iterator[None]:
     """How float32 kernels are multiplied on a GPU inside the block; results stay float32.
 
-    The setting is that of the running thread or task, and concerns the products of Jacobians in CUDA kernels alone:
-    the CPU, float64 tensors and the plain-torch references ignore it. torch's own settings for float32 products
+    The setting is the process's, as torch's own are, and concerns the products of Jacobians in CUDA kernels alone: the
+    CPU, float64 tensors and the plain-torch references ignore it. torch's own settings for float32 products
     (`torch.set_float32_matmul_precision`, TF32 in cuDNN) do not reach the kernel functions of this wing: in every
     mode, a model on a GPU runs in IEEE float32 there, and torch's settings come back afterwards.
 
     Args:
         precision: "ieee", multiply-adds in float32, which is the default outside of any block; "split", three products
-            of TF32 parts on tensor cores, with a relative error of at most 1e-5 (in Frobenius norm, against float64);
-            "bf16", operands rounded to bfloat16, a relative error between 1e-3 and 1e-2.
+            of TF32 parts on tensor cores, made for a relative error of at most 1e-5 (in Frobenius norm, against
+            float64); "bf16", operands rounded to bfloat16, for one between 1e-3 and 1e-2. No GPU has run them yet.
 
     Raises:
         ValueError: another precision.
@@ -45,17 +44,18 @@ def cuda_precision(precision: str) -> Iterator[None]:
         torch.float32
     """
     _check.one_of("precision", precision, PRECISIONS)
-    before = _chosen.get()
+    global _chosen
+    before = _chosen
     try:
-        _chosen.set(PRECISIONS.index(precision))
+        _chosen = PRECISIONS.index(precision)
         yield
     finally:
-        _chosen.set(before)
+        _chosen = before
 
 
 def chosen() -> int:
     """What the ops take: the place of the precision in PRECISIONS."""
-    return _chosen.get()
+    return _chosen
 
 
 @contextmanager
