@@ -12,6 +12,7 @@
 #include "pathsgd/sweep.h"
 
 namespace finite_width::pathsgd {
+namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
@@ -144,4 +145,5 @@ void check_mass(const Here& here, const Tensor& mass, const Tensor& param) {
   STD_TORCH_CHECK(mass.numel() == param.numel(), "finite_width: mass has another size than its parameter");
 }
 
+}  // namespace
 }  // namespace finite_width::pathsgd
