@@ -257,6 +257,14 @@ KNOWN = [
     Known("Bayes", "The same, scale mixture prior", "1.36 % (Blundell et al. 2015)", "–", "bayes_mnist", None),
     Known(
         "Bayes",
+        "Toy regression, documented recipe, 500 steps: runs that meet a number which is not finite",
+        "–",
+        "0 of 256",
+        "bayes_toy",
+        lambda f: f"{len(f['recipes'][f['documented']]['not_finite'])} of {f['seeds'][1] + 1}",
+    ),
+    Known(
+        "Bayes",
         "KL(q ‖ p) where q = p",
         "0",
         "0",
@@ -379,5 +387,6 @@ def row(known: Known) -> str:
     cells = [known.what, known.published, known.expected, text(known, figures), seeds(figures)]
     seconds = figures.get("seconds") if figures else None
     cells.append(f"{seconds:g}" if isinstance(seconds, (int, float)) else "–")
-    command = "`docs/measure_known.py`" if known.run == "known" else f"`examples/{known.run}.py`"
+    scripts = {"known": "docs/measure_known.py", "bayes_toy": "docs/measure_toy.py"}
+    command = f"`{scripts.get(known.run, f'examples/{known.run}.py')}`"
     return "| " + " | ".join([*cells, command]) + " |"
