@@ -30,7 +30,7 @@ TITLES = {
     "tt": "Tensor-Train layers",
     "pathsgd": "Path-SGD",
     "bayes": "Variational layers",
-    "scale": "Large kernels, sketches, loss gradients",
+    "scale": "Large kernels, loss gradients",
     "gemm": "The shared matrix product",
 }
 # Where a record has more cases than this, its cases become rows of one table.
@@ -58,8 +58,11 @@ def records(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {name: found[name] for name in order}
 
 
-def title(name: str) -> str:
+def title(name: str, part: bool = True) -> str:
+    """The wing of a record and, where it has several records, which part of them this is."""
     wing = next((wing for wing in TITLES if name.startswith(wing)), None)
+    if wing and not part:
+        return TITLES[wing]
     rest = name.removeprefix(wing or "").strip("_- ").replace("_", " ")
     return (TITLES[wing] + (f" ({rest})" if rest else "")) if wing else name
 
@@ -371,7 +374,7 @@ def ratio_table(wing: str | None = None) -> list[str]:
             base = next((row for row in others if row["implementation"] == ours["baseline"]), None)
             memory = base and base.get("peak_bytes") and ours.get("peak_bytes")
             what = f"**{case}**: {rows[0].get('what', '')}".replace("|", "\\|")
-            cells = [what if wing else f"{title(name)} {what}", "; ".join(compared)]
+            cells = [what if wing else f"{title(name, part=False)} {what}", "; ".join(compared)]
             cells.append(f"{best['seconds'] / ours['seconds']:.2f} ({best['implementation']})")
             cells.append(f"{ours['peak_bytes'] / 1e6:.0f} / {base['peak_bytes'] / 1e6:.0f}" if base and memory else "–")
             floor = ours.get("floor_seconds")
