@@ -182,6 +182,8 @@ def test_convolutions_and_their_backward_are_those_of_torch() -> None:
 
 
 def test_a_row_of_a_convolution_has_the_same_bits_alone() -> None:
+    if not fw.has_kernels():
+        pytest.skip("the promise is the kernel's: torch's convolution rounds by the size of the batch")
     generator = torch.Generator().manual_seed(5)
     for sample in convolve_samples(torch.float32, generator):
         input, weight, bias, gate, *geometry = sample.args
