@@ -23,14 +23,17 @@ def grad_mode() -> Iterator[None]:
 
 
 def interrupt(call: Callable[[], Any], after: float) -> None:
-    """Run a call, again and again, until a KeyboardInterrupt comes after some seconds."""
+    """Run a call, again and again, until a KeyboardInterrupt comes after some seconds.
+
+    Python drops an exception that a signal raises inside a finalizer: then the next signal, a second later, interrupts.
+    """
 
     def handler(*_: Any) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, handler)
     try:
-        signal.setitimer(signal.ITIMER_REAL, after)
+        signal.setitimer(signal.ITIMER_REAL, after, 1.0)
         while True:
             call()
     except KeyboardInterrupt:
