@@ -254,7 +254,17 @@ KNOWN = [
         "bayes_mnist",
         lambda f: f"{f['mean network']['error_percent']:.2f} %; {f['10 samples']['error_percent']:.2f} %",
     ),
-    Known("Bayes", "The same, scale mixture prior", "1.36 % (Blundell et al. 2015)", "–", "bayes_mnist", None),
+    Known(
+        "Bayes",
+        "The same, scale mixture prior: mean network; 10 samples",
+        "1.36 % (Blundell et al. 2015, long training)",
+        "–",
+        "bayes_mnist",
+        lambda f: (
+            f"{f['mean network, scale mixture']['error_percent']:.2f} %; "
+            f"{f['10 samples, scale mixture']['error_percent']:.2f} %"
+        ),
+    ),
     Known(
         "Bayes",
         "Toy regression, documented recipe, 500 steps: runs that meet a number which is not finite",
@@ -358,6 +368,26 @@ def recorded(run: str) -> Figures | None:
 def text(known: Known, figures: Figures | None) -> str:
     """What a run's figures say about a result; "not run" where there is no such run."""
     return "not run" if known.read is None or figures is None else known.read(figures)
+
+
+def variational_mnist() -> list[str]:
+    """Priors chosen on held-out data, and test error, calibration and likelihood of each network, as Markdown."""
+    figures = recorded("bayes_mnist")
+    if figures is None:
+        return ["Not run."]
+    kinds = {name: found for name, found in figures.items() if name.startswith("variational")}
+    lines = []
+    for name, found in kinds.items():
+        errors = ", ".join(f"{error:.2f} % `{prior}`" for prior, error in found["held_out_error_percent"].items())
+        lines.append(f"- {name}: chosen `{found['prior']}`; held-out errors of the mean network: {errors}")
+    lines += ["", "| test set | error | ECE | NLL |", "| --- | --- | --- | --- |"]
+    for name, found in figures.items():
+        if isinstance(found, dict) and "error_percent" in found:
+            lines.append(f"| {name} | {found['error_percent']:.2f} % | {found['ece']:.4f} | {found['nll']:.3f} |")
+    turned = figures["rotation"]
+    at = turned["degrees"].index(60)
+    entropy, twin = turned["entropy"][at], turned["deterministic_entropy"][at]
+    return [*lines, "", f"Predictive entropy on digits turned by 60°: {entropy:.2f} nats, the twin's {twin:.2f}."]
 
 
 def seeds(figures: Figures | None) -> str:
