@@ -90,7 +90,7 @@ sanitize: setup
 	for isa in avx512 avx2 generic; do \
 	  FINITE_WIDTH_ISA=$$isa PYTHONPATH=$(CURDIR)/build/sanitize/python ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(RUN) -m pytest tests -m battery -k "kernel or threads or bad_input or gradcheck" -p no:cacheprovider || exit 1; \
+	  $(TEST) tests -m battery -k "kernel or threads or bad_input or gradcheck" -p no:cacheprovider || exit 1; \
 	done
 
 # On a machine with a GPU: build, test and measure the CUDA kernels with its own python3 and torch (2.11 or later), without
