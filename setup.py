@@ -110,7 +110,7 @@ def extension():
     if sanitizers := os.environ.get("FINITE_WIDTH_SANITIZE"):
         compile_flags["cxx"] += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g", "-O1"]
         compile_flags["cxx"] += ["-fno-sanitize-recover=undefined"]
-        # Checks as calls, and no tracking of variables for the debugger: in the unrolled tiles either takes minutes a file.
+        # Checks as calls, no tracking of variables for the debugger: in unrolled tiles either takes minutes a file.
         compile_flags["cxx"] += ["--param=asan-instrumentation-with-call-threshold=0", "-fno-var-tracking"]
         link["extra_link_args"] = [f"-fsanitize={sanitizers}"]
     include = [str(ROOT / "csrc"), str(write_schema_header()), pybind11.get_include()]
