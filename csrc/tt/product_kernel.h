@@ -10,13 +10,37 @@ namespace finite_width::FW_ISA {
 // 24 accumulators of 32 registers, 12 of 16, 8 of 16 (where the multiply needs a register of its own).
 constexpr int kTileRows = FW_ISA_LEVEL == 2 ? 12 : FW_ISA_LEVEL == 1 ? 6 : 4;
 
+// The mask of a vector's first `count` lanes.
+#if FW_ISA_LEVEL == 2
+template <class T>
+inline __attribute__((always_inline)) auto first_lanes(int count) {
+  return static_cast<std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>>((1u << count) - 1);
+}
+#elif FW_ISA_LEVEL == 1
+template <class T>
+inline __attribute__((always_inline)) __m256i first_lanes(int count) {
+  if constexpr (sizeof(T) == 4) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  } else {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+}
+#endif
+
+// A vector's first `count` lanes from memory, and 0 in the others.
 template <class T>
 inline __attribute__((always_inline)) simd::Vec<T> load_part(const T* from, int count) {
 #if FW_ISA_LEVEL == 2
   if constexpr (sizeof(T) == 4) {
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+    return _mm512_maskz_loadu_ps(first_lanes<T>(count), from);
   } else {
-    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from);
+    return _mm512_maskz_loadu_pd(first_lanes<T>(count), from);
+  }
+#elif FW_ISA_LEVEL == 1
+  if constexpr (sizeof(T) == 4) {
+    return _mm256_maskload_ps(from, first_lanes<T>(count));
+  } else {
+    return _mm256_maskload_pd(from, first_lanes<T>(count));
   }
 #else
   simd::Vec<T> value = {};
@@ -29,9 +53,15 @@ template <class T>
 inline __attribute__((always_inline)) void store_part(T* to, simd::Vec<T> value, int count) {
 #if FW_ISA_LEVEL == 2
   if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), value);
+    _mm512_mask_storeu_ps(to, first_lanes<T>(count), value);
   } else {
-    _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1), value);
+    _mm512_mask_storeu_pd(to, first_lanes<T>(count), value);
+  }
+#elif FW_ISA_LEVEL == 1
+  if constexpr (sizeof(T) == 4) {
+    _mm256_maskstore_ps(to, first_lanes<T>(count), value);
+  } else {
+    _mm256_maskstore_pd(to, first_lanes<T>(count), value);
   }
 #else
   for (int lane = 0; lane < count; ++lane) to[lane] = value[lane];
