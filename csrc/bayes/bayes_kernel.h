@@ -76,7 +76,7 @@ struct Counters {
 };
 
 // kFloats adjacent Philox blocks from `block` on -> 4 vectors of normals, word by word (common/philox.h).
-inline __attribute__((always_inline)) void normals_of_blocks(const NoiseKey& key, uint64_t block, Floats normal[4]) {
+inline FW_STRAIGHT void normals_of_blocks(const NoiseKey& key, uint64_t block, Floats normal[4]) {
   Wide number;
   for (int lane = 0; lane < kFloats / 2; ++lane) number[lane] = block + 2 * lane;
   // Blocks start at a multiple of 16, so adding 1 carries nothing into the high word.
@@ -161,7 +161,7 @@ template <bool kKl, bool kMean, Pass kPass>
 inline __attribute__((always_inline)) void sample_group(const Span<float>& span, const NoiseKey& key, int64_t group,
                                                         const float* mu, const float* rho, const float* prior_mean,
                                                         float* weight, LaneSum* sum, float* terms) {
-  auto body = [&](int offset, Floats normal) {
+  auto body = [&](int offset, Floats normal) FW_STRAIGHT {
     const Floats m = simd::load(mu + offset), r = simd::load(rho + offset);
     const Softplus<VectorOps> softplus(r);
     if constexpr (kPass == Pass::noise) {
@@ -236,7 +236,7 @@ inline __attribute__((always_inline)) void backward_group(const Span<float>& spa
                                                           float* grad_mu, float* grad_rho) {
   // ∂KL/∂μ = distance/σp²;  ∂KL/∂ρ = σ'(σ/σp²) - σ'/σ.
   const Floats precision = simd::broadcast(2.0f * span.prior.half_precision * grad_kl);
-  auto body = [&](int offset, Floats normal) {
+  auto body = [&](int offset, Floats normal) FW_STRAIGHT {
     const Floats m = simd::load(mu + offset), r = simd::load(rho + offset);
     const Softplus<VectorOps> softplus(r);
     const Floats over_sigma = softplus.derivative_over_sigma(), derivative = softplus.derivative(over_sigma);

@@ -6,6 +6,15 @@
 #error "common/simd.h is for kernel files compiled by common/foreach_isa.h"
 #endif
 
+// How straight-line code that stands at several places is declared: in line; a call of its own where each multiply-add
+// in it is a call, and copies would only make the module larger.
+#undef FW_STRAIGHT
+#if FW_ISA_LEVEL == 0
+#define FW_STRAIGHT __attribute__((noinline))
+#else
+#define FW_STRAIGHT __attribute__((always_inline))
+#endif
+
 // Guarded per instruction set, since two kernel files may be compiled in one source file.
 #if (FW_ISA_LEVEL == 0 && !defined(FW_SIMD_GENERIC)) || (FW_ISA_LEVEL == 1 && !defined(FW_SIMD_AVX2)) || \
     (FW_ISA_LEVEL == 2 && !defined(FW_SIMD_AVX512))

@@ -18,7 +18,6 @@ typedef uint32_t WordPart __attribute__((vector_size(simd::kBytes / 2)));
 typedef uint16_t HalfPart __attribute__((vector_size(simd::kBytes / 4)));
 
 #define FW_INLINE inline __attribute__((always_inline))
-#define FW_LAMBDA __attribute__((always_inline))
 
 // __builtin_convertvector widens in two halves (g++ 12); the instruction takes the whole.
 FW_INLINE Part widened(FloatPart value) {

@@ -97,7 +97,7 @@ void forward_rows(const Sweep<T>& shared, int64_t row, const double* in_factor, 
   for (int r = 0; r < Count; ++r) row_factor[r] = row_part<R>(out_factor[row + r], task.weight_rates);
   Octet old_total[Count] = {}, new_total[Count] = {};
   const int64_t cols = task.cols, whole = cols / 8 * 8, first = row * cols;
-  auto eight = [&](int64_t col, auto ahead) FW_LAMBDA {
+  auto eight = [&](int64_t col, auto ahead) FW_STRAIGHT {
     for (int part = 0; part < kParts; ++part) {
       const int64_t at = col + part * kLanes;
       const Part factor = simd::load(in_factor + at);
@@ -192,7 +192,7 @@ void backward_rows(const Sweep<T>& shared, int64_t row, int64_t col_begin, int64
     row_new[r] = new_source[row + r];
   }
   const int64_t cols = task.cols, whole = col_begin + (col_end - col_begin) / 8 * 8, first = row * cols;
-  auto eight = [&](int64_t col, auto ahead) FW_LAMBDA {
+  auto eight = [&](int64_t col, auto ahead) FW_STRAIGHT {
     for (int part = 0; part < kParts; ++part) {
       const int64_t at = col + part * kLanes;
       const Part factor = simd::load(in_factor + at);
