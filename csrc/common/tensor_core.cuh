@@ -72,6 +72,17 @@ __device__ inline uint16_t round_to_bf16(float value) {
   return static_cast<uint16_t>(value != value ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// Both rounded to bfloat16, ties to even, in one word; the first one low.
+__device__ inline uint32_t round_pair_to_bf16(float first, float second) {
+#ifdef FW_CUDA_ON_HOST
+  return round_to_bf16(first) | static_cast<uint32_t>(round_to_bf16(second)) << 16;
+#else
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+#endif
+}
+
 // c [16, 8] += a [16, 8] b [8, 8] in TF32, over the lanes' fragments (mma.m16n8k8). With g = lane / 4, t = lane % 4:
 //   a  (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
 //   b  (t, g), (t + 4, g)
