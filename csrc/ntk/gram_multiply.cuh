@@ -114,10 +114,11 @@ __device__ inline void add_split_products(const unsigned char* left, const unsig
 
 // Each float32 x as hi + lo, two TF32 values, and three of the four products.
 //
-// Error: |x - hi - lo| <= 2^-22 |x| and |lo| <= 2^-11 |x|, so a product x y misses at most (2^-22 + 2^-22 + 2^-22) |x
-// y| = 7.2e-7 |x y|. Tensor cores round every sum toward zero, which would add up over a long k. So only the six
-// products of a stage are summed there, from zero: at most 6 2^-23 of sum |x y|, another 7.2e-7. The rest is float32
-// addition, rounded to nearest: one for every 16 values of k. An infinite value gives NaN.
+// Error: tensor cores do not look at the last 13 bits of lo, so |x - hi - lo| <= 2^-21 |x|; with |lo| <= 2^-11 |x| a
+// product x y misses at most (2^-21 + 2^-21 + 2^-22) |x y| = 1.2e-6 |x y|, and a tenth of that in the mean square. They
+// also round every sum toward zero, which would add up over a long k. So only the six products of a stage are summed
+// there, from zero: at most 6 2^-23 of sum |x y|, another 7.2e-7. The rest is float32 addition, rounded to nearest: one
+// for every 16 values of k. An infinite value gives NaN.
 struct SplitTf32 : OnTensorCores {
   using Value = float;
   static constexpr int kStages = 4;
@@ -132,7 +133,7 @@ struct SplitTf32 : OnTensorCores {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       parts.high[i] = round_to_tf32(chunk.value[i]);
-      parts.low[i] = round_to_tf32(chunk.value[i] - float_of(parts.high[i]));
+      parts.low[i] = bits_of(chunk.value[i] - float_of(parts.high[i]));  // a NaN, too
     }
     return parts;
   }

@@ -55,7 +55,8 @@ class Loader {
 
   // Starts the copies of step `step` to [kTile, kStride bytes].
   __device__ void load(int step, unsigned char* stage) const {
-    const int run = step / steps_per_run_, first = step % steps_per_run_ * kDepth;
+    const int run = operand_.runs == 1 ? 0 : step / steps_per_run_;  // a division is 20 instructions
+    const int first = (step - run * steps_per_run_) * kDepth;
     unsigned char* to = stage + own_row() * Way::kStride;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {

@@ -345,14 +345,17 @@ def test_precisions_of_positions_keep_their_error(precision: str, compute: str, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("compute", ops.COMPUTE)
-@pytest.mark.parametrize("precision", ERRORS)
+@pytest.mark.parametrize(
+    "precision, compute",
+    [*(("ieee", compute) for compute in ops.COMPUTE), ("split", "full"), ("bf16", "trace"), ("split-bf16", "full")],
+)
 def test_long_jacobians_of_few_rows_keep_their_error(precision: str, compute: str, device: str) -> None:
     """Against float64, two batches and one alone; CUDA kernels sum these in parts of k."""
     need(device)
     generator = torch.Generator().manual_seed(9)
-    rows = 67 if compute == "full" else 20  # more squares than one, and one
-    j1, j2 = (normal(count, 2, 2100, dtype=torch.float32, generator=generator) for count in (rows, 5))
+    rows = 67 if (precision, compute) == ("ieee", "full") else 20  # more squares than one, and one
+    length = 1100 if compute == "trace" else 2100
+    j1, j2 = (normal(count, 2, length, dtype=torch.float32, generator=generator) for count in (rows, 5))
     for j in (j2, j1):
         out = tile(compute, rows, len(j), 2, torch.float32, generator)
         exact = out.double()
@@ -362,7 +365,27 @@ def test_long_jacobians_of_few_rows_keep_their_error(precision: str, compute: st
         with fw.ntk.cuda_precision(precision):
             ops.jacobian_accumulate(found, there, there if j is j1 else j.to(device), compute)
         least, most = ERRORS[precision] if taken_by_cuda_kernels(device) else ERRORS["ieee"]
-        assert least <= relative_error(found.cpu(), exact) <= most
+        # A row's product with itself is a sum of one sign, whose errors cancel.
+        assert (0 if j is j1 else least) <= relative_error(found.cpu(), exact) <= most
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ERRORS)
+def test_a_nan_stays_in_its_row_and_column(precision: str, device: str) -> None:
+    """With every bit that it can have on a GPU, where arithmetic makes it 0x7fffffff."""
+    need(device)
+    j1, j2 = torch.ones(3, 1, 20), torch.ones(4, 1, 20)
+    for bits in (0x7FC00000, 0x7FFFFFFF, -0x400000, -1):
+        nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        for side, place in ((j1, 1), (j2, 2)):
+            kept, out = side.clone(), torch.zeros(3, 4, device=device)
+            side[place, 0, 7] = nan
+            with fw.ntk.cuda_precision(precision):
+                ops.jacobian_accumulate(out, j1.to(device), j2.to(device), "trace")
+            side.copy_(kept)
+            expected = torch.full((3, 4), 20.0)
+            expected.select(0 if side is j1 else 1, place).fill_(torch.nan)
+            torch.testing.assert_close(out.cpu(), expected, equal_nan=True)
 
 
 LAYERS = [  # as CONVOLUTIONS, of more rows and columns than a square of 128 has; the last is nothing but a product

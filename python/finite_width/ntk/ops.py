@@ -333,8 +333,17 @@ def conv_gradients(
     rows, columns = delta.shape[1] * delta.shape[2] // groups, input.shape[1] // groups * math.prod(kernel_size)
     narrow = delta.is_cuda and groups > 1 and min(rows, columns) < LEAST_OF_GROUP
     call = reference.conv_gradients if narrow else _conv_gradients
-    geometry = [list(kernel_size), list(stride), list(padding), list(dilation)]
-    gradients: Tensor = call(input, delta, *geometry, groups, bias, precision.chosen())
+    gradients: Tensor = call(
+        input,
+        delta,
+        list(kernel_size),
+        list(stride),
+        list(padding),
+        list(dilation),
+        groups,
+        bias,
+        precision.chosen(),
+    )
     return gradients
 
 
