@@ -95,17 +95,8 @@ sanitize: setup
 
 # On a machine with a GPU: build, test and measure the CUDA kernels with its own python3 and torch (2.11 or later), without
 # a network or an environment of our own; under ten minutes. Writes benchmarks/results/<gpu>-<wing>.json.
-ON_GPU := FINITE_WIDTH_UNTRIED_CUDA=1 PYTHONPATH=build/gpu $(PYTHON)
 gpu:
-	@$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no CUDA device'"
-	rm -rf build/gpu && FINITE_WIDTH_CUDA=1 FINITE_WIDTH_REQUIRE_EXT=1 \
-	  $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --target build/gpu .
-	timeout 180 $(ON_GPU) -m pytest tests/*/test_ops.py tests/test_cuda_device.py -k "cuda and not opcheck and not compile"
-	gpu=$$($(PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))"); \
-	for wing in "ntk --peers" pathsgd bayes; do \
-	  timeout 120 $(ON_GPU) benchmarks/run.py --wing $$wing --device cuda --refcheck --no-memory \
-	    --json benchmarks/results/$$gpu-$${wing% --peers}.json || exit 1; \
-	done
+	PYTHON=$(PYTHON) .ci/gpu
 
 clean:
 	rm -rf build dist out site docs/figures docs/benchmarks.md python/*.egg-info python/finite_width/*.so $(VENV)/.built

@@ -108,15 +108,35 @@ def time_of(call: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def first_run(call: Callable[[], Any]) -> tuple[float, int | None]:
+    """The time of a call's first run, and on a GPU the bytes of its memory that it needed beyond what was held."""
+    if DEVICE == "cpu":
+        return time_of(call), None
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    return time_of(call), torch.cuda.max_memory_allocated() - held
+
+
 def interleave(
-    calls: dict[str, Callable[[], Any]], min_runs: int, seconds: float, limit: float, patience: float = inf
+    calls: dict[str, Callable[[], Any]],
+    min_runs: int,
+    seconds: float,
+    limit: float,
+    patience: float = inf,
+    peaks: dict[str, int | None] | None = None,
 ) -> dict[str, list[float]]:
     """Times of each call in seconds, over rounds that run every call once in a new random order.
 
     A first run warms up (allocations, thread pools, caches of plans) and counts only where it is the last: see
     `Case.patience`.
+
+    Args:
+        peaks: is filled with the bytes that each first run needed on a GPU.
     """
-    first = {name: time_of(call) for name, call in calls.items()}
+    runs = {name: first_run(call) for name, call in calls.items()}
+    first = {name: once for name, (once, _) in runs.items()}
+    if peaks is not None:
+        peaks |= {name: peak for name, (_, peak) in runs.items()}
     slow = {name for name, once in first.items() if once > patience and once > 5 * min(first.values())}
     order = [name for name in calls if name not in slow]
     times: dict[str, list[float]] = {name: [first[name]] if name in slow else [] for name in calls}
@@ -269,7 +289,8 @@ def measure(case: Case, *, peers: bool, refcheck: bool) -> list[dict[str, Any]]:
                 missing[name] = peer
             else:
                 calls[name] = peer
-    times = interleave(calls, case.min_runs, case.seconds, case.limit, case.patience)
+    peaks: dict[str, int | None] = {}
+    times = interleave(calls, case.min_runs, case.seconds, case.limit, case.patience, peaks)
     medians = {name: statistics.median(values) for name, values in times.items()}
     exact = case.exact() if refcheck and case.exact else None
     for name, values in times.items():
@@ -282,6 +303,8 @@ def measure(case: Case, *, peers: bool, refcheck: bool) -> list[dict[str, Any]]:
             "ratio": medians[name] / medians[case.baseline],
             "baseline": case.baseline,
         }
+        if peaks[name] is not None:
+            row["peak_bytes"] = peaks[name]
         if exact is not None and name not in case.not_compared:
             row["relative_error"] = relative_error(calls[name](), exact)
         row["targets"] = [

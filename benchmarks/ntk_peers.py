@@ -7,23 +7,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def contraction(model: nn.Module, x1: Tensor, x2: Tensor, compute: str) -> Tensor:
-    """torch.func: the Jacobians of both batches by vmap(jacrev), contracted parameter by parameter."""
+def jacobians(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """torch.func: the Jacobian [N, O, *shape] of every parameter by vmap(jacrev)."""
     params = {name: value.detach() for name, value in model.named_parameters()}
 
-    def one_row(values: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(model, values, (x[None],))[0]
+    def one_row(values: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(model, values, (row[None],))[0]
 
-    jacobian = torch.func.vmap(torch.func.jacrev(one_row), (None, 0))
-    first, second = jacobian(params, x1), jacobian(params, x2)
+    return torch.func.vmap(torch.func.jacrev(one_row), (None, 0))(params, x)
+
+
+def contract(first: dict[str, Tensor], second: dict[str, Tensor], compute: str) -> Tensor:
+    """The products of two batches' Jacobians, parameter by parameter."""
     formula = {"full": "nap,mbp->nmab", "diagonal": "nap,map->nma", "trace": "nap,map->nm"}[compute]
-    return sum(torch.einsum(formula, first[name].flatten(2), second[name].flatten(2)) for name in params)
+    return sum(torch.einsum(formula, first[name].flatten(2), second[name].flatten(2)) for name in first)
+
+
+def contraction(model: nn.Module, x1: Tensor, x2: Tensor, compute: str) -> Tensor:
+    """torch.func: the Jacobians of both batches, contracted."""
+    return contract(jacobians(model, x1), jacobians(model, x2), compute)
 
 
 def tiled_contraction(model: nn.Module, x1: Tensor, x2: Tensor, compute: str, rows: int) -> Tensor:
-    """The same in tiles of so many rows, whose Jacobians fit the memory."""
-    tiles = [[contraction(model, one, two, compute) for two in x2.split(rows)] for one in x1.split(rows)]
-    return torch.cat([torch.cat(row, 1) for row in tiles])
+    """The same in tiles of so many rows, of which two Jacobians fit the memory."""
+    found = []
+    for one in x1.split(rows):
+        first = jacobians(model, one)
+        found.append(torch.cat([contract(first, jacobians(model, two), compute) for two in x2.split(rows)], 1))
+        del first  # before the next ones are made
+    return torch.cat(found)
 
 
 def vector_products(model: nn.Module, x1: Tensor, x2: Tensor, compute: str) -> Tensor:

@@ -14,6 +14,7 @@ import finite_width as fw
 import harness
 from finite_width.pathsgd import ops
 from harness import Case
+from resnet import resnet18
 
 LR = 1e-9  # the weights have to stay where they are over many timed steps
 PEERS: dict[str, Callable[[], Any] | str] = {
@@ -202,29 +203,6 @@ def vgg11() -> nn.Sequential:
             layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
             inputs = width
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
-
-
-class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
-
-
-def resnet18() -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    for inputs, outputs in pairwise((64, 64, 128, 256, 512)):
-        layers += [Block(inputs, outputs, 1 if inputs == outputs else 2), Block(outputs, outputs, 1)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
 
 def conv_case(name: str, make: Callable[[], nn.Sequential]) -> Case:

@@ -123,7 +123,7 @@ def main() -> None:
             record(options, facts, everything, list(cases))
             continue
         rows = harness.measure(case, peers=options.peers, refcheck=options.refcheck)
-        if case.memory and not options.no_memory:
+        if case.memory and not options.no_memory and options.device == "cpu":  # on a GPU, measured already
             for row in rows:
                 if "missing" not in row:
                     row["peak_bytes"] = memory_in_fresh_process(options, name, row["implementation"])

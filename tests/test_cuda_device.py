@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from finite_width import _library
 from finite_width.bayes import ops as bayes
-from finite_width.ntk import cuda_precision
-from finite_width.ntk.ops import gram_accumulate
+from finite_width.ntk import cuda_precision, empirical_ntk
+from finite_width.ntk.contract import preserved
+from finite_width.ntk.empirical import Problem, Walk
+from finite_width.ntk.ops import conv_gradients, gram_accumulate, jacobian_accumulate, position_gradients
 from finite_width.pathsgd.ops import path_sweep
-from op_battery import need
+from op_battery import need, relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +102,82 @@ def test_kernel_tiles_have_the_same_bits_in_every_run_and_in_a_graph(precision: 
         run(captured)
     graph.replay()
     assert torch.equal(first, captured)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "split"])
+def test_gradients_and_long_products_have_the_same_bits_in_every_run_and_in_a_graph(precision: str) -> None:
+    torch.manual_seed(3)
+    input, delta = torch.randn(9, 40, 31, 30, device="cuda"), torch.randn(9, 3, 50, 31, 30, device="cuda")
+    a, d = torch.randn(9, 130, 70, device="cuda"), torch.randn(9, 3, 130, 65, device="cuda")
+    long = torch.randn(33, 2, 30000, device="cuda")
+
+    def run() -> list[torch.Tensor]:
+        out = torch.zeros(33, 33, 2, 2, device="cuda")
+        with cuda_precision(precision):
+            found = conv_gradients(input, delta, [3, 3], [1, 1], [1, 1], [1, 1], 1, True)
+            jacobian_accumulate(out, long, long, "full")
+            return [found, position_gradients(a, d), out]
+
+    first = run()
+    results = [run() for _ in range(3)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    for result in (*results, captured):
+        assert all(torch.equal(one, other) for one, other in zip(first, result, strict=True))
+
+
+def small_networks() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    torch.manual_seed(4)
+    convolutions = [nn.Conv2d(3, 32, 3, 2), nn.Tanh(), nn.Conv2d(32, 40, 3, padding=1), nn.Tanh()]
+    return {
+        "mlp": (nn.Sequential(nn.Linear(700, 300), nn.Tanh(), nn.Linear(300, 4)), torch.randn(150, 700)),
+        "one output": (
+            nn.Sequential(nn.Linear(700, 300), nn.Tanh(), nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 1)),
+            torch.randn(150, 700),
+        ),
+        "cnn": (nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(40 * 49, 4)), torch.randn(20, 3, 15, 15)),
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp", "one output", "cnn"])
+@pytest.mark.parametrize("precision, bound", [("ieee", 2e-6), ("split", 1e-5), ("split-bf16", 1e-5), ("bf16", 1e-2)])
+def test_no_tf32_leaks_into_a_kernel(name: str, precision: str, bound: float) -> None:
+    """Against float64 on the CPU, while the user allows torch TF32 wherever it can; a leak is an error of 1e-4."""
+    model, x = small_networks()[name]
+    exact = empirical_ntk(copy.deepcopy(model).double(), x.double())
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = True
+        with cuda_precision(precision):
+            found = empirical_ntk(model.cuda(), x.cuda())
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    assert relative_error(found.cpu(), exact) <= bound
+
+
+@pytest.mark.parametrize("name", ["mlp", "one output", "cnn"])
+@pytest.mark.parametrize("precision", ["ieee", "split"])
+def test_blocks_of_a_kernel_never_wait_for_the_gpu(name: str, precision: str) -> None:
+    """The plan looks at values; sweeps and products, which are repeated, only start what comes next."""
+    model, x = small_networks()[name]
+    model, x = model.cuda(), x.cuda()
+    problem = Problem(
+        model, x, None, compute="full", method="auto", params=None, output=None, memory_budget=None, progress=False,
+        check=False,
+    )  # fmt: skip
+    with cuda_precision(precision), preserved(model):
+        plan = problem.plan()
+        out = problem.empty(plan.outputs)
+        walk = Walk(problem, plan, [out] * len(plan.entries))
+        walk.run(1)  # loads the kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            walk.run(1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

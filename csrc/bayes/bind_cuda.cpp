@@ -167,7 +167,9 @@ std::vector<Tensor> kl_backward_cuda(const Tensor& grad, const std::vector<Tenso
 Tensor affine(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  // Not by the headers' macro, which torch 2.11 does not have.
+  STD_TORCH_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION) == 0,
+                  "finite_width: torch's linear failed");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -10,7 +10,7 @@
 
 namespace finite_width {
 
-// The shape of a convolution from its input [N, Cin, *S] and its channels out.
+// The shape of a convolution from its input [N, Cin, *S], on whatever device, and its channels out.
 inline Convolution convolution_of(const Tensor& input, int64_t channels_out, const std::vector<int64_t>& kernel_size,
                                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                   const std::vector<int64_t>& dilation, int64_t groups) {
@@ -19,7 +19,6 @@ inline Convolution convolution_of(const Tensor& input, int64_t channels_out, con
   const size_t entries = kernel_size.size();
   STD_TORCH_CHECK(stride.size() == entries && padding.size() == entries && dilation.size() == entries,
                   "finite_width: stride, padding and dilation must have as many entries as kernel_size");
-  check_cpu(input, "input");
   check_float_or_double(input, "input");
   check_dim(input, "input", spatial + 2);
   STD_TORCH_CHECK(groups >= 1 && input.size(1) % groups == 0 && channels_out % groups == 0,

@@ -54,22 +54,33 @@ __device__ inline float float_of(uint32_t bits) {
 #endif
 }
 
-// The nearest value with 11 significant bits.
-__device__ inline uint32_t round_to_tf32(float value) {
-#ifdef FW_CUDA_ON_HOST
-  return cuda_on_host::round_to_tf32(value);
-#else
+__device__ inline uint32_t bits_of(float value) {
   uint32_t bits;
-  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  memcpy(&bits, &value, sizeof bits);
   return bits;
-#endif
+}
+
+// The nearest value with 11 significant bits, ties away from zero. cvt.rna.tf32.f32 does the same in twice as many
+// instructions on sm_90, since it looks for NaN: here a NaN may become a zero, and the caller has to keep it elsewhere.
+__device__ inline uint32_t round_to_tf32(float value) {
+  return (bits_of(value) + 0x1000u) & 0xffffe000u;
 }
 
 // The bits of the nearest bfloat16, ties to even.
 __device__ inline uint16_t round_to_bf16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
+  const uint32_t bits = bits_of(value);
   return static_cast<uint16_t>(value != value ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Both rounded to bfloat16, ties to even, in one word; the first one low.
+__device__ inline uint32_t round_pair_to_bf16(float first, float second) {
+#ifdef FW_CUDA_ON_HOST
+  return round_to_bf16(first) | static_cast<uint32_t>(round_to_bf16(second)) << 16;
+#else
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+#endif
 }
 
 // c [16, 8] += a [16, 8] b [8, 8] in TF32, over the lanes' fragments (mma.m16n8k8). With g = lane / 4, t = lane % 4:

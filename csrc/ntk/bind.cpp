@@ -98,12 +98,9 @@ void ghost_cpu(const Tensor& out, const Tensor& a1, const Tensor& a2, const Tens
   accumulate(out, &left, &right, left_d, right_d, a1.size(1), a2.size(1), bias, contraction);
 }
 
-Tensor position_cpu(const Tensor& a, const Tensor& d) {
+Tensor position_cpu(const Tensor& a, const Tensor& d, int64_t /*precision*/) {
+  check_position_gradients(a, d);
   check_cpu(a, "a");
-  check_float_or_double(a, "a");
-  check_dim(a, "a", 3);
-  check_dim(d, "d", 4);
-  check_shape(d, "d", {a.size(0), -1, a.size(1), -1});
   check_like(d, "d", a);
   const Tensor inputs = torch::stable::contiguous(a), deltas = torch::stable::contiguous(d);
   const int64_t outputs = d.size(1), channels = d.size(3);
@@ -115,34 +112,14 @@ Tensor position_cpu(const Tensor& a, const Tensor& d) {
   return gradients;
 }
 
-// The tensor itself if the axes from `first` on lie as in a contiguous one, else a contiguous copy.
-Tensor adjacent_from(const Tensor& tensor, int64_t first) {
-  int64_t step = 1;
-  for (int64_t axis = tensor.dim() - 1; axis >= first; --axis) {
-    if (tensor.size(axis) != 1 && tensor.stride(axis) != step) return torch::stable::contiguous(tensor);
-    step *= tensor.size(axis);
-  }
-  return tensor;
-}
-
 Tensor conv_cpu(const Tensor& input, const Tensor& delta, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-                std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool bias) {
-  const int64_t spatial = static_cast<int64_t>(kernel_size.size());
-  check_dim(delta, "delta", spatial + 3);
+                std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool bias,
+                int64_t /*precision*/) {
+  check_cpu(input, "input");
   check_like(delta, "delta", input);
-  STD_TORCH_CHECK(delta.size(0) == input.size(0), "finite_width: delta must have as many rows as input");
-  const Convolution shape = convolution_of(input, delta.size(2), kernel_size, stride, padding, dilation, groups);
-  int64_t weights = delta.size(2) * (input.size(1) / groups);
-  for (int64_t i = 0; i < spatial; ++i) {
-    STD_TORCH_CHECK(padding[i] >= 0, "finite_width: padding must not be negative");
-    STD_TORCH_CHECK(shape.positions[kMaxAxes - spatial + i] == delta.size(i + 3), "finite_width: delta has ",
-                    delta.size(i + 3), " positions on spatial axis ", i, ", which does not fit input");
-    weights *= kernel_size[i];
-  }
-  STD_TORCH_CHECK(!bias || input.size(1) > 0, "finite_width: with bias, input must have channels");
-  if (bias) weights += delta.size(2);
+  const Convolution shape = check_conv_gradients(input, delta, kernel_size, stride, padding, dilation, groups, bias);
   const Tensor inputs = torch::stable::contiguous(input), deltas = adjacent_from(delta, 2);
-  Tensor gradients = torch::stable::new_empty(delta, {delta.size(0), delta.size(1), weights});
+  Tensor gradients = torch::stable::new_empty(delta, {delta.size(0), delta.size(1), conv_weights(shape, bias)});
   with_type(input, [&]<class T>(T) {
     conv_gradients<T>(delta.size(0), delta.size(1), shape, inputs.const_data_ptr<T>(), deltas.const_data_ptr<T>(),
                       deltas.stride(0), deltas.stride(1), bias, gradients.mutable_data_ptr<T>());
@@ -158,6 +135,7 @@ Tensor convolve_cpu(const Tensor& input, const Tensor& weight, const std::option
   std::vector<int64_t> kernel_size;
   for (int64_t i = 0; i < spatial; ++i) kernel_size.push_back(weight.size(i + 2));
   const std::vector<int64_t> stride(kernel_size.size(), 1);
+  check_cpu(input, "input");
   const Convolution shape = convolution_of(input, weight.size(0), kernel_size, stride, padding, dilation, groups);
   check_like(weight, "weight", input);
   STD_TORCH_CHECK(weight.size(1) == input.size(1) / groups, "finite_width: weight does not fit the channels of input");

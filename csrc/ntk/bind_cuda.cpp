@@ -1,8 +1,11 @@
-// Registers the products of Jacobians for CUDA. The wing's other ops have no kernel there, and take the references.
+// Registers the NTK kernels for CUDA. ntk_convolve has none: cuDNN computes the layers themselves (capture.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #include "common/cuda_device.h"
+#include "ntk/gradients_cuda.h"
 #include "ntk/gram_cuda.h"
 #include "ntk/tile_tensors.h"
 
@@ -13,8 +16,8 @@ using ntk::Contraction;
 using ntk::Side;
 
 Precision precision_of(int64_t precision) {
-  STD_TORCH_CHECK(precision >= 0 && precision <= 2,
-                  "finite_width: precision must be 0 (ieee), 1 (split) or 2 (bf16), got ", precision);
+  STD_TORCH_CHECK(precision >= 0 && precision <= 3,
+                  "finite_width: precision must be 0 (ieee), 1 (split), 2 (bf16) or 3 (split-bf16), got ", precision);
   return static_cast<Precision>(precision);
 }
 
@@ -52,10 +55,11 @@ void accumulate(const Tensor& out, const Tensor* a1, const Tensor* a2, const Ten
   const bool inner = a1 != nullptr;
   const GramScratch scratch = gram_scratch(one, two, I, O, C, contraction, inner, precision);
   Tensor factors = torch::stable::new_zeros(out, {scratch.factors});
+  Tensor partial = torch::stable::new_empty(out, {scratch.partial});
   Tensor rounded = torch::stable::new_empty(out, {scratch.rounded}, ScalarType::Short);
   gram_accumulate<T>(one, two, I, O, C, contraction, inner, static_cast<T>(bias), ntk::tile_of<T>(out, contraction),
-                     precision, factors.mutable_data_ptr<T>(), static_cast<uint16_t*>(rounded.data_ptr()),
-                     device.stream());
+                     precision, factors.mutable_data_ptr<T>(), partial.mutable_data_ptr<T>(),
+                     static_cast<uint16_t*>(rounded.data_ptr()), device.stream());
 }
 
 void accumulate(const Tensor& out, const Tensor* a1, const Tensor* a2, const Tensor& d1, const Tensor& d2, double bias,
@@ -126,6 +130,44 @@ void ghost_cuda(const Tensor& out, const Tensor& a1, const Tensor& a2, const Ten
   }
 }
 
+template <class T>
+Tensor gradients(const Tensor& input, const Tensor& delta, const Convolution& shape, bool bias, Precision precision) {
+  const OnDevice device(input);
+  const Tensor inputs = torch::stable::contiguous(input), deltas = ntk::adjacent_from(delta, 2);
+  Tensor result = torch::stable::new_empty(delta, {delta.size(0), delta.size(1), ntk::conv_weights(shape, bias)});
+  conv_gradients<T>(delta.size(0), delta.size(1), shape, inputs.const_data_ptr<T>(), deltas.const_data_ptr<T>(),
+                    deltas.stride(0), deltas.stride(1), bias, result.mutable_data_ptr<T>(), precision, device.stream());
+  return result;
+}
+
+Tensor gradients(const Tensor& input, const Tensor& delta, const Convolution& shape, bool bias, int64_t precision) {
+  const Precision how = precision_of(precision);
+  return input.scalar_type() == ScalarType::Float ? gradients<float>(input, delta, shape, bias, how)
+                                                  : gradients<double>(input, delta, shape, bias, how);
+}
+
+Tensor conv_cuda(const Tensor& input, const Tensor& delta, std::vector<int64_t> kernel_size,
+                 std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                 int64_t groups, bool bias, int64_t precision) {
+  check_here(input, "input", input);
+  check_like(delta, "delta", input);
+  const Convolution shape =
+      ntk::check_conv_gradients(input, delta, kernel_size, stride, padding, dilation, groups, bias);
+  return gradients(input, delta, shape, bias, precision);
+}
+
+// A dense layer at T positions is a convolution of length T with a kernel of one tap, once the positions are adjacent:
+// each of the I products that a value of d is part of is worth more than that copy of it.
+Tensor position_cuda(const Tensor& a, const Tensor& d, int64_t precision) {
+  ntk::check_position_gradients(a, d);
+  check_here(a, "a", a);
+  check_like(d, "d", a);
+  const Tensor inputs = torch::stable::transpose(a, 1, 2), deltas = torch::stable::transpose(d, 2, 3);
+  const int64_t I = a.size(2), C = d.size(3), T = a.size(1);
+  const Convolution shape{I, C, 1, {1, 1, T}, {1, 1, T}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
+  return gradients(inputs, deltas, shape, false, precision);
+}
+
 }  // namespace
 }  // namespace finite_width::cuda
 
@@ -134,4 +176,6 @@ FW_CUDA_LIBRARY(library) {
   library.impl("ntk_gram_accumulate", TORCH_BOX(&finite_width::cuda::gram_cuda));
   library.impl("ntk_jacobian_accumulate", TORCH_BOX(&finite_width::cuda::jacobian_cuda));
   library.impl("ntk_ghost_accumulate", TORCH_BOX(&finite_width::cuda::ghost_cuda));
+  library.impl("ntk_position_gradients", TORCH_BOX(&finite_width::cuda::position_cuda));
+  library.impl("ntk_conv_gradients", TORCH_BOX(&finite_width::cuda::conv_cuda));
 }

@@ -5,6 +5,7 @@
 
 #include "common/launch.cuh"
 #include "ntk/gram_cuda.h"
+#include "ntk/gram_rounded.cuh"
 #include "ntk/gram_square.cuh"
 
 namespace finite_width::cuda {
@@ -195,6 +196,9 @@ void ghost_accumulate(const Positions<T>& one, const Positions<T>& two, int64_t 
   if constexpr (sizeof(T) == 4) {
     if (precision == Precision::split) {
       return start<SplitTf32>(left, right, O, contraction, symmetric, bias, out, stream);
+    }
+    if (precision == Precision::split_bf16) {
+      return start<SplitBf16>(left, right, O, contraction, symmetric, bias, out, stream);
     }
     if (precision == Precision::bf16) {
       const int outputs = contraction == Contraction::trace ? 1 : static_cast<int>(O);

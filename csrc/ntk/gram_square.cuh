@@ -1,5 +1,5 @@
-// What the kernels of gram_cuda.cu and ghost_cuda.cu share: operands, their way through shared memory, and one square
-// of a product of two of them; operands rounded to bfloat16.
+// What the kernels of gram_cuda.cu, ghost_cuda.cu and gradients_cuda.cu share: operands, their way through shared
+// memory, and one square of a product of two of them.
 #pragma once
 
 #include <stdexcept>
@@ -55,7 +55,8 @@ class Loader {
 
   // Starts the copies of step `step` to [kTile, kStride bytes].
   __device__ void load(int step, unsigned char* stage) const {
-    const int run = step / steps_per_run_, first = step % steps_per_run_ * kDepth;
+    const int run = operand_.runs == 1 ? 0 : step / steps_per_run_;  // a division is 20 instructions
+    const int first = (step - run * steps_per_run_) * kDepth;
     unsigned char* to = stage + own_row() * Way::kStride;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -93,34 +94,43 @@ __host__ __device__ constexpr int stages_bytes() {
   return 2 * Way::kStages * Way::kTile * Way::kStride;
 }
 
-// sums += left rightᵀ for the square at (row0, column0), kStages - 1 stages ahead of the arithmetic.
-template <class Way>
-__device__ void add_products(const Operand<typename Way::Value>& left, int64_t left_offset,
-                             const Operand<typename Way::Value>& right, int64_t right_offset, int row0, int column0,
-                             unsigned char* shared, typename Way::Sums& sums) {
+// sums += left rightᵀ over the stages [first, last) of k, kStages - 1 of them ahead of the arithmetic. Both sides are
+// loaders of one square's rows: load(step, stage) starts the copies of a step to [kTile, kStride bytes].
+template <class Way, class Left, class Right>
+__device__ void add_stages(const Left& from_left, const Right& from_right, int first, int last, unsigned char* shared,
+                           typename Way::Sums& sums) {
   constexpr int kSide = Way::kTile * Way::kStride;
-  const Loader<Way> from_left(left, row0, left_offset), from_right(right, column0, right_offset);
   const auto load = [&](int step) {
-    unsigned char* stage = shared + step % Way::kStages * 2 * kSide;
+    unsigned char* stage = shared + (step - first) % Way::kStages * 2 * kSide;
     from_left.load(step, stage);
     from_right.load(step, stage + kSide);
   };
-  const int steps = from_left.steps();
 #pragma unroll 1
-  for (int step = 0; step < Way::kStages - 1; ++step) {
-    if (step < steps) load(step);
+  for (int step = first; step < first + Way::kStages - 1; ++step) {
+    if (step < last) load(step);
     commit_copies();
   }
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (int step = first; step < last; ++step) {
     wait_for_copies<Way::kStages - 2>();
     __syncthreads();  // the stage is whole, and nobody reads the one that the next copies go to
-    if (step + Way::kStages - 1 < steps) load(step + Way::kStages - 1);
+    if (step + Way::kStages - 1 < last) load(step + Way::kStages - 1);
     commit_copies();
-    const unsigned char* stage = shared + step % Way::kStages * 2 * kSide;
+    const unsigned char* stage = shared + (step - first) % Way::kStages * 2 * kSide;
     Way::multiply(stage, stage + kSide, sums);
   }
   __syncthreads();  // the next product's copies go to the first stages
+}
+
+// sums += left rightᵀ for the square at (row0, column0), over the part of k of this number.
+template <class Way>
+__device__ void add_products(const Operand<typename Way::Value>& left, int64_t left_offset,
+                             const Operand<typename Way::Value>& right, int64_t right_offset, int row0, int column0,
+                             unsigned char* shared, typename Way::Sums& sums, int part = 0, int parts = 1) {
+  const Loader<Way> from_left(left, row0, left_offset), from_right(right, column0, right_offset);
+  const int64_t steps = from_left.steps();
+  const int first = static_cast<int>(steps * part / parts), last = static_cast<int>(steps * (part + 1) / parts);
+  add_stages<Way>(from_left, from_right, first, last, shared, sums);
 }
 
 template <class Way>
@@ -156,26 +166,6 @@ __device__ inline void add_bias(typename Way::Sums& factors, typename Way::Sum b
   }
 }
 
-// The operand's values in bfloat16, a thread for 8 of them.
-//   to  [rows, padded], padded a multiple of 8; zeros behind a row's values
-__global__ void __launch_bounds__(kThreads) round_kernel(const Operand<float> operand, int padded, uint16_t* to) {
-  const int chunks = padded / 8;
-  const int64_t place = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = place / chunks;
-  if (row >= operand.rows) return;
-  const int first = static_cast<int>(place % chunks) * 8, n = static_cast<int>(row) / operand.outputs;
-  const float* from = operand.data + n * operand.example + row % operand.outputs * operand.output;
-  Chunk<uint16_t> rounded;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int k = first + i;
-    const bool there = k < operand.runs * operand.length;
-    rounded.value[i] =
-        there ? round_to_bf16(from[k / operand.length * operand.step + k % operand.length]) : uint16_t{0};
-  }
-  *reinterpret_cast<Chunk<uint16_t>*>(to + row * padded + first) = rounded;
-}
-
 int as_int(int64_t count, const char* what) {
   if (count > INT32_MAX) {
     throw std::runtime_error(std::string("finite_width: a kernel tile has too many ") + what +
@@ -199,25 +189,6 @@ Operand<T> operand_of(const T* data, int64_t examples, int64_t example, int64_t 
           as_int(length, "channels"),
           step,
           aligned && aligned16(data)};
-}
-
-int padded(const Operand<float>& operand) {
-  return (operand.runs * operand.length + 7) / 8 * 8;
-}
-
-int64_t rounded_size(const Operand<float>& operand) {
-  return static_cast<int64_t>(operand.rows) * padded(operand);
-}
-
-// The operand rounded to `to`, which moves on behind it.
-Operand<uint16_t> round(const Operand<float>& operand, uint16_t*& to, cudaStream_t stream) {
-  const int width = padded(operand);
-  const int64_t blocks = ceil_div(static_cast<int64_t>(operand.rows) * (width / 8), kThreads);
-  launch("rounding to bfloat16", round_kernel, grid_of(blocks), kThreads, 0, stream, operand, width, to);
-  const Operand<uint16_t> result = operand_of<uint16_t>(
-      to, operand.rows / operand.outputs, int64_t{operand.outputs} * width, operand.outputs, width, 1, 0, width);
-  to += rounded_size(operand);
-  return result;
 }
 
 }  // namespace

@@ -5,7 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <vector>
+
 #include "common/check.h"
+#include "common/convolution_check.h"
 #include "ntk/ntk.h"
 
 namespace finite_width::ntk {
@@ -80,6 +83,48 @@ inline void check_ghost(const Tensor& out, const Tensor& a1, const Tensor& a2, c
   check_shape(d1, "d1", {a1.size(0), -1, a1.size(1), -1});
   check_shape(d2, "d2", {a2.size(0), d1.size(1), a2.size(1), d1.size(3)});
   check_tile(out, a1.size(0), a2.size(0), d1.size(1), contraction);
+}
+
+// The shapes of ntk_position_gradients.
+inline void check_position_gradients(const Tensor& a, const Tensor& d) {
+  check_float_or_double(a, "a");
+  check_dim(a, "a", 3);
+  check_dim(d, "d", 4);
+  check_shape(d, "d", {a.size(0), -1, a.size(1), -1});
+}
+
+// The shapes of ntk_conv_gradients; gives that of the convolution.
+inline Convolution check_conv_gradients(const Tensor& input, const Tensor& delta,
+                                        const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                        int64_t groups, bool bias) {
+  const int64_t spatial = static_cast<int64_t>(kernel_size.size());
+  check_dim(delta, "delta", spatial + 3);
+  const Convolution shape = convolution_of(input, delta.size(2), kernel_size, stride, padding, dilation, groups);
+  STD_TORCH_CHECK(delta.size(0) == input.size(0), "finite_width: delta must have as many rows as input");
+  for (int64_t i = 0; i < spatial; ++i) {
+    STD_TORCH_CHECK(padding[i] >= 0, "finite_width: padding must not be negative");
+    STD_TORCH_CHECK(shape.positions[kMaxAxes - spatial + i] == delta.size(i + 3), "finite_width: delta has ",
+                    delta.size(i + 3), " positions on spatial axis ", i, ", which does not fit input");
+  }
+  STD_TORCH_CHECK(!bias || input.size(1) > 0, "finite_width: with bias, input must have channels");
+  return shape;
+}
+
+// Gradients of one example and output: a value for each weight, and maybe one for each bias.
+inline int64_t conv_weights(const Convolution& shape, bool bias) {
+  const int64_t taps = shape.kernel[0] * shape.kernel[1] * shape.kernel[2];
+  return shape.channels_out * (shape.channels_in / shape.groups * taps + (bias ? 1 : 0));
+}
+
+// The tensor itself if the axes from `first` on lie as in a contiguous one, else a contiguous copy.
+inline Tensor adjacent_from(const Tensor& tensor, int64_t first) {
+  int64_t step = 1;
+  for (int64_t axis = tensor.dim() - 1; axis >= first; --axis) {
+    if (tensor.size(axis) != 1 && tensor.stride(axis) != step) return torch::stable::contiguous(tensor);
+    step *= tensor.size(axis);
+  }
+  return tensor;
 }
 
 }  // namespace finite_width::ntk

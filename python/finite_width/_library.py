@@ -30,9 +30,9 @@ SCHEMAS: dict[str, str] = {
     "ntk_jacobian_accumulate": "(Tensor(a!) out, Tensor j1, Tensor j2, int compute, int precision) -> ()",
     "ntk_ghost_accumulate": "(Tensor(a!) out, Tensor a1, Tensor a2, Tensor d1, Tensor d2, float bias, "
     "int compute, int precision) -> ()",
-    "ntk_position_gradients": "(Tensor a, Tensor d) -> Tensor",
+    "ntk_position_gradients": "(Tensor a, Tensor d, int precision) -> Tensor",
     "ntk_conv_gradients": "(Tensor input, Tensor delta, int[] kernel_size, int[] stride, int[] padding, "
-    "int[] dilation, int groups, bool bias) -> Tensor",
+    "int[] dilation, int groups, bool bias, int precision) -> Tensor",
     "ntk_convolve": "(Tensor input, Tensor weight, Tensor? bias, Tensor? gate, int[] padding, int[] dilation, "
     "int groups) -> Tensor",
     # Tensor-Train.
@@ -284,6 +284,16 @@ def has_kernels() -> bool:
         True
     """
     return COMPILED is not None and _reference_depth == 0
+
+
+def has_kernel(name: str, device: torch.device) -> bool:
+    """Whether a compiled kernel of this op is in force for tensors on the device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return (
+        key is not None
+        and _reference_depth == 0
+        and torch._C._dispatch_has_kernel_for_dispatch_key(f"finite_width::{name}", key)
+    )
 
 
 def _cuda_kernels(architectures: str) -> str:

@@ -40,10 +40,10 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(torch.zeros(7, 5, 3), _randn(7, 4, 33), _randn(5, 6, 33), _randn(7, 3, 4, 17), _randn(5, 3, 6, 17)),
         *(1.0, 1, 0),
     ),
-    "ntk_position_gradients": lambda: (_randn(7, 4, 33), _randn(7, 3, 4, 17)),
+    "ntk_position_gradients": lambda: (_randn(7, 4, 33), _randn(7, 3, 4, 17), 0),
     "ntk_conv_gradients": lambda: (
         *(_randn(3, 4, 9, 7), _randn(3, 2, 6, 5, 4)),
-        *([3, 3], [2, 2], [1, 1], [1, 1], 2, True),
+        *([3, 3], [2, 2], [1, 1], [1, 1], 2, True, 0),
     ),
     "ntk_convolve": lambda: (
         *(_randn(6, 4, 9, 7), _randn(10, 2, 3, 3), _randn(10), _randn(3, 10, 9, 9)),

@@ -34,13 +34,6 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
-// cvt.rna.tf32.f32: 11 significant bits, ties away from zero.
-inline uint32_t round_to_tf32(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return std::isnan(value) ? 0x7fffffffu : (bits + 0x1000u) & 0xffffe000u;
-}
-
 // Rounds toward zero, as tensor cores do where they add.
 inline float truncate(double value) {
   const float nearest = static_cast<float>(value);

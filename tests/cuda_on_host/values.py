@@ -11,7 +11,7 @@ import torch
 
 from finite_width.bayes import ops as bayes
 from finite_width.ntk import cuda_precision
-from finite_width.ntk.ops import gram_accumulate
+from finite_width.ntk.ops import conv_gradients, gram_accumulate, jacobian_accumulate, position_gradients
 from finite_width.pathsgd.ops import path_sweep, path_update
 
 SEED = torch.tensor(-987654321987654321)
@@ -62,7 +62,7 @@ def path_values(randn: Callable[..., Any]) -> dict[str, Any]:
 def ntk_values(randn: Callable[..., Any]) -> dict[str, Any]:
     """Kernel tiles around a square of 128, of two batches and of one, in every precision."""
     values: dict[str, Any] = {}
-    for precision in ("ieee", "split", "bf16"):
+    for precision in ("ieee", "split", "bf16", "split-bf16"):
         for compute, outputs in (("full", 2), ("diagonal", 2), ("trace", 3)):
             a, b, d, e = randn(70, 37), randn(30, 37), randn(70, outputs, 65), randn(30, outputs, 65)
             shape = {"full": [outputs, outputs], "diagonal": [outputs], "trace": []}[compute]
@@ -71,6 +71,16 @@ def ntk_values(randn: Callable[..., Any]) -> dict[str, Any]:
                 with cuda_precision(precision):
                     gram_accumulate(out, a, right[0], d, right[1], 1.0, compute)
                 values[f"ntk {precision} {compute} {name}"] = out
+    long = randn(9, 2, 2100)
+    for precision in ("ieee", "split"):
+        with cuda_precision(precision):
+            jacobian_accumulate(out := torch.zeros(9, 9, 2, 2), long, long, "full")
+            values[f"ntk {precision} in parts"] = out
+            geometry = ([3, 3], [2, 1], [1, 1], [1, 1], 1, True)
+            values[f"ntk {precision} convolution"] = conv_gradients(
+                randn(2, 15, 9, 7), randn(2, 3, 45, 5, 7), *geometry
+            )
+            values[f"ntk {precision} positions"] = position_gradients(randn(2, 33, 20), randn(2, 3, 33, 10))
     return values
 
 

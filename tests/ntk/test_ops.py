@@ -275,8 +275,9 @@ def taken_by_cuda_kernels(device: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key("finite_width::ntk_gram_accumulate", "CUDA"))
 
 
-# The least and the most relative error of a kernel tile in float32 products of such precision.
-ERRORS = {"ieee": (0.0, 1e-6), "split": (0.0, 1e-6), "bf16": (2e-4, 1e-2)}
+# The least and the most relative error of a kernel tile in float32 products of such precision. For "split-bf16", twice
+# (there are two factors) what csrc/ntk/gram_multiply.cuh derives for a single product: sums of a few values reach half.
+ERRORS = {"ieee": (0.0, 1e-6), "split": (0.0, 1e-6), "bf16": (2e-4, 1e-2), "split-bf16": (2e-7, 2.3e-5)}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -344,15 +345,92 @@ def test_precisions_of_positions_keep_their_error(precision: str, compute: str, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "precision, compute",
+    [*(("ieee", compute) for compute in ops.COMPUTE), ("split", "full"), ("bf16", "trace"), ("split-bf16", "full")],
+)
+def test_long_jacobians_of_few_rows_keep_their_error(precision: str, compute: str, device: str) -> None:
+    """Against float64, two batches and one alone; CUDA kernels sum these in parts of k."""
+    need(device)
+    generator = torch.Generator().manual_seed(9)
+    rows = 67 if (precision, compute) == ("ieee", "full") else 20  # more squares than one, and one
+    length = 1100 if compute == "trace" else 2100
+    j1, j2 = (normal(count, 2, length, dtype=torch.float32, generator=generator) for count in (rows, 5))
+    for j in (j2, j1):
+        out = tile(compute, rows, len(j), 2, torch.float32, generator)
+        exact = out.double()
+        with fw.reference_only():
+            ops.jacobian_accumulate(exact, j1.double(), j.double(), compute)
+        found, there = out.to(device), j1.to(device)
+        with fw.ntk.cuda_precision(precision):
+            ops.jacobian_accumulate(found, there, there if j is j1 else j.to(device), compute)
+        least, most = ERRORS[precision] if taken_by_cuda_kernels(device) else ERRORS["ieee"]
+        # A row's product with itself is a sum of one sign, whose errors cancel.
+        assert (0 if j is j1 else least) <= relative_error(found.cpu(), exact) <= most
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ERRORS)
+def test_a_nan_stays_in_its_row_and_column(precision: str, device: str) -> None:
+    """With every bit that it can have on a GPU, where arithmetic makes it 0x7fffffff."""
+    need(device)
+    j1, j2 = torch.ones(3, 1, 20), torch.ones(4, 1, 20)
+    for bits in (0x7FC00000, 0x7FFFFFFF, -0x400000, -1):
+        nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        for side, place in ((j1, 1), (j2, 2)):
+            kept, out = side.clone(), torch.zeros(3, 4, device=device)
+            side[place, 0, 7] = nan
+            with fw.ntk.cuda_precision(precision):
+                ops.jacobian_accumulate(out, j1.to(device), j2.to(device), "trace")
+            side.copy_(kept)
+            expected = torch.full((3, 4), 20.0)
+            expected.select(0 if side is j1 else 1, place).fill_(torch.nan)
+            torch.testing.assert_close(out.cpu(), expected, equal_nan=True)
+
+
+LAYERS = [  # as CONVOLUTIONS, of more rows and columns than a square of 128 has; the last is nothing but a product
+    (2, 3, 16, 50, (8, 9), (3, 3), (1, 2), (1, 0), (1, 1), 1),
+    (1, 5, 60, 56, (4, 3, 5), (2, 1, 3), (1, 1, 2), (0, 1, 1), (2, 1, 1), 2),
+    (2, 2, 130, 70, (6, 4), (1, 1), (1, 1), (0, 0), (1, 1), 1),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("precision", ERRORS)
+def test_gradients_have_float32_s_error_in_every_precision(precision: str, bias: bool, device: str) -> None:
+    need(device)
+    generator = torch.Generator().manual_seed(10)
+    for convolution in LAYERS:
+        rows, outputs, channels_in, channels_out, sizes, *geometry = convolution
+        input = normal(rows, channels_in, *sizes, dtype=torch.float32, generator=generator)
+        delta = normal(
+            outputs, rows, channels_out, *positions(convolution), dtype=torch.float32, generator=generator
+        ).transpose(0, 1)
+        with fw.reference_only():
+            exact = ops.conv_gradients(input.double(), delta.double(), *geometry, bias)
+        with fw.ntk.cuda_precision(precision):
+            found = ops.conv_gradients(input.to(device), delta.to(device), *geometry, bias)
+        assert relative_error(found.cpu(), exact) <= 1e-6
+    a = normal(3, 70, 40, dtype=torch.float32, generator=generator)
+    d = normal(3, 2, 70, 65, dtype=torch.float32, generator=generator)
+    with fw.reference_only():
+        exact = ops.position_gradients(a.double(), d.double())
+    with fw.ntk.cuda_precision(precision):
+        assert relative_error(ops.position_gradients(a.to(device), d.to(device)).cpu(), exact) <= 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_split_sums_of_one_sign_do_not_drift(device: str) -> None:
     """Tensor cores round sums toward zero: a long sum kept in them would be too small by its length."""
     need(device)
     generator = torch.Generator().manual_seed(7)
     j1, j2 = (torch.rand(n, 1, 3000, dtype=torch.float32, generator=generator) for n in (3, 2))
-    out = torch.zeros(3, 2, device=device)
-    with fw.ntk.cuda_precision("split"):
-        ops.jacobian_accumulate(out, j1.to(device), j2.to(device), "trace")
-    assert relative_error(out.cpu(), j1[:, 0].double() @ j2[:, 0].double().T) <= 1e-6
+    for precision in ("split", "split-bf16"):
+        out = torch.zeros(3, 2, device=device)
+        with fw.ntk.cuda_precision(precision):
+            ops.jacobian_accumulate(out, j1.to(device), j2.to(device), "trace")
+        assert relative_error(out.cpu(), j1[:, 0].double() @ j2[:, 0].double().T) <= 1e-6
 
 
 def zeros(*shape: int) -> Tensor:

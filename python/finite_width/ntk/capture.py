@@ -24,6 +24,7 @@ from .._gemm import gemm, gemm_below_autograd
 from .._library import nothing_to_differentiate
 from . import ops
 from .contract import FLOATS
+from .precision import splits_dense_layers
 
 # Channels in and out of each group from which on a grouped convolution runs on this library's kernel: below, its
 # register tiles would stay mostly empty.
@@ -69,7 +70,7 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, matrix: Tensor, bias: Tensor | None, anchor: Tensor) -> Tensor:
         ctx.matrix = matrix
-        return gemm_below_autograd(rows, matrix, bias)
+        return _product(rows, matrix, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -79,8 +80,14 @@ class _Dense(torch.autograd.Function):
         if not nothing_to_differentiate():
             return gemm(grad, matrix), None, None, None
         if grad.stride(0) == 0 and len(grad) > 1:  # one row again and again, such as a unit cotangent
-            return gemm_below_autograd(grad[:1], matrix).expand(len(grad), -1), None, None, None
-        return gemm_below_autograd(grad, matrix), None, None, None
+            return _product(grad[:1], matrix).expand(len(grad), -1), None, None, None
+        return _product(grad, matrix), None, None, None
+
+
+def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    if splits_dense_layers(rows):
+        return ops.dense(rows, matrix, bias)
+    return gemm_below_autograd(rows, matrix, bias)
 
 
 class _Convolved(torch.autograd.Function):

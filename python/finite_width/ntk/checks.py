@@ -30,6 +30,11 @@ def _run(target: Target, batch: Batch, tensors: Sequence[Tensor]) -> tuple[Captu
     return capture, raw
 
 
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Of torch's generators that a model on the device draws from, the CPU's first."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
 def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [value.clone().requires_grad_(value.is_floating_point()) for value in tensors]
 
@@ -103,7 +108,7 @@ def make_plan(
     chosen = max(1, rows // 2)
     tensors = batch.take(0, rows)
     leaves = _leaves(tensors)
-    state = torch.get_rng_state() if check else None
+    state = _random_state(target.device) if check else None
     copies = [leaf.clone() for leaf in leaves]
     try:
         capture, raw = _run(target, batch, copies)
@@ -114,8 +119,10 @@ def make_plan(
         leaves = [value.clone() for value in tensors]
         copies = [leaf.clone() for leaf in leaves]
         capture, raw = _run(target, batch, copies)
-    if state is not None and not torch.equal(state, torch.get_rng_state()):
-        torch.set_rng_state(state)
+    if state is not None and not all(map(torch.equal, state, _random_state(target.device))):
+        torch.set_rng_state(state[0])
+        if state[1:]:
+            torch.cuda.set_rng_state(state[1], target.device)
         raise ValueError(
             "model draws random numbers in its forward (dropout, noise, sampling), so its kernel is not defined; "
             "call model.eval() or remove them (check=False skips this test)"
@@ -156,7 +163,7 @@ def make_plan(
         signatures=[use.signature() for use in uses],
         layouts=layouts,
         unrecognised=unrecognised,
-        block=block_rows(touched + 2 * kept, target.device.type == "cuda"),
+        block=block_rows(touched + 2 * kept, target.device),
         batched_backward=not structured or _batches(uses, flat),
         last=last,
         sweep_bytes=touched + kept,

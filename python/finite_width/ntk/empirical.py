@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
-from .._library import has_kernels
+from .._library import has_kernel, has_kernels
 from . import products
 from .adjacent import collect_blocks, joined
 from .checks import make_plan
@@ -24,6 +24,8 @@ from .sweep import PlanMismatchError, collect
 
 # Rows of a sub-tile on the diagonal of a symmetric kernel without compiled kernels: only the upper half is computed.
 DIAGONAL_TILE = 64
+# Rows that are mirrored at once on a GPU: each costs a handful of launches.
+GPU_MIRRORED = 512
 # Bytes that any machine has: below, the default budget does not look at what is free.
 SMALL = 64 << 20
 
@@ -187,10 +189,8 @@ class Walk:
                 del mine
         if self.problem.symmetric:
             # The kernels leave the blocks on the diagonal exactly symmetric, except where they sum over positions.
-            on_cpu = self.problem.target.device.type == "cpu"
-            done = (
-                has_kernels() and on_cpu and all(entry.method not in ("ghost", "tokens") for entry in self.plan.entries)
-            )
+            in_force = has_kernel("ntk_jacobian_accumulate", self.problem.target.device)
+            done = in_force and all(entry.method not in ("ghost", "tokens") for entry in self.plan.entries)
             for kernel in {id(kernel): kernel for kernel in self.kernels}.values():
                 mirror(kernel, self.left, self.problem.compute, done)
 
@@ -282,8 +282,9 @@ def mirror(kernel: Tensor, blocks: list[tuple[int, int]], compute: str, blocks_d
             right = kernel[block:end, end:].transpose(0, 1)
             kernel[end:, block:end] = right.mT if compute == "full" else right
             continue
-        for begin in range(block, end, DIAGONAL_TILE):
-            _mirror_rows(kernel, begin, min(begin + DIAGONAL_TILE, end), compute == "full")
+        rows = GPU_MIRRORED if kernel.is_cuda else DIAGONAL_TILE
+        for begin in range(block, end, rows):
+            _mirror_rows(kernel, begin, min(begin + rows, end), compute == "full")
 
 
 def _mirror_rows(kernel: Tensor, begin: int, stop: int, full: bool) -> None:

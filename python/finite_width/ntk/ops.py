@@ -14,13 +14,16 @@ from . import precision, reference
 
 # The place of a name is what the ops take: torch's stable ABI leaks a string for each text argument of each call.
 COMPUTE = ("full", "diagonal", "trace")
+# A grouped convolution with fewer rows or columns in a group's product leaves the CUDA kernel's squares of 128 nearly
+# empty; the reference's batched products on cuBLAS then are the better ones.
+LEAST_OF_GROUP = 16
 
 
 def _no_result(*_: object) -> None:
     return None
 
 
-def _position_shape(a: Tensor, d: Tensor) -> Tensor:
+def _position_shape(a: Tensor, d: Tensor, precision: int) -> Tensor:
     return d.new_empty(d.shape[0], d.shape[1], d.shape[3] * a.shape[2])
 
 
@@ -33,6 +36,7 @@ def _conv_shape(
     dilation: Sequence[int],
     groups: int,
     bias: bool,
+    precision: int,
 ) -> Tensor:
     weights = delta.shape[2] * ((input.shape[1] // groups) * math.prod(kernel_size) + bias)
     return delta.new_empty(delta.shape[0], delta.shape[1], weights)
@@ -212,6 +216,21 @@ def ghost_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor
     _ghost_accumulate(out, a1, a2, d1, d2, bias, COMPUTE.index(compute), precision.chosen())
 
 
+def dense(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """A dense layer on a GPU's tensor cores: rows [R, I] times matrix [I, C] plus bias [C], as "split" multiplies.
+
+    Below autograd and without checks: capture.py asks `precision.splits_dense_layers` first. The kernel of products of
+    Jacobians reads both operands along k, so a matrix that does not lie so is copied: 8 bytes a weight against
+    2 R operations.
+    """
+    out = rows.new_zeros(rows.shape[0], matrix.shape[1])
+    if bias is not None:
+        out += bias
+    left, right = rows.unsqueeze(1), matrix.t().contiguous().unsqueeze(1)
+    _library.below_autograd(_jacobian_accumulate, out, left, right, reference.TRACE, precision.SPLIT)
+    return out
+
+
 def position_gradients(a: Tensor, d: Tensor) -> Tensor:
     """Per-example weight gradients of a dense layer used at T positions: Σ_t d[n, o, t] ⊗ a[n, t].
 
@@ -237,7 +256,7 @@ def position_gradients(a: Tensor, d: Tensor) -> Tensor:
     _check.has_dim("d", d, 4, "[N, O, T, C]")
     _check_same("d", "rows", d.shape[0], "a", a.shape[0])
     _check_same("d", "positions", d.shape[2], "a", a.shape[1])
-    gradients: Tensor = _position_gradients(a, d)
+    gradients: Tensor = _position_gradients(a, d, precision.chosen())
     return gradients
 
 
@@ -311,8 +330,19 @@ def conv_gradients(
                 f"delta must have {positions} positions on spatial axis {axis}, since input has "
                 f"{input.shape[axis + 2]}, got {delta.shape[axis + 3]}"
             )
-    gradients: Tensor = _conv_gradients(
-        input, delta, list(kernel_size), list(stride), list(padding), list(dilation), groups, bias
+    rows, columns = delta.shape[1] * delta.shape[2] // groups, input.shape[1] // groups * math.prod(kernel_size)
+    narrow = delta.is_cuda and groups > 1 and min(rows, columns) < LEAST_OF_GROUP
+    call = reference.conv_gradients if narrow else _conv_gradients
+    gradients: Tensor = call(
+        input,
+        delta,
+        list(kernel_size),
+        list(stride),
+        list(padding),
+        list(dilation),
+        groups,
+        bias,
+        precision.chosen(),
     )
     return gradients
 

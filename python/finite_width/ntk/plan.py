@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .capture import Use
@@ -16,11 +17,15 @@ from .layout import Layout
 # shapes alone, so that the result has the same bits for any memory budget.
 BLOCK_BYTES = 64 << 20
 BLOCK_ROWS = 512
-# On a GPU a pair of blocks must fill every multiprocessor with squares of 128 rows: 4096 rows make 1024 squares.
-GPU_BLOCK_BYTES = 1 << 30
+# On a GPU a pair of blocks must fill every multiprocessor with squares of 128 rows: 4096 rows make 1024 squares. A
+# sweep of fewer rows is bound by its launches, so it may touch an eighth of the GPU's memory.
 GPU_BLOCK_ROWS = 4096
-# One tile of a convolution's Jacobian, over the rows of a block.
+GPU_BLOCK_PART = 8
+# One tile of a convolution's Jacobian, over TILE_ROWS rows of a block; on a GPU over all of them, this part of what a
+# sweep may touch: each tile is a handful of launches, and its rows should fill squares of 128.
 TILE_BYTES = 16 << 20
+TILE_ROWS = 16
+GPU_TILE_PART = 16
 METHODS = ("auto", "structured", "jacobian", "products")
 
 Role = tuple[int, str]  # (index of the use, "weight" or "bias")
@@ -141,6 +146,11 @@ class Planner:
             sizes,
             fuse,
         )
+        self.tile_row_bytes = TILE_BYTES // TILE_ROWS
+        if target.device.type == "cuda":
+            touched = sweep_bytes(uses, sizes.outputs, rows, sizes.itemsize)
+            swept = min(block_rows(touched, target.device), max(sizes.rows, sizes.columns))
+            self.tile_row_bytes = block_limits(target.device)[1] // GPU_TILE_PART // swept
 
     def entries(self, roles: dict[str, list[Role]], last: int | None) -> list[Entry]:
         found: list[Entry] = []
@@ -226,7 +236,7 @@ class Planner:
         groups = math.lcm(*(self.uses[index].options["geometry"][-1] for index, _ in own))
         unit = weight.shape[0] // groups if groups > 1 else 1
         each = weight.numel() // weight.shape[0]
-        width = max(1, TILE_BYTES // (sizes.itemsize * sizes.outputs * each * 16))
+        width = max(1, self.tile_row_bytes // (sizes.itemsize * sizes.outputs * each))
         step = max(unit, width // unit * unit)
         entry.method, entry.row_bytes = "tiles", held * sizes.itemsize
         entry.cuts = [*range(0, weight.shape[0], step), weight.shape[0]]
@@ -251,9 +261,16 @@ class Planner:
         return Entry("gradients", (name,), own, 0.0, flops, sizes.outputs * size * sizes.itemsize)
 
 
-def block_rows(row_bytes: int, on_gpu: bool) -> int:
+def block_limits(device: torch.device) -> tuple[int, int]:
+    """The most rows of a block on the device, and the bytes that a sweep over one should touch."""
+    if device.type == "cuda":
+        return GPU_BLOCK_ROWS, torch.cuda.get_device_properties(device).total_memory // GPU_BLOCK_PART
+    return BLOCK_ROWS, BLOCK_BYTES
+
+
+def block_rows(row_bytes: int, device: torch.device) -> int:
     """Rows of a block: a power of two."""
-    rows, size = (GPU_BLOCK_ROWS, GPU_BLOCK_BYTES) if on_gpu else (BLOCK_ROWS, BLOCK_BYTES)
+    rows, size = block_limits(device)
     most = max(1, min(rows, size // max(1, row_bytes)))
     return 1 << (most.bit_length() - 1)
 

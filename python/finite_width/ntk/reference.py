@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -48,7 +49,7 @@ def ghost_accumulate(
         out += torch.einsum("nmts,nmats->nm", inner, torch.einsum("natc,masc->nmats", d1, d2))
 
 
-def position_gradients(a: Tensor, d: Tensor) -> Tensor:
+def position_gradients(a: Tensor, d: Tensor, precision: int) -> Tensor:
     """Σ_t d[n, o, t, c] a[n, t, i], flattened to [N, O, C I]."""
     return torch.einsum("notc,nti->noci", d, a).flatten(2)
 
@@ -62,18 +63,19 @@ def conv_gradients(
     dilation: Sequence[int],
     groups: int,
     bias: bool,
+    precision: int,
 ) -> Tensor:
     """Per-example weight gradients of a convolution: one product of cotangent and shifted input per kernel tap."""
-    spatial = len(kernel_size)
+    spatial = range(len(kernel_size))
     padded = F.pad(input, [side for pad in reversed(padding) for side in (pad, pad)])
     rows, outputs, channels_out = delta.shape[:3]
     positions = delta.shape[3:]
     channels = input.shape[1] // groups
     cotangent = delta.reshape(rows, outputs, groups, channels_out // groups, math.prod(positions))
     taps = []
-    for tap in torch.cartesian_prod(*(torch.arange(size) for size in kernel_size)).reshape(-1, spatial).tolist():
+    for tap in itertools.product(*map(range, kernel_size)):
         window = padded
-        for axis in range(spatial):
+        for axis in spatial:
             first = tap[axis] * dilation[axis]
             last = first + (positions[axis] - 1) * stride[axis] + 1
             window = window.narrow(axis + 2, first, last - first) if positions[axis] else window.narrow(axis + 2, 0, 0)
