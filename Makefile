@@ -102,7 +102,7 @@ gpu:
 	  $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --target build/gpu .
 	timeout 180 $(ON_GPU) -m pytest tests/*/test_ops.py tests/test_cuda_device.py -k "cuda and not opcheck and not compile"
 	gpu=$$($(PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))"); \
-	for wing in "ntk --peers" pathsgd bayes; do \
+	for wing in "ntk --peers" tt pathsgd bayes; do \
 	  timeout 120 $(ON_GPU) benchmarks/run.py --wing $$wing --device cuda --refcheck --no-memory \
 	    --json benchmarks/results/$$gpu-$${wing% --peers}.json || exit 1; \
 	done
