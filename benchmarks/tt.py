@@ -391,7 +391,7 @@ def gpu_case(name: str, batch: int, dtype: torch.dtype, aim: float) -> Case:
 
 
 def gpu_memory(name: str, batch: int) -> harness.Run:
-    """What forward and backward hold on a GPU beside y and the gradient of x, bfloat16: at most a tenth of a chain's."""
+    """What forward and backward hold on a GPU beside y and the gradient of x: at most a tenth of a chain's."""
 
     def make() -> harness.Record:
         problem = Problem(SHAPES[name], batch, torch.bfloat16)
