@@ -41,6 +41,7 @@ class Case:
     exact: the result in float64, for --refcheck.
     flops, bytes: the least work that the case needs; its floor is the larger of flops over the machine's measured
         matrix-product rate and bytes over its measured copy bandwidth.
+    half: that rate is bfloat16's (on a GPU).
     targets: (implementation, against) -> the least ratio time(against) / time(implementation) that is aimed at.
     not_compared: implementations that compute something else (such as a dense layer of its own weights), whose error
         is therefore left out.
@@ -57,6 +58,7 @@ class Case:
     exact: Callable[[], Any] | None = None
     flops: float = 0.0
     bytes: float = 0.0
+    half: bool = False
     targets: dict[tuple[str, str], float] = field(default_factory=dict)
     min_runs: int = 20
     seconds: float = 2.0

@@ -64,9 +64,8 @@ def is_wanted(name: str, asked: str | None, cases: Container[str]) -> bool:
 
 
 def show(rows: list[dict[str, Any]], facts: dict[str, Any], case: harness.Case) -> None:
-    floor = max(
-        case.flops / (facts["product_rate_gflops"] * 1e9), case.bytes / (facts["copy_bandwidth_gb_per_s"] * 1e9)
-    )
+    rate = facts["product_rate_bfloat16_tflops"] * 1e12 if case.half else facts["product_rate_gflops"] * 1e9
+    floor = max(case.flops / rate, case.bytes / (facts["copy_bandwidth_gb_per_s"] * 1e9))
     print(f"\n{case.name}: {case.what}" + (f"   floor {floor * 1e3:.3g} ms" if floor else ""))
     print(f"  {'implementation':38} {'ms':>10} {'±%':>5} {'ratio':>8} {'MB':>8} {'error':>9} {'of floor':>8}  aims")
     for row in rows:

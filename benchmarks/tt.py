@@ -49,21 +49,21 @@ SHAPES = {
 class Problem:
     """One batch, its cores and what every implementation does with them."""
 
-    def __init__(self, shape: Shape, batch: int) -> None:
+    def __init__(self, shape: Shape, batch: int, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
-        device = harness.DEVICE
+        options: dict[str, Any] = {"device": harness.DEVICE, "dtype": dtype}
         self.shape, self.batch = shape, batch
         self.rows, self.columns = prod(shape.out_modes), prod(shape.in_modes)
         bonds = [1, *[shape.rank] * (len(shape.in_modes) - 1), 1]
         pairs = zip(shape.out_modes, shape.in_modes, strict=True)
         self.cores = [
-            torch.randn(bonds[k], m, n, bonds[k + 1], device=device).mul_(0.3).requires_grad_()
+            torch.randn(bonds[k], m, n, bonds[k + 1], **options).mul_(0.3).requires_grad_()
             for k, (m, n) in enumerate(pairs)
         ]
-        self.bias = torch.randn(self.rows, device=device).requires_grad_()
-        self.x = torch.randn(batch, self.columns, device=device).requires_grad_()
-        self.grad = torch.randn(batch, self.rows, device=device)
-        self.linear = torch.nn.Linear(self.columns, self.rows, device=device)
+        self.bias = torch.randn(self.rows, **options).requires_grad_()
+        self.x = torch.randn(batch, self.columns, **options).requires_grad_()
+        self.grad = torch.randn(batch, self.rows, **options)
+        self.linear = torch.nn.Linear(self.columns, self.rows, **options)
 
     def both_ways(self, forward: Callable[[], Tensor], inputs: Sequence[Tensor] | None = None) -> Callable[[], Any]:
         """The result and all gradients."""
@@ -351,7 +351,62 @@ def two_products() -> Case:
     )
 
 
+def ours(problem: Problem, precision: str = "ieee") -> Callable[[], Any]:
+    def forward() -> Tensor:
+        with fw.tt.cuda_precision(precision):
+            return fw.tt.tt_linear(problem.x, problem.cores, problem.bias)
+
+    return problem.both_ways(forward)
+
+
+def gpu_case(name: str, batch: int, dtype: torch.dtype, aim: float) -> Case:
+    """On a GPU, against the best unfused chain (`aim` times as fast as each of them), the dense layer and W rebuilt."""
+    shape, half = SHAPES[name], dtype == torch.bfloat16
+    problem = Problem(shape, batch, dtype)
+    chains = unfused(problem)
+    mine = {OURS: ours(problem)} if half else {f"{OURS}, {each}": ours(problem, each) for each in PRECISIONS}
+    text = "bfloat16" if half else "float32"
+    return Case(
+        name=f"{name} B={batch} {text}",
+        what=f"{shape.text}, B={batch}, {text}, forward+backward",
+        implementations={
+            **mine,
+            "nn.Linear": problem.dense_layer(),
+            "reconstruct + matmul": problem.both_ways(
+                lambda: F.linear(problem.x, merge(problem.cores)[0, :, :, 0], problem.bias)
+            ),
+            **chains,
+        },
+        baseline="nn.Linear",
+        exact=problem.exact,
+        flops=flops(shape, batch),
+        half=half,
+        bytes=float(problem.x.element_size()) * batch * (2 * problem.rows + 3 * problem.columns),
+        targets={(OURS, each): aim for each in chains} if half else {},
+        not_compared=("nn.Linear",),
+        min_runs=10,
+        seconds=1.0,
+        limit=12.0,
+    )
+
+
+def gpu_memory(name: str, batch: int) -> harness.Run:
+    """What forward and backward hold on a GPU beside y and the gradient of x: at most a tenth of a chain's."""
+
+    def make() -> harness.Record:
+        problem = Problem(SHAPES[name], batch, torch.bfloat16)
+        results = 2 * batch * (problem.rows + problem.columns)  # y and the gradient of x, in bytes
+        calls = {OURS: ours(problem), **unfused(problem)}
+        held = {each: harness.peak_memory(call) - results for each, call in calls.items()}
+        least = min(size for each, size in held.items() if each != OURS)
+        figures = {f"MB beyond y and the gradient of x: {each}": round(size / 1e6, 1) for each, size in held.items()}
+        return harness.Record(figures, {"at most a tenth of the best unfused chain's": 10 * held[OURS] <= least})
+
+    return harness.Run(f"memory {name} B={batch} bfloat16", f"{SHAPES[name].text}, B={batch}, bfloat16", make)
+
+
 OURS = "finite-width"
+PRECISIONS = ("ieee", "split", "tf32")
 MAIN: dict[str, tuple[str, int, dict[tuple[str, str], float]]] = {
     "P B=1024": (
         "P",
@@ -362,7 +417,7 @@ MAIN: dict[str, tuple[str, int, dict[tuple[str, str], float]]] = {
     "R B=64": ("R", 64, {(OURS, "nn.Linear"): 4.5}),
     "S B=1000": ("S", 1000, {(OURS, "nn.Linear"): 1.5}),
 }
-CASES: dict[str, Callable[[], Case]] = {
+CPU_CASES: dict[str, Callable[[], Any]] = {
     **{name: functools.partial(main_case, *options) for name, options in MAIN.items()},
     "784x50x10 B=64": two_products,
     **{
@@ -372,3 +427,12 @@ CASES: dict[str, Callable[[], Case]] = {
         for batch in (1, 64, 1024, 8192)
     },
 }
+GPU_CASES: dict[str, Callable[[], Any]] = {
+    "P B=65536 bfloat16": functools.partial(gpu_case, "P", 65536, torch.bfloat16, 3.0),
+    "R B=16384 bfloat16": functools.partial(gpu_case, "R", 16384, torch.bfloat16, 2.0),
+    "S B=65536 bfloat16": functools.partial(gpu_case, "S", 65536, torch.bfloat16, 1.0),
+    "P B=65536 float32": functools.partial(gpu_case, "P", 65536, torch.float32, 1.0),
+    "memory P B=65536 bfloat16": functools.partial(gpu_memory, "P", 65536),
+    "memory R B=16384 bfloat16": functools.partial(gpu_memory, "R", 16384),
+}
+CASES = CPU_CASES if harness.DEVICE == "cpu" else GPU_CASES

@@ -63,7 +63,8 @@ def test_kernels_include_no_torch_and_no_other_cuda_headers() -> None:
 REGISTERED = """
 import torch, finite_width as fw
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-found = [has(f"finite_width::{name}", "CUDA") for name in ("bayes_sample", "path_sweep", "ntk_gram_accumulate")]
+ops = ("bayes_sample", "path_sweep", "ntk_gram_accumulate", "tt_linear")
+found = [has(f"finite_width::{name}", "CUDA") for name in ops]
 print(found, fw.build_info()["cuda_kernels"])
 """
 
@@ -76,5 +77,5 @@ def test_untried_kernels_are_registered_only_where_asked_for() -> None:
         environment |= {"FINITE_WIDTH_UNTRIED_CUDA": "1"} if asked else {}
         said = subprocess.run([sys.executable, "-c", REGISTERED], env=environment, capture_output=True, text=True)
         assert said.returncode == 0, said.stderr
-        assert said.stdout.startswith(str([asked] * 3)), said.stdout
+        assert said.stdout.startswith(str([asked] * 4)), said.stdout
         assert ("registered by" in said.stdout) is asked

@@ -15,6 +15,8 @@ from finite_width.ntk.contract import preserved
 from finite_width.ntk.empirical import Problem, Walk
 from finite_width.ntk.ops import conv_gradients, gram_accumulate, jacobian_accumulate, position_gradients
 from finite_width.pathsgd.ops import path_sweep
+from finite_width.tt import ops as tt
+from finite_width.tt.precision import PRECISIONS
 from op_battery import need, relative_error
 
 
@@ -181,3 +183,33 @@ def test_blocks_of_a_kernel_never_wait_for_the_gpu(name: str, precision: str) ->
             walk.run(1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "dtype, precision", [(torch.bfloat16, "ieee"), (torch.float32, "split"), (torch.float32, "ieee")]
+)
+def test_tensor_trains_have_the_same_bits_in_every_run_and_in_a_graph(dtype: torch.dtype, precision: str) -> None:
+    torch.manual_seed(3)
+    shapes = [(1, 8, 8, 9), (9, 7, 8, 9), (9, 8, 5, 9), (9, 8, 7, 1)]
+    cores = [torch.randn(shape, device="cuda").mul_(0.3).to(dtype) for shape in shapes]
+    x, grad = (torch.randn(1030, size, device="cuda").to(dtype) for size in (2240, 3584))
+    plan = (2, 0, 0, 0, 0, 0, PRECISIONS.index(precision))
+
+    def run() -> list[torch.Tensor]:
+        return [tt.tt_linear(x, cores, None, plan), *tt.tt_linear_backward(grad, x, cores, plan, (1, 1, 1))]
+
+    first = run()
+    for _ in range(4):
+        assert all(torch.equal(one, other) for one, other in zip(first, run(), strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    assert all(torch.equal(one, other) for one, other in zip(first, captured, strict=True))
+
+
+def test_rows_of_a_tensor_train_do_not_depend_on_the_rows_beside_them() -> None:
+    cores = [torch.randn(1, 32, 32, 8, device="cuda").bfloat16(), torch.randn(8, 32, 32, 1, device="cuda").bfloat16()]
+    x = torch.randn(70, 1024, device="cuda").bfloat16()
+    y = tt.tt_linear(x, cores, None, (1, 0, 0, 0, 0, 0))
+    assert torch.equal(y[13:14], tt.tt_linear(x[13:14].contiguous(), cores, None, (1, 0, 0, 0, 0, 0)))

@@ -113,4 +113,37 @@ __device__ inline void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], cons
 #endif
 }
 
+// The same in float16.
+__device__ inline void multiply_fp16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef FW_CUDA_ON_HOST
+  cuda_on_host::multiply_fragments<cuda_on_host::Fp16>(c, a, b);
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// Four matrices of 8 by 8 16-bit values from shared memory (ldmatrix): lane l names the row l % 8 of matrix l / 8, 16
+// aligned bytes. Word m has row g of matrix m at 2t and 2t + 1; or, with kAcross, column g at rows 2t and 2t + 1.
+template <bool kAcross>
+__device__ inline void load_matrices(uint32_t (&words)[4], const void* row) {
+#ifdef FW_CUDA_ON_HOST
+  cuda_on_host::load_matrices(words, row, kAcross);
+#else
+  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (kAcross) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(place)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(place)
+                 : "memory");
+  }
+#endif
+}
+
 }  // namespace finite_width::cuda

@@ -10,12 +10,14 @@
 #include "common/check.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
+#include "tt/arguments.h"
 #include "tt/linear.h"
 #include "tt/workspace.h"
 
 namespace finite_width {
 namespace {
 
+using tt::Arguments;
 using tt::CoreShape;
 using tt::Piece;
 
@@ -50,79 +52,32 @@ void narrow(const float* from, int64_t size, void* to) {
   });
 }
 
-// The checked arguments that both ops share.
-struct Arguments {
-  tt::Plan plan;
-  std::vector<CoreShape> shapes;
-  std::vector<Tensor> cores;
-  int64_t rows = 1, columns = 1;
-  ScalarType dtype;
+void check_on_cpu(const Tensor& tensor, const char* name, const Tensor&) {
+  check_cpu(tensor, name);
+}
 
-  Arguments(const Tensor& x, const std::vector<Tensor>& given, const std::vector<int64_t>& code) {
-    check_cpu(x, "x");
-    check_dim(x, "x", 2);
-    dtype = x.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
-                    "finite_width: x must be float32, float64 or bfloat16");
-    const int64_t count = static_cast<int64_t>(given.size());
-    STD_TORCH_CHECK(code.size() == 6 && code[0] >= 1 && code[0] < count,
-                    "finite_width: plan must have 6 entries and leave a core for each half");
-    plan = {code[0], code[1] != 0, code[2] != 0, code[3] != 0, code[4] != 0};
-    const int64_t in_cores = code[5];
-    for (int64_t k = 0; k < count; ++k) {
-      check_cpu(given[k], "cores");
-      check_dtype(given[k], "cores", dtype);
-      check_dim(given[k], "cores", in_cores ? 3 : 4);
-      const Tensor core = as_contiguous(given[k]);
-      cores.push_back(core);
-      const int64_t mode = core.size(1), last = core.size(in_cores ? 2 : 3);
-      shapes.push_back({core.size(0), in_cores && k < in_cores ? 1 : mode,
-                        !in_cores      ? core.size(2)
-                        : k < in_cores ? mode
-                                       : 1,
-                        last});
-      STD_TORCH_CHECK(shapes[k].rank_left == (k ? shapes[k - 1].rank_right : 1),
-                      "finite_width: cores must have adjoining ranks");
-      STD_TORCH_CHECK(shapes[k].size() > 0, "finite_width: cores must not be empty");
-      rows *= shapes[k].m;
-      columns *= shapes[k].n;
-    }
-    STD_TORCH_CHECK(shapes.back().rank_right == 1, "finite_width: cores must end with rank 1");
-    check_shape(x, "x", {-1, columns});
-  }
+Arguments arguments_of(const Tensor& x, const std::vector<Tensor>& cores, const std::vector<int64_t>& plan) {
+  return {x, cores, plan, check_on_cpu, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16}};
+}
 
-  template <class T>
-  std::vector<const T*> pointers() const {
-    std::vector<const T*> result;
-    for (const Tensor& core : cores) result.push_back(static_cast<const T*>(core.data_ptr()));
-    return result;
+// The cores in float32, for bfloat16.
+std::vector<const float*> wide_pointers(const Arguments& args) {
+  int64_t total = 0;
+  for (const CoreShape& shape : args.shapes) total += shape.size();
+  float* room = tt::scratch<float>(Piece::wide_cores, total);
+  std::vector<const float*> result;
+  for (size_t k = 0; k < args.cores.size(); ++k) {
+    widen(args.cores[k].data_ptr(), args.shapes[k].size(), room);
+    result.push_back(room);
+    room += args.shapes[k].size();
   }
-
-  // The cores in float32, for bfloat16.
-  std::vector<const float*> wide_pointers() const {
-    int64_t total = 0;
-    for (const CoreShape& shape : shapes) total += shape.size();
-    float* room = tt::scratch<float>(Piece::wide_cores, total);
-    std::vector<const float*> result;
-    for (size_t k = 0; k < cores.size(); ++k) {
-      widen(cores[k].data_ptr(), shapes[k].size(), room);
-      result.push_back(room);
-      room += shapes[k].size();
-    }
-    return result;
-  }
-};
+  return result;
+}
 
 Tensor tt_linear_cpu(const Tensor& x, const std::vector<Tensor>& cores, const std::optional<Tensor>& bias,
                      const std::vector<int64_t>& plan) {
-  const Arguments args(x, cores, plan);
-  std::optional<Tensor> shift;
-  if (bias) {
-    check_cpu(*bias, "bias");
-    check_dtype(*bias, "bias", args.dtype);
-    check_shape(*bias, "bias", {args.rows});
-    shift = as_contiguous(*bias);
-  }
+  const Arguments args = arguments_of(x, cores, plan);
+  const std::optional<Tensor> shift = args.bias(bias, x, check_on_cpu);
   const Tensor in = as_contiguous(x);
   const int64_t batch = x.size(0);
   Tensor y = empty_cpu(x, {batch, args.rows});
@@ -133,7 +88,7 @@ Tensor tt_linear_cpu(const Tensor& x, const std::vector<Tensor>& cores, const st
     std::vector<float> wide_bias(shift ? args.rows : 0);
     widen(in.data_ptr(), batch * args.columns, wide_x);
     if (shift) widen(shift->data_ptr(), args.rows, wide_bias.data());
-    tt::linear<float>(args.plan, args.shapes, batch, wide_x, args.wide_pointers(), shift ? wide_bias.data() : nullptr,
+    tt::linear<float>(args.plan, args.shapes, batch, wide_x, wide_pointers(args), shift ? wide_bias.data() : nullptr,
                       wide_y);
     narrow(wide_y, batch * args.rows, y.data_ptr());
     return y;
@@ -148,11 +103,8 @@ Tensor tt_linear_cpu(const Tensor& x, const std::vector<Tensor>& cores, const st
 
 std::vector<Tensor> tt_linear_backward_cpu(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& cores,
                                            const std::vector<int64_t>& plan, const std::vector<int64_t>& needs) {
-  const Arguments args(x, cores, plan);
-  check_cpu(grad, "grad");
-  check_dtype(grad, "grad", args.dtype);
-  check_shape(grad, "grad", {x.size(0), args.rows});
-  STD_TORCH_CHECK(needs.size() == 3, "finite_width: needs must have 3 entries");
+  const Arguments args = arguments_of(x, cores, plan);
+  args.check_backward(grad, x, needs, check_on_cpu);
   const Tensor in = as_contiguous(x), out = as_contiguous(grad);
   const int64_t batch = x.size(0);
   std::vector<Tensor> result;
@@ -179,7 +131,7 @@ std::vector<Tensor> tt_linear_backward_cpu(const Tensor& grad, const Tensor& x, 
     for (int64_t size : sizes) wide.push_back(room), room += size;
     std::vector<float*> core_gradients;
     for (size_t k = 0; needs[1] && k < args.cores.size(); ++k) core_gradients.push_back(wide[first_core + k]);
-    tt::linear_backward<float>(args.plan, args.shapes, batch, wide_grad, wide_x, args.wide_pointers(),
+    tt::linear_backward<float>(args.plan, args.shapes, batch, wide_grad, wide_x, wide_pointers(args),
                                needs[0] ? wide[0] : nullptr, core_gradients, needs[2] ? wide.back() : nullptr);
     for (size_t k = 0; k < result.size(); ++k) narrow(wide[k], sizes[k], result[k].data_ptr());
     return result;

@@ -40,6 +40,20 @@ inline float truncate(double value) {
   return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
+// float16 and its rounding, by the compiler's own type.
+inline float float_of_half(uint16_t bits) {
+  _Float16 value;
+  std::memcpy(&value, &bits, sizeof value);
+  return static_cast<float>(value);
+}
+
+inline uint16_t round_to_half(float value) {
+  const _Float16 nearest = static_cast<_Float16>(value);
+  uint16_t bits;
+  std::memcpy(&bits, &nearest, sizeof bits);
+  return bits;
+}
+
 // Which register of which lane holds an element, and which half of it: the tables "Matrix Fragments for mma.m16n8k8"
 // (.tf32) and "mma.m16n8k16" (.bf16) of the PTX ISA, read backwards. g and t are groupID and threadID_in_group.
 struct Place {
@@ -62,6 +76,10 @@ struct Bf16 {
   static float value(uint32_t word, int half) { return float_of(half ? word & 0xffff0000u : word << 16); }
 };
 
+struct Fp16 : Bf16 {
+  static float value(uint32_t word, int half) { return float_of_half(static_cast<uint16_t>(half ? word >> 16 : word)); }
+};
+
 // c [16, 8] += a [16, kDepth] b [kDepth, 8] over the fragments of the warp's lanes: c0, c1 at (g, 2t), (g, 2t + 1), and
 // c2, c3 eight rows below. One sum, then one truncation.
 template <class Type>
@@ -82,6 +100,26 @@ void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
              Type::value(warp.fragments[right.lane][4 + right.reg], right.half);
     }
     c[i] = truncate(sum);
+  }
+  block.barrier(warp);
+}
+
+// ldmatrix.x4: the figure "mma.sync.m8n8 matrix fragment" of the PTX ISA, from the rows that the lanes name.
+inline void load_matrices(uint32_t (&words)[4], const void* row, bool across) {
+  Block& block = Block::instance();
+  Group& warp = block.warp();
+  if (warp.alive != kWarp) fail("a load of matrices in a warp of which threads are missing");
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("a load of matrices that is not aligned");
+  warp.slots[block.lane()] = reinterpret_cast<uintptr_t>(row);
+  block.barrier(warp);
+  const int g = block.lane() / 4, t = block.lane() % 4;
+  for (int m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const int line = across ? 2 * t + i : g, place = across ? g : 2 * t + i;
+      std::memcpy(&pair[i], reinterpret_cast<const uint16_t*>(warp.slots[8 * m + line]) + place, sizeof pair[i]);
+    }
+    words[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
   }
   block.barrier(warp);
 }

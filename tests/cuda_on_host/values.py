@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from finite_width.bayes import ops as bayes
 from finite_width.ntk import cuda_precision
 from finite_width.ntk.ops import conv_gradients, gram_accumulate, jacobian_accumulate, position_gradients
 from finite_width.pathsgd.ops import path_sweep, path_update
+from finite_width.tt.ops import tt_linear_backward
 
 SEED = torch.tensor(-987654321987654321)
 
@@ -84,6 +86,30 @@ def ntk_values(randn: Callable[..., Any]) -> dict[str, Any]:
     return values
 
 
+def tt_values(randn: Callable[..., Any]) -> dict[str, Any]:
+    """Products and gradients of odd modes, around a square (16), a tile (32, 64) and a slot of rows (64)."""
+    values: dict[str, Any] = {}
+    shapes = {
+        "odd": ([(1, 5, 7, 3), (3, 3, 1, 4), (4, 7, 4, 2), (2, 2, 3, 1)], 9),
+        "long": ([(1, 2, 3, 2), (2, 3, 2, 1)], 150),
+        "large": ([(1, 33, 6, 2), (2, 5, 65, 1)], 9),
+    }
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "ieee": torch.float32, "split": torch.float32}
+    for name, (cores, rows) in shapes.items():
+        for kind, dtype in {**kinds, "float64": torch.float64}.items():
+            for left_first in (0, 1):
+                train = [randn(*shape).to(dtype) for shape in cores]
+                m, n = prod(shape[1] for shape in cores), prod(shape[2] for shape in cores)
+                x, grad, bias = randn(rows, n).to(dtype), randn(rows, m).to(dtype), randn(m).to(dtype)
+                plan = [len(cores) // 2, left_first, 0, 0, 0, 0, int(kind == "split")]
+                key = f"tt {name} {kind} {left_first}"
+                if dtype == torch.float16 and not os.environ.get("FINITE_WIDTH_CUDA_ON_HOST"):
+                    continue  # widened before it comes to the CPU's op
+                values[key] = torch.ops.finite_width.tt_linear(x, train, bias, plan)
+                values[f"{key} gradients"] = tt_linear_backward(grad, x, train, plan, [1, 1, 1])
+    return values
+
+
 def main() -> None:
     if library := os.environ.get("FINITE_WIDTH_CUDA_ON_HOST"):
         torch.ops.load_library(library)
@@ -92,7 +118,8 @@ def main() -> None:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    torch.save({**bayes_values(randn), **path_values(randn), **ntk_values(randn)}, sys.argv[1])
+    found = {**bayes_values(randn), **path_values(randn), **ntk_values(randn), **tt_values(randn)}
+    torch.save(found, sys.argv[1])
 
 
 main()

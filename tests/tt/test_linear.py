@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import finite_width as fw
-from finite_width.tt import planner, reference
+from finite_width.tt import functional, planner, precision, reference
 from finite_width.tt.functional import four_axis_shapes
+from finite_width.tt.precision import PRECISIONS
 
 # Cheapest as a chain of three merged cores, for a batch of one.
 CHAIN = {
@@ -181,6 +182,40 @@ def test_planner_finds_the_known_orders():
     assert "MB" in text
     small = four_axis_shapes(fw.tt.TTLinear(784, 10, rank=5, layout="in_out").cores, 4)
     assert small[0][1] == 1
+
+
+def test_planner_for_a_gpu():
+    """One method for all passes; the precision of float32 rides on the plan, and decides what is cheapest."""
+    shapes = ((1, 4, 4, 8), (8, 8, 8, 8), (8, 8, 8, 8), (8, 4, 4, 1))
+    half = planner.plan(shapes, 65536, torch.bfloat16, "ieee")
+    assert (half.method, half.groups) == ("halves", (2, 2))
+    assert planner.plan_code(shapes, 65536, torch.bfloat16, 0, "ieee")[2:] == (0, 0, 0, 0, 0)
+    assert planner.plan(shapes, 65536, torch.float32, "split").method == "halves"
+    assert planner.plan_code(shapes, 65536, torch.float32, 0, "split")[6] == PRECISIONS.index("split")
+    wide = ((1, 4, 4, 16), (16, 8, 8, 256), (256, 8, 8, 16), (16, 4, 4, 1))
+    for dtype, how in ((torch.bfloat16, "ieee"), (torch.float32, "split"), (torch.float64, "ieee")):
+        assert planner.plan(wide, 65536, dtype, how).method == "dense"
+        assert planner.plan_code(wide, 65536, dtype, 0, how) == (0, 1, 4)
+    assert len(planner.plan_code(shapes, 65536, torch.bfloat16, 0)) == 6  # the CPU's
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dense_plan_of_a_gpu(dtype):
+    """W built in each call and multiplied by torch, in x's dtype."""
+    layer = fw.tt.TTLinear(60, 48, in_modes=(12, 5), out_modes=(8, 6), dtype=dtype)
+    x = torch.randn(3, 60, dtype=dtype)
+    y = functional._dense(x, layer.cores, layer.bias, 0)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, layer(x), rtol=0.0, atol=0.02 if dtype == torch.bfloat16 else 1e-12)
+
+
+def test_cuda_precision_is_checked_and_restored():
+    assert precision.chosen() == "ieee"
+    with fw.tt.cuda_precision("split"), fw.tt.cuda_precision("tf32"):
+        assert precision.chosen() == "tf32"
+    assert precision.chosen() == "ieee"
+    with pytest.raises(ValueError, match="precision must be one of"), fw.tt.cuda_precision("fast"):
+        pass
 
 
 def test_bfloat16_sums_in_float32():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from math import prod
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import finite_width as fw
-from finite_width.tt import ops
-from op_battery import OpCase, Sample, battery
+from finite_width.tt import ops, reference
+from finite_width.tt.precision import PRECISIONS
+from op_battery import DEVICES, OpCase, Sample, battery, need, relative_error
 
 
 def random_cores(shapes: Any, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
@@ -117,3 +121,64 @@ CASES = [
     ),
 ]
 test_battery = battery(CASES)
+
+
+def taken_by_cuda_kernels(device: str) -> bool:
+    """Whether such tensors go to CUDA kernels: on a GPU, or on the CPU in the emulation (tests/cuda_on_host)."""
+    return "FINITE_WIDTH_CUDA_ON_HOST" in os.environ if device == "cpu" else ops.has_cuda_kernels()
+
+
+# The most relative error of a result or a gradient, and the least of the largest one where a CUDA kernel computes it:
+# 16-bit kernels round the halves, the intermediate and the result.
+KINDS = {
+    "bf16": (torch.bfloat16, "ieee", 1e-3, 5e-3),
+    "fp16": (torch.float16, "ieee", 1e-4, 6e-4),
+    "ieee": (torch.float32, "ieee", 0.0, 1e-6),
+    "split": (torch.float32, "split", 0.0, 2e-6),
+    "tf32": (torch.float32, "tf32", 1e-4, 2e-3),
+}
+# Around a square (16) and a tile (32 or 64) of the CUDA kernels, and more rows than a slot of gradients has.
+TRAINS = {
+    "odd modes": ([(1, 5, 7, 6), (6, 5, 4, 5), (5, 3, 7, 4), (4, 7, 5, 1)], 9),
+    "a mode of 1": ([(1, 1, 70, 5), (5, 10, 1, 1)], 9),
+    "large modes": ([(1, 33, 9, 3), (3, 3, 8, 3), (3, 7, 8, 3), (3, 8, 5, 1)], 5),
+    "one tile": ([(1, 8, 4, 2), (2, 4, 8, 5), (5, 32, 32, 1)], 9),
+    "three cores in a half": ([(1, 3, 2, 3), (3, 2, 5, 4), (4, 3, 3, 5), (5, 2, 2, 2)], 7),
+    "many rows": ([(1, 2, 3, 3), (3, 4, 2, 1)], 300),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("left_first", [0, 1])
+@pytest.mark.parametrize("train", TRAINS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_precisions_keep_their_error(kind: str, train: str, left_first: int, device: str) -> None:
+    """Against float64: the product, and each gradient alone and with the others."""
+    need(device)
+    dtype, precision, least, most = KINDS[kind]
+    if dtype == torch.float16 and device == "cpu" and fw.has_kernels():
+        pytest.skip("float16 is widened before it comes to the CPU's kernel")
+    (shapes, batch), generator = TRAINS[train], torch.Generator().manual_seed(9)
+    cores = [core.to(dtype) for core in random_cores(shapes, torch.float64, generator)]
+    rows, columns = (prod(shape[axis] for shape in shapes) for axis in (1, 2))
+    x, grad, bias = (
+        torch.randn(size, dtype=torch.float64, generator=generator).to(dtype)
+        for size in ((batch, columns), (batch, rows), (rows,))
+    )
+    plan = (len(shapes) - 1 if "three" in train else len(shapes) // 2, left_first, 0, 0, 0, 0)
+    wide = [core.double() for core in cores]
+    exact = [reference.tt_linear(x.double(), wide, bias.double(), plan)]
+    exact += reference.tt_linear_backward(grad.double(), x.double(), wide, plan, (1, 1, 1))
+    x, grad, bias, *cores = (value.to(device) for value in (x, grad, bias, *cores))
+    plan = (*plan, PRECISIONS.index(precision))
+    results = [ops.tt_linear(x, cores, bias, plan), *ops.tt_linear_backward(grad, x, cores, plan, (1, 1, 1))]
+    for needs in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        alone = ops.tt_linear_backward(grad, x, cores, plan, needs)
+        start = {0: 1, 1: 2, 2: 2 + len(cores)}[needs.index(1)]
+        for one, other in zip(alone, results[start:], strict=False):
+            assert torch.equal(one, other)
+    errors = [relative_error(result.cpu(), right) for result, right in zip(results, exact, strict=True)]
+    assert all(result.dtype == dtype for result in results)
+    assert max(errors) <= most
+    if taken_by_cuda_kernels(device):
+        assert max(errors) >= least

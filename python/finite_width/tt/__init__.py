@@ -6,6 +6,7 @@ from .decomposition import tt_matrix_svd, tt_round, tt_svd, tt_to_dense
 from .embedding import TTEmbedding
 from .functional import tt_linear
 from .linear import TTLinear
+from .precision import cuda_precision
 
 __all__ = [
     "CompressedLayer",
@@ -14,6 +15,7 @@ __all__ = [
     "TTEmbedding",
     "TTLinear",
     "compress",
+    "cuda_precision",
     "tt_linear",
     "tt_matrix_svd",
     "tt_round",

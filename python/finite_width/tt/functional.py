@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
-from . import decomposition, ops, planner, reference
+from . import decomposition, ops, planner, precision, reference
 
 LAYOUTS = ("matrix", "in_out")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -91,18 +91,28 @@ def _autocast(
 def _apply(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, signature: Signature) -> Tensor:
     shapes, in_cores, rows, columns = signature
     inputs = x.reshape(-1, columns) if x.dim() != 2 else x
-    if x.dtype == torch.float16:  # summed in float32
+    on_gpu = x.is_cuda and ops.has_cuda_kernels()
+    if x.dtype == torch.float16 and not on_gpu:  # summed in float32
         wide = [core.float() for core in cores]
         y = _apply(inputs.float(), wide, None if bias is None else bias.float(), signature).half()
     elif len(cores) == 1:
         y = F.linear(inputs, cores[0].reshape(rows, columns), bias)
     else:
-        code = planner.plan_code(shapes, inputs.shape[0], x.dtype, in_cores)
+        code = planner.plan_code(shapes, inputs.shape[0], x.dtype, in_cores, precision.chosen() if on_gpu else None)
         if code[0]:
             y = ops.tt_linear(inputs, cores, bias, code)
+        elif len(code) == 3:
+            y = _dense(inputs, cores, bias, in_cores)
         else:
             y = _chain(inputs, cores, bias, code, in_cores)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], rows)
+
+
+def _dense(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, in_cores: int) -> Tensor:
+    """A plan of one group: W, made in float32 at least, in torch's own products with x's dtype."""
+    wide = reference.accumulation_dtype(x.dtype)
+    four_axes = [core.to(wide) for core in reference.as_matrix(cores, in_cores)]
+    return F.linear(x, reference.merge(four_axes)[0, :, :, 0].to(x.dtype), bias)
 
 
 def _chain(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, code: Any, in_cores: int) -> Tensor:

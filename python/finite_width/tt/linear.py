@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from . import decomposition, functional, planner, reference
+from . import decomposition, functional, ops, planner, precision, reference
 from .modes import bond_limits, check_modes, choose_modes, number_of_cores, train_size
 
 Ranks = int | Sequence[int]
@@ -254,7 +254,9 @@ class TTLinear(TTCores):
             batch 64: cores merged as 2+2; fused halves, the left factor first
         """
         _check.positive_int("batch", batch)
-        return str(planner.plan(self._signature.shapes, batch, self.cores[0].dtype))
+        first = self.cores[0]
+        chosen = precision.chosen() if first.is_cuda and ops.has_cuda_kernels() else None
+        return str(planner.plan(self._signature.shapes, batch, first.dtype, chosen))
 
     def extra_repr(self) -> str:
         text = (

@@ -7,18 +7,22 @@ Merging consecutive cores first and then meeting x with the merged cores one aft
 - three groups or more, "chain": plain torch, worth it for many cores of small rank.
 
 The cost of a tree is its time in nanoseconds on two cores: multiply-adds / rate + bytes / bandwidth + launches, for
-forward and backward together. It decides between trees; it does not predict times on other machines.
+forward and backward together. It decides between trees; it does not predict times on other machines. On a GPU with
+CUDA kernels the costs are those of gpu_costs.py, and a plan takes one method for all three passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, combinations, pairwise, product
 from math import prod
 
 import torch
+
+from . import gpu_costs
+from .precision import PRECISIONS
 
 # Measured on two cores with AVX-512; only their ratios matter for the choice.
 FUSED_RATE = 180.0  # multiply-adds of the fused kernel per nanosecond, float32
@@ -46,6 +50,7 @@ class Plan:
         multiply_adds_forward, multiply_adds_backward: of the whole call, merging included.
         bytes_moved: read and written by forward and backward, apart from what stays in cache.
         cost: nanoseconds, forward and backward.
+        precision: of float32 on a GPU (`cuda_precision`); None on a CPU.
     """
 
     method: str
@@ -59,11 +64,13 @@ class Plan:
     multiply_adds_backward: float
     bytes_moved: float
     cost: float
+    precision: str | None = None
 
-    def code(self, in_cores: int) -> tuple[int, int, int, int, int, int]:
+    def code(self, in_cores: int) -> tuple[int, ...]:
         """The plan as the ops take it (`reference.Plan`)."""
         flags = (self.left_first, self.dense_forward, self.dense_input_grad, self.dense_core_grads)
-        return (self.groups[0], int(flags[0]), int(flags[1]), int(flags[2]), int(flags[3]), in_cores)
+        code = (self.groups[0], *map(int, flags), in_cores)
+        return code if self.precision is None else (*code, PRECISIONS.index(self.precision))
 
     def __str__(self) -> str:
         first = "the left factor first" if self.left_first else "the right factor first"
@@ -92,27 +99,42 @@ def bucket(batch: int) -> int:
     return 1 << max(batch - 1, 0).bit_length()
 
 
-def plan(shapes: Sequence[Sequence[int]], batch: int, dtype: torch.dtype = torch.float32) -> Plan:
+def plan(
+    shapes: Sequence[Sequence[int]], batch: int, dtype: torch.dtype = torch.float32, precision: str | None = None
+) -> Plan:
     """The cheapest plan for cores of these shapes [r_{k-1}, m_k, n_k, r_k] and a batch; found once, then cached.
+
+    Args:
+        shapes: of the cores.
+        batch: rows of x.
+        dtype: of x and the cores.
+        precision: None for the CPU, and where no CUDA kernel is registered; else the GPU's, with this `cuda_precision`.
 
     Example:
         >>> from finite_width.tt.planner import plan
         >>> plan([(1, 4, 4, 8), (8, 8, 8, 8), (8, 8, 8, 8), (8, 4, 4, 1)], 64).groups
         (2, 2)
     """
-    return _search(tuple(map(tuple, shapes)), bucket(batch), 8 if dtype == torch.float64 else 4)
+    found = tuple(map(tuple, shapes))
+    if precision is None:
+        return _search(found, bucket(batch), 8 if dtype == torch.float64 else 4)
+    return _search_gpu(found, bucket(batch), dtype, precision)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def plan_code(shapes: tuple[CoreShape, ...], batch: int, dtype: torch.dtype, in_cores: int) -> tuple[int, ...]:
-    """`plan(...).code(in_cores)`, or for a chain (0, left_first, *groups)."""
-    return _code(shapes, bucket(batch), dtype, in_cores)
+def plan_code(
+    shapes: tuple[CoreShape, ...], batch: int, dtype: torch.dtype, in_cores: int, precision: str | None = None
+) -> tuple[int, ...]:
+    """`plan(...).code(in_cores)`; for a chain (0, left_first, *groups), of one group where W itself is built."""
+    return _code(shapes, bucket(batch), dtype, in_cores, precision)
 
 
 @cache
-def _code(shapes: tuple[CoreShape, ...], batch: int, dtype: torch.dtype, in_cores: int) -> tuple[int, ...]:
-    best = plan(shapes, batch, dtype)
-    if best.method == "chain":
+def _code(
+    shapes: tuple[CoreShape, ...], batch: int, dtype: torch.dtype, in_cores: int, precision: str | None
+) -> tuple[int, ...]:
+    best = plan(shapes, batch, dtype, precision)
+    if best.method == "chain" or (best.method == "dense" and precision is not None):
         return (0, int(best.left_first), *best.groups)
     return best.code(in_cores)
 
@@ -125,6 +147,31 @@ def _search(shapes: tuple[CoreShape, ...], batch: int, itemsize: int) -> Plan:
         moved = float(itemsize * (3 * m * n + batch * (2 * m + 3 * n)))
         return Plan("dense", (1,), True, True, True, True, batch, adds, 2 * adds, moved, 3 * adds / FUSED_RATE)
     candidates = [*_halves(shapes, batch, itemsize), *_chains(shapes, batch, itemsize)]
+    return min(candidates, key=lambda candidate: candidate.cost)
+
+
+@cache
+def _search_gpu(shapes: tuple[CoreShape, ...], batch: int, dtype: torch.dtype, precision: str) -> Plan:
+    """The plan of a GPU: its FLOPs and bytes are the CPU planner's for the same tree, its cost gpu_costs.py's."""
+    kind = {torch.float32: precision, torch.float64: "float64"}.get(dtype, "half")
+    size = gpu_costs.itemsize(kind)
+    rows, columns = prod(s[1] for s in shapes), prod(s[2] for s in shapes)
+    dense = Plan(
+        "dense", (len(shapes),), True, True, True, True, batch,
+        float(batch * rows * columns), 2.0 * batch * rows * columns,
+        float(size * (batch * (2 * rows + 3 * columns) + 6 * rows * columns)),
+        gpu_costs.dense(shapes, batch, kind), precision,
+    )  # fmt: skip
+    candidates = [dense]
+    for each in _halves(shapes, batch, size) if len(shapes) > 1 else ():
+        if not (each.dense_forward or each.dense_input_grad or each.dense_core_grads):
+            cost = gpu_costs.fused(shapes, each.groups[0], each.left_first, batch, kind)
+            candidates.append(replace(each, cost=cost, precision=precision))
+    for each in _chains(shapes, batch, size):
+        adds = each.multiply_adds_forward + each.multiply_adds_backward
+        cost = adds / gpu_costs.TORCH_RATES["ieee" if kind == "half" else kind]  # in float32, as reference.py
+        cost += each.bytes_moved / gpu_costs.BANDWIDTH + 10 * len(each.groups) * gpu_costs.LAUNCH
+        candidates.append(replace(each, cost=cost, precision=precision))
     return min(candidates, key=lambda candidate: candidate.cost)
 
 

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What tt_linear's `plan` holds: (split, left_first, dense_forward, dense_input_grad, dense_core_grads, in_cores).
+# What tt_linear's `plan` holds: (split, left_first, dense_forward, dense_input_grad, dense_core_grads, in_cores), and
+# maybe a seventh entry.
 #   split           number of cores in the left half
 #   left_first      1: x meets L, then R; 0: x meets R, then L
 #   dense_*         1: that pass builds W (or the gradient of W) from the halves
 #   in_cores        0: the cores have four axes; k > 0: three, and the first k hold input modes, the others output modes
+#   precision       of float32 in CUDA kernels: its place in precision.PRECISIONS
 Plan = Sequence[int]
 
 
@@ -76,7 +78,7 @@ def _unit(like: Tensor, rank: int) -> Tensor:
 
 def tt_linear(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, plan: Plan) -> Tensor:
     """x [B, N] -> x Wᵀ + bias [B, M]."""
-    split, left_first, dense_forward, _, _, in_cores = plan
+    split, left_first, dense_forward, _, _, in_cores = plan[:6]
     wide = accumulation_dtype(x.dtype)
     left, right = halves([core.to(wide) for core in as_matrix(cores, in_cores)], split)
     rows = x.to(wide)
@@ -110,7 +112,7 @@ def tt_linear_backward(
     Returns:
         What is wanted, in order: [B, N]; one tensor for each core; [M].
     """
-    split, left_first, _, dense_input_grad, dense_core_grads, in_cores = plan
+    split, left_first, _, dense_input_grad, dense_core_grads, in_cores = plan[:6]
     needs_x, needs_cores, needs_bias = needs
     wide = accumulation_dtype(x.dtype)
     wide_cores = [core.to(wide) for core in as_matrix(cores, in_cores)]
