@@ -63,6 +63,9 @@ def jacobian_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sam
             out = tile(compute, rows, columns, outputs, dtype, generator)
             samples.append(Sample((out, j1, j2, compute)))
             samples.append(Sample((out.clone(), strided(j1), strided(j2), compute)))
+    # Few rows of long Jacobians, which CUDA kernels sum in parts.
+    long = [normal(rows, 1, 2100, dtype=dtype, generator=generator) for rows in (3, 4)]
+    samples.append(Sample((tile("trace", 3, 4, 1, dtype, generator), *long, "trace")))
     return samples
 
 
