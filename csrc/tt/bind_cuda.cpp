@@ -72,7 +72,7 @@ Tensor tt_linear_cuda(const Tensor& x, const std::vector<Tensor>& cores, const s
   if (x.size(0) == 0) return y;
   Room room(x);
   for_dtype(args.dtype, [&]<class T>(T) {
-    linear<T>(args.plan, args.shapes, x.size(0), static_cast<Precision>(args.precision), read<T>(in),
+    linear<T>(args.plan, args.shapes, x.size(0), static_cast<ProductPrecision>(args.precision), read<T>(in),
               args.pointers<T>(), shift ? read<T>(*shift) : nullptr, written<T>(y), room.allocate(), device.stream());
   });
   return y;
@@ -102,8 +102,8 @@ std::vector<Tensor> tt_linear_backward_cuda(const Tensor& grad, const Tensor& x,
     for (size_t k = 0; needs[1] && k < args.cores.size(); ++k) {
       core_gradients.push_back(written<T>(result[first_core + k]));
     }
-    linear_backward<T>(args.plan, args.shapes, batch, static_cast<Precision>(args.precision), read<T>(out), read<T>(in),
-                       args.pointers<T>(), needs[0] ? written<T>(result[0]) : nullptr, core_gradients,
+    linear_backward<T>(args.plan, args.shapes, batch, static_cast<ProductPrecision>(args.precision), read<T>(out),
+                       read<T>(in), args.pointers<T>(), needs[0] ? written<T>(result[0]) : nullptr, core_gradients,
                        needs[2] ? written<T>(result.back()) : nullptr, room.allocate(), device.stream());
   });
   return result;

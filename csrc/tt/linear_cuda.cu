@@ -97,7 +97,7 @@ struct Layer {
 // V_bᵀ [j, i] = sum_r B_rᵀ U_bᵀ A_rᵀ, or U_b [s, q] = sum_r A_rᵀ V_b B_rᵀ: whichever the layer is arranged for.
 //   in [B, (s q)], bias and out [.., (i j)]; or in [B, (i j)], bias and out [.., (s q)]
 template <class T>
-void multiply(const Layer<T>& layer, int64_t batch, Precision precision, const T* in, const T* bias, T* out,
+void multiply(const Layer<T>& layer, int64_t batch, ProductPrecision precision, const T* in, const T* bias, T* out,
               cudaStream_t stream) {
   const Sizes& n = layer.n;
   Sandwich<T, typename SumOf<T>::type> call{};
@@ -122,8 +122,8 @@ void multiply(const Layer<T>& layer, int64_t batch, Precision precision, const T
 
 // A half's gradient [r, rows, columns] from the batch, summed in slots and then over them.
 template <class T, class S>
-const S* gradient(Sandwich<T, S> call, int64_t rank, int64_t batch, Precision precision, const Allocate& allocate,
-                  cudaStream_t stream) {
+const S* gradient(Sandwich<T, S> call, int64_t rank, int64_t batch, ProductPrecision precision,
+                  const Allocate& allocate, cudaStream_t stream) {
   constexpr int64_t kSide = 64, kRows = 32, kRanks = 8;  // of a block, for a count of blocks that a precision keeps
   const int64_t size = rank * call.left.o * call.right.o;
   const int64_t blocks = ceil_div(rank, kRanks) * ceil_div(call.left.o, kRows) * ceil_div(call.right.o, kSide);
@@ -142,14 +142,15 @@ const S* gradient(Sandwich<T, S> call, int64_t rank, int64_t batch, Precision pr
 }  // namespace
 
 template <class T>
-void linear(const Plan& plan, const std::vector<CoreShape>& shapes, int64_t batch, Precision precision, const T* x,
-            const std::vector<const T*>& cores, const T* bias, T* y, const Allocate& allocate, CUstream_st* stream) {
+void linear(const Plan& plan, const std::vector<CoreShape>& shapes, int64_t batch, ProductPrecision precision,
+            const T* x, const std::vector<const T*>& cores, const T* bias, T* y, const Allocate& allocate,
+            CUstream_st* stream) {
   const Layer<T> layer(plan, shapes, cores, !plan.left_first, allocate, stream);
   multiply(layer, batch, precision, x, bias, y, stream);
 }
 
 template <class T>
-void linear_backward(const Plan& plan, const std::vector<CoreShape>& shapes, int64_t batch, Precision precision,
+void linear_backward(const Plan& plan, const std::vector<CoreShape>& shapes, int64_t batch, ProductPrecision precision,
                      const T* grad, const T* x, const std::vector<const T*>& cores, T* x_gradient,
                      const std::vector<T*>& core_gradients, T* bias_gradient, const Allocate& allocate,
                      CUstream_st* stream) {
@@ -180,12 +181,12 @@ void linear_backward(const Plan& plan, const std::vector<CoreShape>& shapes, int
   unmerge(layer.right, layer.layout(n.q, 1, n.j * n.q), b_gradient, {split, core_gradients.end()}, allocate, stream);
 }
 
-#define FW_INSTANTIATE(T)                                                                                              \
-  template void linear<T>(const Plan&, const std::vector<CoreShape>&, int64_t, Precision, const T*,                    \
-                          const std::vector<const T*>&, const T*, T*, const Allocate&, CUstream_st*);                  \
-  template void linear_backward<T>(const Plan&, const std::vector<CoreShape>&, int64_t, Precision, const T*, const T*, \
-                                   const std::vector<const T*>&, T*, const std::vector<T*>&, T*, const Allocate&,      \
-                                   CUstream_st*);
+#define FW_INSTANTIATE(T)                                                                                           \
+  template void linear<T>(const Plan&, const std::vector<CoreShape>&, int64_t, ProductPrecision, const T*,          \
+                          const std::vector<const T*>&, const T*, T*, const Allocate&, CUstream_st*);               \
+  template void linear_backward<T>(const Plan&, const std::vector<CoreShape>&, int64_t, ProductPrecision, const T*, \
+                                   const T*, const std::vector<const T*>&, T*, const std::vector<T*>&, T*,          \
+                                   const Allocate&, CUstream_st*);
 FW_INSTANTIATE(Bfloat16)
 FW_INSTANTIATE(Float16)
 FW_INSTANTIATE(float)

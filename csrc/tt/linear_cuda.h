@@ -20,15 +20,15 @@ namespace finite_width::cuda {
 
 // As tt::linear; T is Bfloat16, Float16, float or double.
 template <class T>
-void linear(const tt::Plan& plan, const std::vector<tt::CoreShape>& shapes, int64_t batch, Precision precision,
+void linear(const tt::Plan& plan, const std::vector<tt::CoreShape>& shapes, int64_t batch, ProductPrecision precision,
             const T* x, const std::vector<const T*>& cores, const T* bias, T* y, const Allocate& allocate,
             CUstream_st* stream);
 
 // As tt::linear_backward.
 template <class T>
-void linear_backward(const tt::Plan& plan, const std::vector<tt::CoreShape>& shapes, int64_t batch, Precision precision,
-                     const T* grad, const T* x, const std::vector<const T*>& cores, T* x_gradient,
-                     const std::vector<T*>& core_gradients, T* bias_gradient, const Allocate& allocate,
+void linear_backward(const tt::Plan& plan, const std::vector<tt::CoreShape>& shapes, int64_t batch,
+                     ProductPrecision precision, const T* grad, const T* x, const std::vector<const T*>& cores,
+                     T* x_gradient, const std::vector<T*>& core_gradients, T* bias_gradient, const Allocate& allocate,
                      CUstream_st* stream);
 
 }  // namespace finite_width::cuda

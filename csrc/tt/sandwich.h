@@ -50,9 +50,9 @@ struct Sandwich {
 };
 
 // How float32 is multiplied on a GPU; the others have one way each.
-enum class Precision { ieee = 0, split = 1, tf32 = 2 };
+enum class ProductPrecision { ieee = 0, split = 1, tf32 = 2 };
 
 template <class T, class S>
-void sandwich(const Sandwich<T, S>& call, Precision precision, CUstream_st* stream);
+void sandwich(const Sandwich<T, S>& call, ProductPrecision precision, CUstream_st* stream);
 
 }  // namespace finite_width::cuda

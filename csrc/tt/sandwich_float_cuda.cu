@@ -5,14 +5,14 @@
 namespace finite_width::cuda {
 
 template <>
-void sandwich(const Sandwich<float, float>& call, Precision precision, CUstream_st* stream) {
-  if (precision == Precision::split) return start<Tf32Way<true>, 64, 32, 64>(call, stream);
-  if (precision == Precision::tf32) return start<Tf32Way<false>, 64, 32, 64>(call, stream);
+void sandwich(const Sandwich<float, float>& call, ProductPrecision precision, CUstream_st* stream) {
+  if (precision == ProductPrecision::split) return start<Tf32Way<true>, 64, 32, 64>(call, stream);
+  if (precision == ProductPrecision::tf32) return start<Tf32Way<false>, 64, 32, 64>(call, stream);
   start<MultiplyAddWay<float>, 64, 32, 64>(call, stream);
 }
 
 template <>
-void sandwich(const Sandwich<double, double>& call, Precision, CUstream_st* stream) {
+void sandwich(const Sandwich<double, double>& call, ProductPrecision, CUstream_st* stream) {
   start<MultiplyAddWay<double>, 32, 32, 32>(call, stream);
 }
 

@@ -4,7 +4,7 @@
 namespace finite_width::cuda {
 
 template <>
-void sandwich(const Sandwich<Float16, float>& call, Precision, CUstream_st* stream) {
+void sandwich(const Sandwich<Float16, float>& call, ProductPrecision, CUstream_st* stream) {
   using Way = HalfWay<Float16>;
   const bool large = call.left.k > 32 || call.right.k > 32, across = call.right.o > 32;
   if (large) return across ? start<Way, 64, 64, 64>(call, stream) : start<Way, 64, 64, 32>(call, stream);

@@ -130,7 +130,7 @@ struct Tf32Way {
   using Held = Fragment;
 
   __device__ static void split(float value, uint32_t& high, uint32_t& low) {
-    high = round_to_tf32(value);
+    high = value != value ? 0x7fc00000u : round_to_tf32(value);  // a NaN stays one, whatever rounding does to its bits
     low = kSplit ? round_to_tf32(value - float_of(high)) : 0u;
   }
 

@@ -26,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #define __global__
@@ -88,7 +89,9 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  jmp_buf place;       // where it goes on: unlike swapcontext, a jump makes no system call
+  bool started;
   std::unique_ptr<char[]> stack;
   unsigned thread;
   Group *warp, *waiting = nullptr;
@@ -175,8 +178,17 @@ class Block {
   }
 
   void yield() {
-    Fiber* self = current_;
-    swapcontext(&self->context, &scheduler_);
+    if (_setjmp(current_->place) == 0) _longjmp(scheduler_, 1);
+  }
+
+  // Runs a thread until it waits or ends.
+  [[gnu::noinline]] void resume(Fiber& fiber) {
+    current_ = &fiber;
+    threadIdx = {fiber.thread, 0, 0};
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
   }
 
   void run_block(size_t threads) {
@@ -191,7 +203,7 @@ class Block {
       fiber.warp = &warps_[i / kWarp];
       ++fiber.warp->alive;
       fiber.waiting = nullptr;
-      fiber.done = false;
+      fiber.done = fiber.started = false;
       fiber.copies.assign(1, {});
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -207,9 +219,7 @@ class Block {
         if (fiber.done || (fiber.waiting && fiber.waiting->generation == fiber.seen)) continue;
         any = true;
         fiber.waiting = nullptr;
-        current_ = &fiber;
-        threadIdx = {fiber.thread, 0, 0};
-        swapcontext(&scheduler_, &fiber.context);
+        resume(fiber);
         left -= fiber.done;
       }
       if (!any) fail("a barrier that some threads never reach");
@@ -217,7 +227,7 @@ class Block {
   }
 
   const std::function<void()>* body_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Group> warps_;
   Group block_;

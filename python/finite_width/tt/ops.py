@@ -10,7 +10,6 @@ the Functions take the cores last, as `*cores`, and the ops take them as a list.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ _linear_op = _library.register("tt_linear", reference.tt_linear, _fake_linear)
 _backward_op = _library.register("tt_linear_backward", reference.tt_linear_backward, _fake_backward)
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_cuda_kernels() -> bool:
     """Whether tensors on a GPU take compiled kernels."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key("finite_width::tt_linear", "CUDA"))
