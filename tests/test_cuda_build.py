@@ -1,4 +1,4 @@
-"""What the build promises of CUDA kernels, where nvcc is: no spilled registers, none registered unasked. Needs no GPU."""
+"""What the build promises of CUDA kernels, where nvcc is: no spilled registers, none registered unasked. No GPU."""
 
 from __future__ import annotations
 
