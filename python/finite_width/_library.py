@@ -58,7 +58,7 @@ SCHEMAS: dict[str, str] = {
     # Bayes.
     "bayes_noise": "(Tensor like, Tensor seed, int sample, int stream) -> Tensor",
     "bayes_sample": "(Tensor mu, Tensor rho, Tensor seed, Tensor? prior_mean, float? prior_std, int stream,"
-    " bool centred) -> (Tensor, Tensor)",
+    " bool centred, ScalarType? dtype) -> (Tensor, Tensor)",
     "bayes_sample_backward": "(Tensor? grad, Tensor? grad_kl, Tensor mu, Tensor rho, Tensor? seed, Tensor? prior_mean,"
     " float? prior_std, int stream, bool centred) -> (Tensor, Tensor)",
     "bayes_kl": "(Tensor[] mu, Tensor[] rho, Tensor[] prior_mean, float[] prior_std) -> Tensor",

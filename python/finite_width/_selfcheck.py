@@ -78,7 +78,7 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(torch.zeros((), dtype=torch.float64), 2.0, (0.1, 0.0, 0.0, 1.0, 1.0), *_WINDOW, None, None, None),
     ),
     "bayes_noise": lambda: (torch.zeros(3, 67), torch.tensor(5), 2, 1),
-    "bayes_sample": lambda: (_randn(3, 67), _randn(3, 67), torch.tensor(5), _randn(67, 3).mT, 0.5, 0, False),
+    "bayes_sample": lambda: (_randn(3, 67), _randn(3, 67), torch.tensor(5), _randn(67, 3).mT, 0.5, 0, False, None),
     "bayes_sample_backward": lambda: (
         *(_randn(3, 67), torch.tensor(0.5), _randn(3, 67), _randn(3, 67), torch.tensor(5)),
         *(None, 0.5, 0, False),
