@@ -95,7 +95,7 @@ sanitize: setup
 
 # On a machine with a GPU: build, test and measure the CUDA kernels with its own python3 and torch (2.11 or later), without
 # a network or an environment of our own; under ten minutes. Writes benchmarks/results/<gpu>-<wing>.json.
-ON_GPU := FINITE_WIDTH_UNTRIED_CUDA=1 PYTHONPATH=build/gpu $(PYTHON)
+ON_GPU := env FINITE_WIDTH_UNTRIED_CUDA=1 PYTHONPATH=build/gpu $(PYTHON)
 gpu:
 	@$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no CUDA device'"
 	rm -rf build/gpu && FINITE_WIDTH_CUDA=1 FINITE_WIDTH_REQUIRE_EXT=1 \
@@ -106,6 +106,7 @@ gpu:
 	  timeout 120 $(ON_GPU) benchmarks/run.py --wing $$wing --device cuda --refcheck --no-memory \
 	    --json benchmarks/results/$$gpu-$${wing% --peers}.json || exit 1; \
 	done
+	timeout 60 $(ON_GPU) -m pytest -rs tests/test_cuda_sanitizer.py
 
 clean:
 	rm -rf build dist out site docs/figures docs/benchmarks.md python/*.egg-info python/finite_width/*.so $(VENV)/.built
