@@ -126,7 +126,8 @@ def _peers(size: int, x: Tensor) -> dict[str, Any]:
     return peers
 
 
-def _layer(size: int, against_usual: float) -> Case:
+def _layer(size: int, against_usual: float, against_linear: float = 1.4) -> Case:
+    """`against_linear`: our time over nn.Linear's that is aimed at."""
     torch.manual_seed(0)
     x = torch.randn(BATCH, size, device=harness.DEVICE, requires_grad=True)
     linear = nn.Linear(size, size, device=harness.DEVICE)
@@ -148,7 +149,7 @@ def _layer(size: int, against_usual: float) -> Case:
         flops=6.0 * BATCH * size * size,
         bytes=24.0 * size * size,
         targets={
-            ("finite-width", "nn.Linear"): 1 / 1.4,
+            ("finite-width", "nn.Linear"): 1 / against_linear,
             ("finite-width", "as usually written"): against_usual,
             ("finite-width", "closed KL, plain torch"): 2.0,
             ("finite-width", "local, plain torch"): 2.0,
@@ -242,21 +243,140 @@ def _noise() -> Case:
 
 
 def _sampling(size: int) -> Case:
-    """Sample + KL (12 bytes a weight) and its backward (20), without products, against a copy of as many bytes."""
+    """Sample + KL (12 bytes a weight) and its backward (20), without products, against copies of as many bytes."""
     mu, grad = (torch.randn(size, size, device=harness.DEVICE) for _ in range(2))
     rho = torch.full((size, size), RHO, device=harness.DEVICE)
     seed, one = torch.tensor(7, device=harness.DEVICE), torch.ones((), device=harness.DEVICE)
     backward = torch.ops.finite_width.bayes_sample_backward
-    target = torch.empty_like(mu)
+    narrow = grad.bfloat16()
     return Case(
         name=f"sampling {size}",
-        what=f"{size}×{size} float32: W and its KL; ∂μ and ∂ρ from ∂W; a copy of 8 bytes a weight",
+        what=f"{size}×{size} float32: W and its KL; ∂μ and ∂ρ from ∂W; copies of 12 and 20 bytes a weight",
         implementations={
-            "copy": lambda: target.copy_(mu),
+            "copy, 12 bytes a weight": harness.copy_of(12.0 * size * size),
+            "copy, 20 bytes a weight": harness.copy_of(20.0 * size * size),
             "sample + KL": lambda: ops.sample(mu, rho, seed, None, 1.0),
             "backward": lambda: backward(grad, one, mu, rho, seed, None, 1.0, 0, False),
+            "sample + KL, W in bfloat16": lambda: ops.sample(mu, rho, seed, None, 1.0, dtype=torch.bfloat16),
+            "backward, ∂W in bfloat16": lambda: backward(narrow, one, mu, rho, seed, None, 1.0, 0, False),
         },
-        baseline="copy",
+        baseline="copy, 12 bytes a weight",
+        targets={
+            ("sample + KL", "copy, 12 bytes a weight"): 0.75,
+            ("backward", "copy, 20 bytes a weight"): 0.75,
+        },
+        memory=False,
+    )
+
+
+def _without_products(size: int) -> Case:
+    """W, its KL, and the gradients by μ and ρ from ∂W and ∂KL: what a layer costs beside its products."""
+    modules = [_Plain(size) for _ in range(3)]
+    cotangents = torch.randn(size, size, device=harness.DEVICE), torch.ones((), device=harness.DEVICE)
+    seed = torch.tensor(7, device=harness.DEVICE)
+
+    def usual(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = torch.log1p(torch.exp(rho))
+        w = mu + sigma * torch.randn_like(mu)
+        log_q = -0.5 * math.log(2 * math.pi) - torch.log(sigma) - (w - mu) ** 2 / (2 * sigma**2)
+        return w, (log_q.sum() - (-0.5 * math.log(2 * math.pi) - w**2 / 2).sum())
+
+    def closed(mu: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = F.softplus(rho)
+        kl = (0.5 * (sigma * sigma + mu * mu) - torch.log(sigma) - 0.5).sum()
+        return mu + sigma * torch.randn_like(mu), kl
+
+    def run(module: _Plain, form: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[], None]:
+        pair = module.weight_mu, module.weight_rho
+
+        def both() -> None:
+            for leaf in pair:
+                leaf.grad = None
+            torch.autograd.backward(form(*pair), cotangents)
+
+        return both
+
+    return Case(
+        name=f"without products {size}",
+        what=f"{size}×{size} float32: W, its KL and both gradients, forward and backward, no matrix product",
+        implementations={
+            "finite-width": run(modules[0], lambda mu, rho: ops.sample(mu, rho, seed, None, 1.0)),
+            "as usually written": run(modules[1], usual),
+            "closed KL, plain torch": run(modules[2], closed),
+        },
+        baseline="as usually written",
+        bytes=32.0 * size * size,
+        targets={("finite-width", "as usually written"): 8.0, ("finite-width", "closed KL, plain torch"): 4.0},
+        memory=False,
+    )
+
+
+def _products(size: int, how: str) -> Case:
+    """The whole layer with its products in another precision: the ratio is reported, not aimed at."""
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, size, device=harness.DEVICE, requires_grad=True)
+    linear, usual = nn.Linear(size, size, device=harness.DEVICE), Usual(size)
+    calls = {
+        "nn.Linear": step(linear, x, lambda: (linear(x).float(), None)),
+        "finite-width": _ours(size, x, "weight"),
+        "finite-width local": _ours(size, x, "local"),
+        "as usually written": plain_step(usual, x),
+    }
+
+    def tf32(call: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            before = torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cuda.matmul.allow_tf32 = True
+            try:
+                call()
+            finally:
+                torch.backends.cuda.matmul.allow_tf32 = before
+
+        return run
+
+    def bfloat16(call: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.autocast(harness.DEVICE, dtype=torch.bfloat16):
+                call()
+
+        return run
+
+    wrap = tf32 if how == "TF32" else bfloat16
+    return Case(
+        name=f"layer {size}, {how}",
+        what=f"{size}→{size} with bias, batch {BATCH}, products in {how}: forward + KL + backward to x, μ, ρ",
+        implementations={name: wrap(call) for name, call in calls.items()},
+        baseline="nn.Linear",
+        memory=False,
+    )
+
+
+def _ten_layers(size: int) -> Case:
+    """Small layers, where launches count: a whole training step of ten of them."""
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, size, device=harness.DEVICE, requires_grad=True)
+    ours = nn.Sequential(*(fw.bayes.BayesLinear(size, size, init_std=SIGMA) for _ in range(10))).to(harness.DEVICE)
+    usual, closed = (nn.ModuleList(kind(size) for _ in range(10)) for kind in (Usual, Closed))
+    linear = nn.Sequential(*(nn.Linear(size, size) for _ in range(10))).to(harness.DEVICE)
+
+    def through(layers: nn.ModuleList) -> tuple[Tensor, Tensor]:
+        y, total = x, x.new_zeros(())
+        for layer in layers:
+            y, kl = layer(y)
+            total = total + kl
+        return y, total
+
+    return Case(
+        name=f"ten layers of {size}",
+        what=f"ten {size}→{size} with bias, batch {BATCH}, float32: forward + KL + backward to x, μ, ρ",
+        implementations={
+            "nn.Linear": step(linear, x, lambda: (linear(x), None)),
+            "finite-width": step(ours, x, lambda: (ours(x), fw.bayes.kl(ours))),
+            "as usually written": step(usual, x, lambda: through(usual)),
+            "closed KL, plain torch": step(closed, x, lambda: through(closed)),
+        },
+        baseline="as usually written",
+        targets={("finite-width", "as usually written"): 5.0},
         memory=False,
     )
 
@@ -304,11 +424,23 @@ CASES: dict[str, Callable[[], Case]] = {
     "noise": _noise,
     "predict": _predict,
 }
-if harness.DEVICE != "cpu":
-    CASES = {
-        "sampling 4096": lambda: _sampling(4096),
-        "layer 4096": lambda: _layer(4096, 8.0),
+
+
+def gpu_cases(scale: int = 1) -> dict[str, Callable[[], Case]]:
+    """The cases of a GPU; a scale makes them smaller, to see that they run."""
+    size, small = 4096 // scale, 256 // scale
+    return {
+        f"sampling {size}": lambda: _sampling(size),
+        f"without products {size}": lambda: _without_products(size),
+        f"layer {size}": lambda: _layer(size, 8.0, 1.7),
+        f"layer {size}, TF32": lambda: _products(size, "TF32"),
+        f"layer {size}, bfloat16": lambda: _products(size, "bfloat16"),
+        f"ten layers of {small}": lambda: _ten_layers(small),
         "accuracy 1024": _accuracy,
         "noise": _noise,
         "predict": _predict,
     }
+
+
+if harness.DEVICE != "cpu":
+    CASES = gpu_cases()

@@ -119,6 +119,33 @@ def first_run(call: Callable[[], Any]) -> tuple[float, int | None]:
     return time_of(call), torch.cuda.max_memory_allocated() - held
 
 
+def replayed(call: Callable[[], Any], times: int) -> Callable[[], Any]:
+    """A call that runs `call` so many times: on a GPU the replay of one graph, after runs that warm up."""
+
+    def run() -> None:
+        for _ in range(times):
+            call()
+
+    if DEVICE == "cpu":
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def copy_of(size: float) -> Callable[[], Any]:
+    """A copy that reads and writes so many bytes altogether: what memory-bound work is held against."""
+    source = torch.ones(max(1, round(size / 8)), device=DEVICE)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
 def interleave(
     calls: dict[str, Callable[[], Any]],
     min_runs: int,

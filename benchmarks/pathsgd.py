@@ -108,6 +108,53 @@ def optimizer_case(sizes: Sequence[int], limit: float) -> Case:
     )
 
 
+def large_case(sizes: Sequence[int]) -> Case:
+    """Layers that are bound by the memory: three passes, held against a copy of as many bytes."""
+    models = [with_gradients(mlp(sizes)) for _ in range(5)]
+    weights = sum(parameter.numel() for parameter in models[0].parameters())
+    return Case(
+        name=f"{len(sizes) - 1} of {sizes[0]}",
+        what=f"optimizer step, {weights / 1e6:.1f} M float32 parameters; the copy: 12 bytes a weight, three passes",
+        implementations={
+            "finite-width": fw.pathsgd.PathSGD(models[0], LR).step,
+            "copy": harness.copy_of(12.0 * weights),
+            "SGD(fused)": torch.optim.SGD(models[1].parameters(), LR, fused=True).step,
+            "Adam(fused)": torch.optim.Adam(models[2].parameters(), LR, fused=True).step,
+            "Path-SGD, plain torch": plain_torch_step(models[3], LR),
+            "finite-width, momentum": fw.pathsgd.PathSGD(models[4], LR, momentum=0.9).step,
+        },
+        baseline="SGD(fused)",
+        bytes=12.0 * weights,
+        targets={
+            ("finite-width", "copy"): 0.85,
+            ("finite-width", "SGD(fused)"): 1 / 1.15,
+            ("finite-width", "Adam(fused)"): 2.0,
+        },
+        memory=False,
+    )
+
+
+def replayed_case(sizes: Sequence[int], steps: int = 10) -> Case:
+    """Steps from a captured graph, without Python between them."""
+    models = [with_gradients(mlp(sizes)) for _ in range(3)]
+    weights = sum(parameter.numel() for parameter in models[0].parameters())
+    path = fw.pathsgd.PathSGD(models[0], LR, capturable=harness.DEVICE != "cpu")
+    implementations = {
+        "finite-width": path.step,
+        "SGD(fused)": torch.optim.SGD(models[1].parameters(), LR, fused=True).step,
+        "Path-SGD, plain torch": plain_torch_step(models[2], LR),
+    }
+    return Case(
+        name="-".join(map(str, sizes)) + ", replayed",
+        what=f"{steps} optimizer steps from one graph, {weights / 1e6:.1f} M float32 parameters, no momentum",
+        implementations={name: harness.replayed(step, steps) for name, step in implementations.items()},
+        baseline="SGD(fused)",
+        bytes=12.0 * weights * steps,
+        targets={("finite-width", "SGD(fused)"): 1 / 1.3},
+        memory=False,
+    )
+
+
 def sweep_case(size: int) -> Case:
     """The op alone, without an optimizer around it, against fused SGD on the same weight."""
     weight, grad, plain = (torch.randn(size, size, device=harness.DEVICE) for _ in range(3))
@@ -241,10 +288,18 @@ CASES: dict[str, Callable[[], Case]] = {
     "VGG-11": lambda: conv_case("VGG-11", vgg11),
     "ResNet-18": lambda: conv_case("ResNet-18", resnet18),
 }
-if harness.DEVICE != "cpu":
-    CASES = {
-        "sweep 8192": lambda: sweep_case(8192),
-        "four of 8192": lambda: optimizer_case((8192,) * 5, 1.15),
-        "784-4000-4000-10": lambda: optimizer_case((784, 4000, 4000, 10), 1.3),
+
+
+def gpu_cases(scale: int = 1) -> dict[str, Callable[[], Case]]:
+    """The cases of a GPU; a scale makes them smaller, to see that they run."""
+    wide, hidden = 8192 // scale, 4000 // scale
+    return {
+        f"sweep {wide}": lambda: sweep_case(wide),
+        f"four of {wide}": lambda: large_case((wide,) * 5),
+        "784-4000-4000-10, replayed": lambda: replayed_case((784 // scale, hidden, hidden, 10)),
         "one step": exactness_case,
     }
+
+
+if harness.DEVICE != "cpu":
+    CASES = gpu_cases()

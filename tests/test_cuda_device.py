@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import finite_width as fw
 from finite_width import _library
 from finite_width.bayes import ops as bayes
+from finite_width.bayes import reference
 from finite_width.ntk import cuda_precision, empirical_ntk
 from finite_width.ntk.contract import preserved
 from finite_width.ntk.empirical import Problem, Walk
@@ -18,6 +24,7 @@ from finite_width.pathsgd.ops import path_sweep
 from finite_width.tt import ops as tt
 from finite_width.tt.precision import PRECISIONS
 from op_battery import need, relative_error
+from pathsgd.networks import lenet, mlp
 
 
 @pytest.fixture(autouse=True)
@@ -213,3 +220,122 @@ def test_rows_of_a_tensor_train_do_not_depend_on_the_rows_beside_them() -> None:
     x = torch.randn(70, 1024, device="cuda").bfloat16()
     y = tt.tt_linear(x, cores, None, (1, 0, 0, 0, 0, 0))
     assert torch.equal(y[13:14], tt.tt_linear(x[13:14].contiguous(), cores, None, (1, 0, 0, 0, 0, 0)))
+
+
+def test_normals_are_within_their_bound() -> None:
+    """8 units of 2^-24 of themselves, against float64 from the same words."""
+    count = 1 << 20
+    like, seed = torch.empty(count, device="cuda"), torch.tensor(7, device="cuda")
+    words = reference.philox(torch.arange(count // 4, device="cuda"), seed, 0, 0)
+    exact = torch.stack([*reference.box_muller(words[0], words[1]), *reference.box_muller(words[2], words[3])])
+    exact = exact.reshape(4, -1, 16).transpose(0, 1).reshape(-1)
+    error = (bayes.noise(like, seed).double() - exact).abs()
+    assert bool((error <= 8 * 2.0**-24 * exact.abs() + 1e-30).all())
+
+
+def batch(model: nn.Module, seed: int, shape: tuple[int, ...] = (20,)) -> None:
+    """Fresh gradients of a loss, in the tensors that hold them already."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(8, *shape, generator=generator).cuda()
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), torch.arange(8).cuda() % 2), list(model.parameters()))
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+        parameter.grad.copy_(gradient)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+@pytest.mark.parametrize(("make", "shape"), [(lambda: mlp(20, 150, 70, 2), (20,)), (lenet, (1, 28, 28))])
+def test_training_does_not_feel_powers_of_two(make: Callable[[], nn.Module], shape: tuple[int, ...], p: float) -> None:
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        model = make().cuda()
+        other = copy.deepcopy(model)
+        on_cpu = copy.deepcopy(other).cpu()
+        fw.pathsgd.rescale_(on_cpu, seed=0, power_of_two=True, input_shape=shape)
+        other.load_state_dict(on_cpu.state_dict())
+        for each in (model, other):
+            optimizer = fw.pathsgd.PathSGD(each, 1e-3, p=p, momentum=0.9, input_shape=shape)
+            for seed in range(6):
+                batch(each, seed, shape)
+                optimizer.step()
+        x = torch.randn(4, *shape, device="cuda")
+        assert torch.equal(model(x), other(x))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}])
+def test_a_captured_step_is_an_eager_one(settings: dict[str, Any]) -> None:
+    """Bit for bit over an odd number of replays, with eager steps before and after, and without waiting."""
+    torch.manual_seed(0)
+    model = mlp(20, 150, 70, 2).cuda()
+    other = copy.deepcopy(model)
+    rates = [torch.tensor(1e-3, device="cuda") for _ in range(2)]
+    optimizers = [
+        fw.pathsgd.PathSGD(each, lr, capturable=True, **settings)
+        for each, lr in zip((model, other), rates, strict=True)
+    ]
+    for each, optimizer in zip((model, other), optimizers, strict=True):
+        batch(each, 0)
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    kept = copy.deepcopy([model.state_dict(), optimizers[0].state_dict()["state"]])
+    with torch.cuda.graph(graph):
+        optimizers[0].step()
+    for parameter, value in zip(model.parameters(), kept[0].values(), strict=True):
+        assert torch.equal(parameter, value)  # a capture runs nothing
+    for seed in range(1, 6):
+        for each, lr in zip((model, other), rates, strict=True):
+            batch(each, seed)
+            lr.mul_(0.9)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            graph.replay()
+            optimizers[1].step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for each, optimizer in zip((model, other), optimizers, strict=True):
+        batch(each, 9)
+        optimizer.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_found_inf_leaves_a_step_out() -> None:
+    torch.manual_seed(0)
+    for make, shape in ((lambda: mlp(20, 150, 70, 2), (20,)), (lenet, (1, 28, 28))):
+        model = make().cuda()
+        optimizer = fw.pathsgd.PathSGD(model, 1e-4, momentum=0.9, input_shape=shape)
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+        for step in range(4):
+            batch(model, step, shape)
+            scale = scaler.scale(torch.ones((), device="cuda"))
+            for parameter in model.parameters():
+                parameter.grad.mul_(scale)
+            if step == 2:
+                next(model.parameters()).grad.view(-1)[0] = math.inf
+            before = copy.deepcopy([list(model.parameters()), optimizer.state_dict()["state"]])
+            scaler.step(optimizer)
+            scaler.update()
+            same = all(torch.equal(one, two) for one, two in zip(model.parameters(), before[0], strict=True))
+            assert same == (step == 2)
+            for index, state in optimizer.state_dict()["state"].items():
+                if step == 2:
+                    assert torch.equal(state["momentum_buffer"], before[1][index]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_are_the_wide_ones_rounded(dtype: torch.dtype) -> None:
+    mu, rho, grad = (torch.randn(100_003, device="cuda") for _ in range(3))
+    seed = torch.tensor(3, device="cuda")
+    wide, kl = bayes.sample(mu, rho, seed, None, 1.0)
+    narrow, same_kl = bayes.sample(mu, rho, seed, None, 1.0, dtype=dtype)
+    assert torch.equal(narrow, wide.to(dtype))
+    assert torch.equal(kl, same_kl)
+    backward = torch.ops.finite_width.bayes_sample_backward
+    rest = (kl, mu, rho, seed, None, 1.0, 0, False)
+    for one, two in zip(backward(grad.to(dtype), *rest), backward(grad.to(dtype).float(), *rest), strict=True):
+        assert torch.equal(one, two)

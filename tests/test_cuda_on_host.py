@@ -39,16 +39,26 @@ def run(library: Path | None, command: list[str], **environment: str) -> str:
     return done.stdout
 
 
+def run_tests(library: Path, *arguments: str, **environment: str) -> str:
+    said = run(library, ["-m", "pytest", "-x", "-rs", "-p", "no:cacheprovider", *arguments], **environment)
+    assert " passed" in said
+    return said
+
+
 def battery(library: Path, chosen: str, **environment: str) -> None:
     files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*/bind_cuda.cpp"))
     tests = [f"tests/{Path(path).parent.name}/test_ops.py" for path in files]
-    said = run(library, ["-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", chosen, *tests], **environment)
-    assert " passed" in said
+    run_tests(library, "-k", chosen, *tests, **environment)
 
 
 def test_battery(library: Path) -> None:
     """Kernel against reference and bad input, and what each wing's ops promise beyond the battery."""
     battery(library, "not opcheck and not compile and not grad and not vmap and not jvp")
+
+
+def test_path_sgd_s_steps(library: Path) -> None:
+    """Whole steps, among them the check that they read nothing on the host."""
+    assert "reads its state" not in run_tests(library, "tests/pathsgd/test_device_step.py")
 
 
 @pytest.mark.slow
@@ -82,8 +92,8 @@ def test_same_noise_weights_and_gradients_as_on_the_cpu(values: dict[str, dict[s
     if not fw.has_kernels():
         pytest.skip("the promise is the kernels'; the reference's functions round otherwise")
     for key, value in values["cpu"].items():
-        if key.startswith(("ntk", "tt")):
-            continue  # no such promise; tests/ntk/test_ops.py and tests/tt/test_ops.py compare with float64
+        if key.startswith(("ntk", "tt", "order")):
+            continue  # no such promise; the wings' test_ops.py compare with float64
         exact = key.startswith("bayes") and not key.endswith("kl")
         tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-6, "atol": 1e-30}
         torch.testing.assert_close(values["forward"][key], value, **tolerance, equal_nan=True, msg=key)

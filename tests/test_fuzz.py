@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -208,6 +209,40 @@ def fuzz_update(d: Draw) -> Call:
     return Call(pathsgd.path_update, args)
 
 
+def fuzz_path_step(d: Draw) -> Call:
+    sizes = [d.size(1, 40) for _ in range(d.size(2, 4))]
+    shapes = [(out, into) for into, out in pairwise(sizes)]
+    update, momentum, bias = d.choice([True, False]), d.choice([True, False]), d.choice([True, False])
+    rates = [0.1, 0.9, 1.0, 0.99, -1.0] if momentum else [0.1, 0.0, 0.0, 1.0, 1.0]
+    vectors = [vector(d, units) for _ in range(2) for units in sizes]
+    for outer in (vectors[0], vectors[-1]):
+        outer[:-1], outer[-1] = 1, 0
+
+    def matrices(wanted: bool) -> list[Tensor | None]:
+        return [d.normal(shape, d.dtype) if wanted else None for shape in shapes]
+
+    def rows(wanted: bool) -> list[Tensor | None]:
+        return [d.normal(shape[:1], d.dtype) if bias and wanted else None for shape in shapes]
+
+    args = (
+        *(matrices(True), matrices(update), matrices(momentum and update)),
+        *(rows(True), rows(update), rows(momentum and update)),
+        torch.cat([*vectors, torch.zeros(4 * len(shapes), dtype=torch.float64)]),
+        torch.tensor([d.choice([1.0, 2.0]), 0.7, 900.0, 0.0], dtype=torch.float64),
+        *(d.choice([1.0, 2.0, 3.0, math.inf]), rates * 2 * len(shapes), [], None, None, d.choice([0, 1, 2])),
+    )
+    units = sum(size + 1 for size in sizes)
+
+    def view(tensors: list[Tensor]) -> list[Tensor]:
+        found = [t for t in tensors if t.dtype != torch.float64 or t.dim() == 2]
+        for packed in (t for t in tensors if t.shape == (2 * units + 4 * len(shapes),)):
+            parts = packed[: 2 * units].split([size + 1 for size in sizes] * 2)
+            found += [part[:-1] * torch.exp2(part[-1].clamp(-900, 900)) for part in parts]
+        return found
+
+    return Call(pathsgd.path_step, args, view=view)
+
+
 def path_window(d: Draw) -> tuple[Tensor, list[int], list[int], tuple[Any, ...]]:
     """Path sums at a convolution's input, the shapes of its weight and output, and how it goes over the input."""
     spatial, groups = d.size(1, 3), d.size(1, 3)
@@ -326,6 +361,7 @@ FUZZ: dict[str, Callable[[Draw], Call]] = {
     "ntk_convolve": fuzz_convolve,
     "tt_linear": fuzz_tensor_train,
     "path_sweep": fuzz_sweep,
+    "path_step": fuzz_path_step,
     "path_update": fuzz_update,
     "path_convolution": fuzz_path_convolution,
     "path_convolution_backward": fuzz_path_convolution_backward,

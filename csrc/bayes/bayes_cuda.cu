@@ -9,67 +9,14 @@
 
 #include <algorithm>
 
-#include "bayes/scalar.h"
+#include "bayes/elements.cuh"
+#include "common/half.h"
 #include "common/launch.cuh"
-
-#define FW_MATH __host__ __device__ inline
-#define FW_MATH_NAMESPACE finite_width::cuda
-#include "bayes/gaussian_math.h"
-#undef FW_MATH
-#undef FW_MATH_NAMESPACE
 
 namespace finite_width::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kQuads = 4;  // of a thread
 static_assert(kThreads * kQuads * 4 == kElementsPerBlock);
-
-// One float at a time, as gaussian_math.h wants it.
-struct ScalarOps {
-  using F = float;
-  using I = int32_t;
-  using U = uint32_t;
-  __device__ static F constant(float value) { return value; }
-  __device__ static F fma(F a, F b, F c) { return fmaf(a, b, c); }
-  __device__ static I bits(F a) {
-    I result;
-    memcpy(&result, &a, sizeof result);
-    return result;
-  }
-  __device__ static F from_bits(I a) {
-    F result;
-    memcpy(&result, &a, sizeof result);
-    return result;
-  }
-  __device__ static I to_signed(U a) { return static_cast<I>(a); }
-  __device__ static I less(F a, F b) { return a < b ? -1 : 0; }
-  __device__ static F select(I mask, F yes, F no) { return mask ? yes : no; }
-  __device__ static F to_float(I a) { return static_cast<F>(a); }
-  __device__ static F unsigned_to_float(U a) { return static_cast<F>(a); }
-  __device__ static F sqrt(F a) { return sqrtf(a); }
-};
-
-// σ and its relatives for both types, under the same names.
-template <class T>
-struct Sigma;
-
-template <>
-struct Sigma<float> : Softplus<ScalarOps> {
-  float rho;
-  __device__ explicit Sigma(float rho) : Softplus<ScalarOps>(rho), rho(rho) {}
-  __device__ float log() const { return log_sigma(rho); }
-  __device__ float slope_over_sigma() const { return derivative_over_sigma(); }
-  __device__ float slope(float over_sigma) const { return derivative(over_sigma); }
-};
-
-template <>
-struct Sigma<double> : ScalarSoftplus {
-  __device__ explicit Sigma(double rho) : ScalarSoftplus(rho) {}
-  __device__ double log() const { return log_sigma; }
-  __device__ double slope_over_sigma() const { return derivative_over_sigma; }
-  __device__ double slope(double) const { return derivative; }
-};
 
 // The tensors of one launch; those of `first_block` up to the next one's are the blocks of a tensor.
 template <class T>
@@ -90,21 +37,10 @@ Tensors<T> collect(const Weights<T>* tensors, int count, int64_t& blocks) {
     const Weights<T>& one = all.of[i] = tensors[i];
     all.first_block[i] = blocks;
     blocks += ceil_div(one.count, kElementsPerBlock);
-    all.wide = all.wide && aligned16(one.mu, one.rho, one.prior_mean, one.weight, one.grad, one.grad_mu, one.grad_rho);
+    all.wide = all.wide && aligned16(one.mu, one.rho, one.prior_mean, one.grad_mu, one.grad_rho) &&
+               aligned16(static_cast<const char*>(one.weight), static_cast<const char*>(one.grad));
   }
   return all;
-}
-
-// A thread's place in its tensor.
-struct Place {
-  int tensor;
-  int64_t group;  // of 64 elements
-  int quad;       // 0..3: elements 64 group + 16 w + 4 quad
-};
-
-__device__ inline Place place_in(int64_t block) {
-  const int64_t thread = block * kThreads + threadIdx.x;
-  return {0, thread / 4, static_cast<int>(thread % 4)};
 }
 
 template <class T>
@@ -116,26 +52,9 @@ __device__ inline Place place_of(const Tensors<T>& all) {
   return place;
 }
 
-// normal[w][c]: the normal of element 64 group + 16 w + 4 quad + c.
-__device__ inline void normals_at(const Place& place, uint64_t seed, uint32_t sample, uint32_t stream,
-                                  float normal[kQuads][4]) {
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const uint64_t block = static_cast<uint64_t>(place.group) * kNoiseLanes + 4 * place.quad + c;
-    uint32_t word[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), sample, stream};
-    philox4x32_10(word, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    box_muller<ScalarOps>(word[0], word[1], normal[0][c], normal[1][c]);
-    box_muller<ScalarOps>(word[2], word[3], normal[2][c], normal[3][c]);
-  }
-}
-
-// How many of the quad's elements there are: 4, fewer at the end, none (or less) beyond.
-__device__ inline int valid_at(int64_t at, int64_t count) {
-  return at + 4 <= count ? 4 : at < count ? static_cast<int>(count - at) : 0;
-}
-
-template <class T, bool kNoise, bool kKl>
+template <class T, class Stored, Makes kMakes, bool kKl>
 __global__ void __launch_bounds__(kThreads) sample_kernel(Tensors<T> all, Call<T> call, double* partial) {
+  constexpr bool kNoise = kMakes == Makes::sample;
   const Place place = place_of(all);
   const Weights<T>& to = all.of[place.tensor];
   float normal[kQuads][4];
@@ -150,14 +69,15 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Tensors<T> all, Call<T
                   rho = load_quad(to.rho + at, valid, all.wide, T(0));
     Quad<T> mean{};
     if (kKl && to.prior_mean) mean = load_quad(to.prior_mean + at, valid, all.wide, T(0));
-    Quad<T> weight;
+    Quad<Stored> weight;
     T terms = 0;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const Sigma<T> sigma(rho.value[c]);
       if constexpr (kNoise) {
-        weight.value[c] = fma(sigma.sigma, static_cast<T>(normal[w][c]), call.centred ? T(0) : mu.value[c]);
+        narrow(fma(sigma.sigma, static_cast<T>(normal[w][c]), call.centred ? T(0) : mu.value[c]), weight.value[c]);
       }
+      if constexpr (kMakes == Makes::variance) narrow(sigma.sigma * sigma.sigma, weight.value[c]);
       if constexpr (kKl) {
         const T distance = mu.value[c] - mean.value[c];
         const T spread = fma(distance, distance, sigma.sigma * sigma.sigma);
@@ -165,7 +85,9 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Tensors<T> all, Call<T
         if (c < valid) terms += term;
       }
     }
-    if constexpr (kNoise) store_quad(to.weight + at, valid, all.wide, weight);
+    if constexpr (kMakes != Makes::nothing) {
+      store_quad(static_cast<Stored*>(to.weight) + at, valid, all.wide, weight);
+    }
     if (kKl && to.prior.present) kl += static_cast<double>(terms);
   }
   if constexpr (kKl) {
@@ -183,8 +105,9 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const double* partial,
   if (threadIdx.x == 0) *kl = static_cast<T>(sum);
 }
 
-template <class T, bool kNoise>
+template <class T, class Stored, Makes kMakes>
 __global__ void __launch_bounds__(kThreads) backward_kernel(Tensors<T> all, Call<T> call) {
+  constexpr bool kNoise = kMakes == Makes::sample, kVariance = kMakes == Makes::variance;
   const Place place = place_of(all);
   const Weights<T>& to = all.of[place.tensor];
   float normal[kQuads][4];
@@ -199,26 +122,36 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Tensors<T> all, Call
     if (valid == 0) continue;
     const Quad<T> mu = load_quad(to.mu + at, valid, all.wide, T(0)),
                   rho = load_quad(to.rho + at, valid, all.wide, T(0));
-    Quad<T> mean{}, grad{}, weight, grad_mu, grad_rho;
+    Quad<T> mean{}, grad_mu{}, grad_rho;
+    Quad<Stored> grads{}, weight;
     if (to.prior.present && to.prior_mean) mean = load_quad(to.prior_mean + at, valid, all.wide, T(0));
-    if constexpr (kNoise) grad = load_quad(to.grad + at, valid, all.wide, T(0));
+    if constexpr (kNoise || kVariance) {
+      grads = load_quad(static_cast<const Stored*>(to.grad) + at, valid, all.wide, Stored{});
+    }
+    if constexpr (kVariance) grad_mu = load_quad<T>(to.grad_mu + at, valid, all.wide, T(0));
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const Sigma<T> sigma(rho.value[c]);
       const T over_sigma = sigma.slope_over_sigma(), slope = sigma.slope(over_sigma);
       T mu_part = precision * (mu.value[c] - mean.value[c]), sigma_part = precision * sigma.sigma;
       if constexpr (kNoise) {
-        const T normal_here = static_cast<T>(normal[w][c]);
-        if (!call.centred) mu_part += grad.value[c];
-        sigma_part = fma(grad.value[c], normal_here, sigma_part);
-        weight.value[c] = fma(sigma.sigma, normal_here, mu.value[c]);
+        const T normal_here = static_cast<T>(normal[w][c]), grad = widened(grads.value[c]);
+        if (!call.centred) mu_part += grad;
+        sigma_part = fma(grad, normal_here, sigma_part);
+        narrow(fma(sigma.sigma, normal_here, mu.value[c]), weight.value[c]);
       }
-      grad_mu.value[c] = mu_part;
+      if constexpr (kVariance) {
+        sigma_part = fma(T(2) * sigma.sigma, widened(grads.value[c]), sigma_part);
+        narrow(sigma.sigma * sigma.sigma, weight.value[c]);
+      }
+      grad_mu.value[c] += mu_part;
       grad_rho.value[c] = fma(sigma_part, slope, -grad_kl * over_sigma);
     }
     store_quad(to.grad_mu + at, valid, all.wide, grad_mu);
     store_quad(to.grad_rho + at, valid, all.wide, grad_rho);
-    if (kNoise && to.weight) store_quad(to.weight + at, valid, all.wide, weight);
+    if constexpr (kMakes != Makes::nothing) {
+      if (to.weight) store_quad(static_cast<Stored*>(to.weight) + at, valid, all.wide, weight);
+    }
   }
 }
 
@@ -249,6 +182,30 @@ int64_t scratch_of(const Weights<T>* tensors, int count) {
   return blocks;
 }
 
+namespace {
+
+// Calls run with the type of `weight` and `grad`.
+template <class T, class Run>
+void with_stored(Stored stored, const Run& run) {
+  if constexpr (sizeof(T) == 4) {
+    if (stored == Stored::bfloat16) return run(static_cast<Bfloat16*>(nullptr));
+    if (stored == Stored::float16) return run(static_cast<Float16*>(nullptr));
+  }
+  run(static_cast<T*>(nullptr));
+}
+
+template <class T, bool kKl>
+void (*sample_kernel_of(const Call<T>& call))(Tensors<T>, Call<T>, double*) {
+  void (*kernel)(Tensors<T>, Call<T>, double*) = sample_kernel<T, T, Makes::variance, kKl>;
+  if (call.makes == Makes::nothing) kernel = sample_kernel<T, T, Makes::nothing, kKl>;
+  if (call.makes == Makes::sample) {
+    with_stored<T>(call.stored, [&]<class S>(S*) { kernel = sample_kernel<T, S, Makes::sample, kKl>; });
+  }
+  return kernel;
+}
+
+}  // namespace
+
 template <class T>
 void sample(const Weights<T>* tensors, int count, const Call<T>& call, double* scratch, T* kl, CUstream_st* stream) {
   const bool with_kl = kl && std::any_of(tensors, tensors + count, [](const Weights<T>& w) { return w.prior.present; });
@@ -256,15 +213,12 @@ void sample(const Weights<T>* tensors, int count, const Call<T>& call, double* s
   for (int first = 0; first < count; first += kMostTensors) {
     int64_t blocks;
     const Tensors<T> all = collect(tensors + first, std::min(kMostTensors, count - first), blocks);
-    const dim3 grid = grid_of(blocks);
-    if (call.seed && with_kl) {
-      launch("bayes sample", sample_kernel<T, true, true>, grid, kThreads, kReduceBytes, stream, all, call,
-             scratch + done);
-    } else if (call.seed) {
-      launch("bayes sample", sample_kernel<T, true, false>, grid, kThreads, 0, stream, all, call, scratch);
-    } else if (with_kl) {
-      launch("bayes kl", sample_kernel<T, false, true>, grid, kThreads, kReduceBytes, stream, all, call,
-             scratch + done);
+    if (with_kl) {
+      launch("bayes sample and kl", sample_kernel_of<T, true>(call), grid_of(blocks), kThreads, kReduceBytes, stream,
+             all, call, scratch + done);
+    } else if (call.makes != Makes::nothing) {
+      launch("bayes sample", sample_kernel_of<T, false>(call), grid_of(blocks), kThreads, 0, stream, all, call,
+             scratch);
     }
     done += blocks;
   }
@@ -275,7 +229,11 @@ void sample(const Weights<T>* tensors, int count, const Call<T>& call, double* s
 
 template <class T>
 void sample_backward(const Weights<T>* tensors, int count, const Call<T>& call, CUstream_st* stream) {
-  const auto kernel = call.seed ? backward_kernel<T, true> : backward_kernel<T, false>;
+  void (*kernel)(Tensors<T>, Call<T>) = backward_kernel<T, T, Makes::variance>;
+  if (call.makes == Makes::nothing) kernel = backward_kernel<T, T, Makes::nothing>;
+  if (call.makes == Makes::sample) {
+    with_stored<T>(call.stored, [&]<class S>(S*) { kernel = backward_kernel<T, S, Makes::sample>; });
+  }
   for (int first = 0; first < count; first += kMostTensors) {
     int64_t blocks;
     const Tensors<T> all = collect(tensors + first, std::min(kMostTensors, count - first), blocks);

@@ -58,8 +58,9 @@ Tensor noise_cpu(const Tensor& like, const Tensor& seed, int64_t sample, int64_t
 
 std::tuple<Tensor, Tensor> sample_cpu(const Tensor& mu, const Tensor& rho, const Tensor& seed,
                                       const MaybeTensor& prior_mean, std::optional<double> prior_std, int64_t stream,
-                                      bool centred) {
+                                      bool centred, std::optional<ScalarType> dtype) {
   const Distribution weights(here, mu, rho, prior_mean);
+  const ScalarType stored = bayes::stored_dtype(mu, dtype);
   Tensor weight = new_empty(mu, mu.sizes()), kl = new_empty(mu, {});
   for_dtype(mu, "mu", [&]<class T>(T) {
     Span<T> span = span_of<T>(weights, prior_std, centred ? Made::centred : Made::sample);
@@ -67,7 +68,7 @@ std::tuple<Tensor, Tensor> sample_cpu(const Tensor& mu, const Tensor& rho, const
     const NoiseKey key{seed_of(seed), 0, static_cast<uint32_t>(stream)};
     *kl.mutable_data_ptr<T>() = static_cast<T>(finite_width::sample(span, key));
   });
-  return {weight, kl};
+  return {stored == mu.scalar_type() ? weight : torch::stable::to(weight, stored), kl};
 }
 
 std::tuple<Tensor, Tensor> sample_backward_cpu(const MaybeTensor& grad, const MaybeTensor& grad_kl, const Tensor& mu,
@@ -78,10 +79,8 @@ std::tuple<Tensor, Tensor> sample_backward_cpu(const MaybeTensor& grad, const Ma
   Tensor grad_mu = new_empty(mu, mu.sizes()), grad_rho = new_empty(mu, mu.sizes());
   STD_TORCH_CHECK(seed || !grad, "finite_width: grad needs the seed");
   MaybeTensor incoming;
-  if (grad) {
-    bayes::check_like(here, *grad, "grad", mu);
-    incoming = contiguous(*grad);
-  }
+  if (grad) incoming = bayes::checked_grad(here, *grad, mu);
+  if (grad && grad->scalar_type() != mu.scalar_type()) incoming = torch::stable::to(*incoming, mu.scalar_type());
   for_dtype(mu, "mu", [&]<class T>(T) {
     const NoiseKey key{seed ? seed_of(*seed) : 0, 0, static_cast<uint32_t>(stream)};
     sample_backward<T>(span_of<T>(weights, prior_std, centred ? Made::centred : Made::sample), key,

@@ -41,6 +41,25 @@ inline void check_scalar(Place here, const Tensor& value, const char* name, Scal
   STD_TORCH_CHECK(value.numel() == 1, "finite_width: ", name, " must have one element, got shape ", shape_text(value));
 }
 
+// The dtype of a sampled W: the distribution's own where none is asked for, or for float32 one of 16 bits.
+inline ScalarType stored_dtype(const Tensor& mu, std::optional<ScalarType> asked) {
+  const ScalarType own = mu.scalar_type(), dtype = asked.value_or(own);
+  const bool narrow = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  STD_TORCH_CHECK(dtype == own || (own == ScalarType::Float && narrow),
+                  "finite_width: dtype must be that of mu, or bfloat16 or float16 where mu is float32");
+  return dtype;
+}
+
+// A gradient by a W of such a dtype: contiguous, of mu's shape.
+inline Tensor checked_grad(Place here, const Tensor& grad, const Tensor& mu) {
+  stored_dtype(mu, grad.scalar_type());
+  here(grad, "grad", mu);
+  bool same = grad.dim() == mu.dim();
+  for (int64_t axis = 0; same && axis < mu.dim(); ++axis) same = grad.size(axis) == mu.size(axis);
+  STD_TORCH_CHECK(same, "finite_width: grad must have shape ", shape_text(mu), ", got ", shape_text(grad));
+  return torch::stable::contiguous(grad);
+}
+
 // One tensor of weights, made contiguous and checked.
 struct Distribution {
   Tensor mu, rho;

@@ -54,6 +54,7 @@ Call<T> call_of(const MaybeTensor& seed, const MaybeTensor& grad_kl, const Tenso
   if (seed) {
     bayes::check_scalar(here, *seed, "seed", ScalarType::Long, like);
     call.seed = seed->const_data_ptr<int64_t>();
+    call.makes = Makes::sample;
   }
   if (grad_kl) {
     bayes::check_scalar(here, *grad_kl, "grad_kl", like.scalar_type(), like);
@@ -70,6 +71,11 @@ void sample_all(const Weights<T>* tensors, int count, const Call<T>& call, T* kl
   sample<T>(tensors, count, call, scratch.mutable_data_ptr<double>(), kl, stream);
 }
 
+Stored stored_as(ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16) return Stored::bfloat16;
+  return dtype == ScalarType::Half ? Stored::float16 : Stored::whole;
+}
+
 Tensor noise_cuda(const Tensor& like, const Tensor& seed, int64_t sample, int64_t stream) {
   check_here(like, "like", like);
   bayes::check_scalar(here, seed, "seed", ScalarType::Long, like);
@@ -84,15 +90,17 @@ Tensor noise_cuda(const Tensor& like, const Tensor& seed, int64_t sample, int64_
 
 std::tuple<Tensor, Tensor> sample_cuda(const Tensor& mu, const Tensor& rho, const Tensor& seed,
                                        const MaybeTensor& prior_mean, std::optional<double> prior_std, int64_t stream,
-                                       bool centred) {
+                                       bool centred, std::optional<ScalarType> dtype) {
   const Distribution one(here, mu, rho, prior_mean);
+  const ScalarType stored = bayes::stored_dtype(mu, dtype);
   const OnDevice device(mu);
-  Tensor weight = new_empty(mu, mu.sizes()), kl = new_empty(mu, {});
+  Tensor weight = new_empty(mu, mu.sizes(), stored), kl = new_empty(mu, {});
   for_dtype(mu, "mu", [&]<class T>(T) {
     Weights<T> weights = weights_of<T>(one, prior_std, stream);
-    weights.weight = weight.mutable_data_ptr<T>();
+    weights.weight = weight.mutable_data_ptr();
     Call<T> call = call_of<T>(seed, {}, mu);
     call.centred = centred;
+    call.stored = stored_as(stored);
     sample_all<T>(&weights, 1, call, kl.mutable_data_ptr<T>(), mu, device.stream());
   });
   return {weight, kl};
@@ -107,17 +115,15 @@ std::tuple<Tensor, Tensor> sample_backward_cuda(const MaybeTensor& grad, const M
   const OnDevice device(mu);
   Tensor grad_mu = new_empty(mu, mu.sizes()), grad_rho = new_empty(mu, mu.sizes());
   MaybeTensor incoming;
-  if (grad) {
-    bayes::check_like(here, *grad, "grad", mu);
-    incoming = contiguous(*grad);
-  }
+  if (grad) incoming = bayes::checked_grad(here, *grad, mu);
   for_dtype(mu, "mu", [&]<class T>(T) {
     Weights<T> weights = weights_of<T>(one, prior_std, stream);
-    weights.grad = incoming ? incoming->const_data_ptr<T>() : nullptr;
+    weights.grad = incoming ? incoming->const_data_ptr() : nullptr;
     weights.grad_mu = grad_mu.mutable_data_ptr<T>();
     weights.grad_rho = grad_rho.mutable_data_ptr<T>();
     Call<T> call = call_of<T>(grad ? seed : MaybeTensor(), prior_std ? grad_kl : MaybeTensor(), mu);
     call.centred = centred;
+    call.stored = stored_as(incoming ? incoming->scalar_type() : mu.scalar_type());
     sample_backward<T>(&weights, 1, call, device.stream());
   });
   return {grad_mu, grad_rho};
@@ -163,6 +169,11 @@ std::vector<Tensor> kl_backward_cuda(const Tensor& grad, const std::vector<Tenso
   return result;
 }
 
+Tensor sum_of_rows(const Tensor& values) {
+  const std::array<int64_t, 1> rows{0};
+  return contiguous(torch::stable::sum(values, torch::headeronly::IntHeaderOnlyArrayRef(rows.data(), 1)));
+}
+
 // x Wᵀ + b by torch, in the precision that the user has chosen for torch's products.
 Tensor affine(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   using torch::stable::detail::from;
@@ -203,10 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cuda(
   // ∂W is where ∂μ will be: the kernel reads an element of it before it writes there.
   Tensor grad_mu = contiguous(torch::stable::matmul(torch::stable::transpose(grad_y, 0, 1), x));
   Tensor grad_bias_mu = new_empty(x, {0}), grad_bias_rho = new_empty(x, {bias_mu ? out : 0});
-  if (bias_mu) {
-    const std::array<int64_t, 1> rows{0};
-    grad_bias_mu = contiguous(torch::stable::sum(grad_y, torch::headeronly::IntHeaderOnlyArrayRef(rows.data(), 1)));
-  }
+  if (bias_mu) grad_bias_mu = sum_of_rows(grad_y);
   Tensor grad_rho = new_empty(x, {out, in}), weight = needs_x ? new_empty(x, {out, in}) : new_empty(x, {0});
   for_dtype(x, "x", [&]<class T>(T) {
     auto both = both_of<T>(layer, prior_std);
@@ -224,6 +232,93 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cuda(
   return {grad_x, grad_mu, grad_rho, grad_bias_mu, grad_bias_rho};
 }
 
+// x², by torch.
+Tensor squared(const Tensor& x) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 1> stack{from(x)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::square", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+constexpr uint32_t kOutputStream = 2;  // of the noise of local reparametrisation
+
+std::tuple<Tensor, Tensor, Tensor> local_cuda(const Tensor& x, const Tensor& weight_mu, const Tensor& weight_rho,
+                                              const MaybeTensor& bias_mu, const MaybeTensor& bias_rho,
+                                              const Tensor& seed, const MaybeTensor& weight_mean,
+                                              const MaybeTensor& bias_mean, std::optional<double> prior_std) {
+  const LinearDistribution layer(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  layer.check_fits(here, x, "x", {-1, layer.in()});
+  bayes::check_scalar(here, seed, "seed", ScalarType::Long, x);
+  const OnDevice device(x);
+  Tensor variance = new_empty(x, weight_mu.sizes()), kl = new_empty(x, {});
+  MaybeTensor bias = bias_mu ? MaybeTensor(new_empty(x, bias_mu->sizes())) : MaybeTensor();
+  for_dtype(x, "x", [&]<class T>(T) {
+    auto both = both_of<T>(layer, prior_std);
+    both[0].weight = variance.mutable_data_ptr();
+    both[1].weight = bias ? bias->mutable_data_ptr() : nullptr;
+    Call<T> call{};
+    call.makes = Makes::variance;
+    sample_all<T>(both.data(), count_of(layer), call, kl.mutable_data_ptr<T>(), x, device.stream());
+  });
+  Tensor y = contiguous(affine(x, weight_mu, bias_mu)), deviation = contiguous(affine(squared(x), variance, bias));
+  for_dtype(x, "x", [&]<class T>(T) {
+    perturb<T>(seed.const_data_ptr<int64_t>(), kOutputStream, y.numel(), deviation.mutable_data_ptr<T>(),
+               y.mutable_data_ptr<T>(), device.stream());
+  });
+  return {y, kl, deviation};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_backward_cuda(
+    const Tensor& grad_y, const MaybeTensor& grad_kl, const Tensor& x, const Tensor& weight_mu,
+    const Tensor& weight_rho, const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed,
+    const MaybeTensor& weight_mean, const MaybeTensor& bias_mean, std::optional<double> prior_std,
+    const Tensor& deviation, bool needs_x) {
+  const LinearDistribution layer(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  const int64_t in = layer.in(), out = layer.out();
+  layer.check_fits(here, x, "x", {-1, in});
+  layer.check_fits(here, grad_y, "grad_y", {x.size(0), out});
+  layer.check_fits(here, deviation, "deviation", {x.size(0), out});
+  bayes::check_scalar(here, seed, "seed", ScalarType::Long, x);
+  const OnDevice device(x);
+  const Tensor grad = contiguous(grad_y), spread = contiguous(deviation), input = contiguous(x);
+  Tensor grad_variance = new_empty(x, {x.size(0), out});
+  for_dtype(x, "x", [&]<class T>(T) {
+    perturb_backward<T>(seed.const_data_ptr<int64_t>(), kOutputStream, grad.numel(), spread.const_data_ptr<T>(),
+                        grad.const_data_ptr<T>(), grad_variance.mutable_data_ptr<T>(), device.stream());
+  });
+  // ∂μ begins as the product's gradient, to which the kernel adds the KL's.
+  Tensor grad_mu = contiguous(torch::stable::matmul(torch::stable::transpose(grad, 0, 1), input));
+  const Tensor by_variance =
+      contiguous(torch::stable::matmul(torch::stable::transpose(grad_variance, 0, 1), squared(input)));
+  Tensor grad_bias_mu = bias_mu ? sum_of_rows(grad) : new_empty(x, {0}),
+         by_bias = bias_mu ? sum_of_rows(grad_variance) : new_empty(x, {0});
+  Tensor grad_rho = new_empty(x, {out, in}), grad_bias_rho = new_empty(x, {bias_mu ? out : 0});
+  Tensor variance = needs_x ? new_empty(x, {out, in}) : new_empty(x, {0});
+  for_dtype(x, "x", [&]<class T>(T) {
+    auto both = both_of<T>(layer, prior_std);
+    both[0].grad = by_variance.const_data_ptr();
+    both[0].grad_mu = grad_mu.mutable_data_ptr<T>();
+    both[0].grad_rho = grad_rho.mutable_data_ptr<T>();
+    both[0].weight = needs_x ? variance.mutable_data_ptr() : nullptr;
+    if (bias_mu) {
+      both[1].grad = by_bias.const_data_ptr();
+      both[1].grad_mu = grad_bias_mu.mutable_data_ptr<T>();
+      both[1].grad_rho = grad_bias_rho.mutable_data_ptr<T>();
+    }
+    Call<T> call = call_of<T>({}, prior_std ? grad_kl : MaybeTensor(), x);
+    call.makes = Makes::variance;
+    sample_backward<T>(both.data(), count_of(layer), call, device.stream());
+  });
+  if (!needs_x) return {new_empty(x, {0}), grad_mu, grad_rho, grad_bias_mu, grad_bias_rho};
+  Tensor grad_x = contiguous(torch::stable::matmul(grad, weight_mu));
+  const Tensor through = contiguous(torch::stable::matmul(grad_variance, variance));
+  for_dtype(x, "x", [&]<class T>(T) {
+    add_twice_product<T>(x.numel(), input.const_data_ptr<T>(), through.const_data_ptr<T>(),
+                         grad_x.mutable_data_ptr<T>(), device.stream());
+  });
+  return {grad_x, grad_mu, grad_rho, grad_bias_mu, grad_bias_rho};
+}
+
 Tensor linear_samples_cuda(const Tensor& x, const Tensor& weight_mu, const Tensor& weight_rho,
                            const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed, int64_t first,
                            int64_t samples) {
@@ -231,6 +326,16 @@ Tensor linear_samples_cuda(const Tensor& x, const Tensor& weight_mu, const Tenso
   layer.check_samples(here, x, samples);
   const OnDevice device(x);
   Tensor y = new_empty(x, {samples, x.size(1), weight_mu.size(0)});
+  if (x.scalar_type() == ScalarType::Float && x.size(1) <= kMostRows) {
+    const Tensor input = contiguous(x);
+    bayes::check_scalar(here, seed, "seed", ScalarType::Long, x);
+    finite_width::cuda::samples(
+        seed.const_data_ptr<int64_t>(), static_cast<uint32_t>(first), samples, x.size(1), layer.in(), layer.out(),
+        x.size(0) == 1, input.const_data_ptr<float>(), layer.weight.mu.const_data_ptr<float>(),
+        layer.weight.rho.const_data_ptr<float>(), layer.bias ? layer.bias->mu.const_data_ptr<float>() : nullptr,
+        layer.bias ? layer.bias->rho.const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>(), device.stream());
+    return y;
+  }
   Tensor weight = new_empty(x, weight_mu.sizes());
   MaybeTensor bias = bias_mu ? MaybeTensor(new_empty(x, bias_mu->sizes())) : MaybeTensor();
   for (int64_t s = 0; s < samples; ++s) {
@@ -260,5 +365,7 @@ FW_CUDA_LIBRARY(library) {
   library.impl("bayes_kl_backward", TORCH_BOX(&finite_width::cuda::kl_backward_cuda));
   library.impl("bayes_linear", TORCH_BOX(&finite_width::cuda::linear_cuda));
   library.impl("bayes_linear_backward", TORCH_BOX(&finite_width::cuda::linear_backward_cuda));
+  library.impl("bayes_local", TORCH_BOX(&finite_width::cuda::local_cuda));
+  library.impl("bayes_local_backward", TORCH_BOX(&finite_width::cuda::local_backward_cuda));
   library.impl("bayes_linear_samples", TORCH_BOX(&finite_width::cuda::linear_samples_cuda));
 }

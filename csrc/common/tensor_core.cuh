@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/half.h"  // bits_of, float_of
+
 namespace finite_width::cuda {
 
 // Copies `bytes` of kSize (4, 8 or 16) bytes to shared memory, and zeros for the rest; both ends are aligned to kSize.
@@ -44,20 +46,6 @@ __device__ inline void wait_for_copies() {
 #else
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
-}
-
-__device__ inline float float_of(uint32_t bits) {
-#ifdef FW_CUDA_ON_HOST
-  return cuda_on_host::float_of(bits);
-#else
-  return __uint_as_float(bits);
-#endif
-}
-
-__device__ inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
 }
 
 // The nearest value with 11 significant bits, ties away from zero. cvt.rna.tf32.f32 does the same in twice as many

@@ -27,17 +27,29 @@ Scaling scaling_of(const MaybeTensor& grad_scale, const MaybeTensor& found_inf) 
   return {scale ? *scale : 1.0, found && *found != 0};
 }
 
+// The rates, with lr and keep of their own tensor where there is one.
+Rates rates_now(Rates rates, const MaybeTensor& lr, const char* name) {
+  if (const double* now = lr_of(check_cpu, lr, name)) {
+    rates.lr = now[0];
+    rates.keep = now[1];
+  }
+  return rates;
+}
+
 void path_sweep_cpu(const Tensor& weight, const MaybeTensor& grad, const MaybeTensor& momentum, const MaybeTensor& bias,
                     const MaybeTensor& bias_grad, const MaybeTensor& bias_momentum, const Tensor& from_old,
                     const Tensor& from_new, const Tensor& across, const Tensor& fresh, const Tensor& mass, bool forward,
                     double p, const std::vector<double>& weight_rates, const std::vector<double>& bias_rates,
-                    const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
+                    const MaybeTensor& grad_scale, const MaybeTensor& found_inf, const MaybeTensor& weight_lr,
+                    const MaybeTensor& bias_lr) {
   const SweepTensors tensors{weight, grad,  momentum, bias,    bias_grad, bias_momentum, from_old,  from_new,
                              across, fresh, mass,     forward, p,         weight_rates,  bias_rates};
   tensors.check(check_cpu);
   const Scaling scaling = scaling_of(grad_scale, found_inf);
   with_type(weight, [&]<class T>(T*) {
     Sweep<T> task = tensors.task<T>();
+    task.weight_rates = rates_now(task.weight_rates, weight_lr, "weight_lr");
+    task.bias_rates = rates_now(task.bias_rates, bias_lr, "bias_lr");
     for (Rates* rates : {&task.weight_rates, &task.bias_rates}) rates->sign /= scaling.grad_scale;
     if (scaling.found_inf) task.grad = task.bias_grad = nullptr;
     sweep<T>(task);
@@ -45,17 +57,17 @@ void path_sweep_cpu(const Tensor& weight, const MaybeTensor& grad, const MaybeTe
 }
 
 void path_update_cpu(const Tensor& param, const Tensor& grad, const MaybeTensor& momentum, const Tensor& mass,
-                     double exponent, double p, const std::vector<double>& rates, const MaybeTensor& grad_scale,
-                     const MaybeTensor& found_inf) {
+                     const Tensor& exponent, double p, const std::vector<double>& rates, const MaybeTensor& grad_scale,
+                     const MaybeTensor& found_inf, const MaybeTensor& lr) {
   check_update(check_cpu, param, grad, momentum);
   check_mass(check_cpu, mass, param);
-  Rates how = rates_of(rates);
+  Rates how = rates_now(rates_of(rates), lr, "lr");
   const Scaling scaling = scaling_of(grad_scale, found_inf);
   how.sign /= scaling.grad_scale;
   if (scaling.found_inf) return;
   with_type(param, [&]<class T>(T*) {
     update<T>(param.numel(), static_cast<T*>(param.mutable_data_ptr()), static_cast<const T*>(grad.const_data_ptr()),
-              pointer<T>(momentum), mass.const_data_ptr<double>(), exponent, p, how);
+              pointer<T>(momentum), mass.const_data_ptr<double>(), *exponent_of(check_cpu, exponent), p, how);
   });
 }
 
@@ -116,17 +128,21 @@ Tensor path_convolution_backward_cpu(const Tensor& known, const Tensor& x, const
 }
 
 void path_convolution_update_cpu(const Tensor& weight, const Tensor& grad, const MaybeTensor& momentum, const Tensor& x,
-                                 const Tensor& known, double exponent, double p, const std::vector<double>& rates,
-                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                 std::vector<int64_t> dilation, int64_t groups) {
+                                 const Tensor& known, const Tensor& exponent, double p,
+                                 const std::vector<double>& rates, std::vector<int64_t> stride,
+                                 std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                                 const MaybeTensor& grad_scale, const MaybeTensor& found_inf, const MaybeTensor& lr) {
   const Convolution shape = shape_of(x, weight, stride, padding, dilation, groups);
   check_known(known, shape, x.dim() - 2);
   check_update(check_cpu, weight, grad, momentum);
-  const Rates how = rates_of(rates);
+  Rates how = rates_now(rates_of(rates), lr, "lr");
+  const Scaling scaling = scaling_of(grad_scale, found_inf);
+  how.sign /= scaling.grad_scale;
+  if (scaling.found_inf) return;
   with_type(weight, [&]<class T>(T*) {
     update_convolution<T>(shape, x.const_data_ptr<double>(), known.const_data_ptr<double>(),
                           static_cast<T*>(weight.mutable_data_ptr()), static_cast<const T*>(grad.const_data_ptr()),
-                          pointer<T>(momentum), exponent, p, how);
+                          pointer<T>(momentum), *exponent_of(check_cpu, exponent), p, how);
   });
 }
 

@@ -72,6 +72,23 @@ const float* element(const Here& here, const MaybeTensor& value, const char* nam
   return value->const_data_ptr<float>();
 }
 
+// lr and keep, in doubles; null where there is none.
+template <class Here>
+const double* lr_of(const Here& here, const MaybeTensor& lr, const char* name) {
+  if (!lr) return nullptr;
+  check_doubles(here, *lr, name);
+  STD_TORCH_CHECK(lr->numel() == 2, "finite_width: ", name, " must have two elements, lr and keep");
+  return lr->const_data_ptr<double>();
+}
+
+// An exponent: one double.
+template <class Here>
+const double* exponent_of(const Here& here, const Tensor& exponent) {
+  check_doubles(here, exponent, "exponent");
+  STD_TORCH_CHECK(exponent.numel() == 1, "finite_width: exponent must have one element");
+  return exponent.const_data_ptr<double>();
+}
+
 // The arguments of path_sweep.
 struct SweepTensors {
   const Tensor& weight;

@@ -2,7 +2,8 @@
 //
 // Sums are in double, over blocks and trees that the shape alone decides, without atomics: the same bits in every run,
 // and a unit scaled by a power of two scales its sums exactly. Nothing waits for the device, and what varies from step
-// to step (loss scale, found_inf) is read there, so that a step can be captured in a graph.
+// to step (learning rate, loss scale, found_inf, the direction of a chain's sweep) is read there, so that a step can be
+// captured in a graph.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,28 @@ struct Scaling {
   const float* found_inf;   // not 0: parameters and momenta stay as they are
 };
 
+// One dense layer of a sweep in one direction.
+template <class T>
+struct Layer {
+  pathsgd::Sweep<T> sweep;
+  Scaling scaling;
+  const double* weight_lr;  // [2] lr and keep, in place of those of the sweep's rates; null: the rates hold
+  const double* bias_lr;    // the same for the bias
+  double* mass_exponents;   // [2] out: the exponents of the sweep's mass; null: not wanted
+};
+
+// Which path vectors of a chain are of the weights as they are: the first number of its state.
+constexpr int kKnowsForward = 1, kKnowsBackward = 2;
+
+// A chain's path vectors F and B at its outer sides, and what a step leaves for the next one; on the device.
+struct Chain {
+  int64_t layers, inputs, outputs;
+  double *first_forward, *first_backward;  // [inputs + 1]
+  double *last_forward, *last_backward;    // [outputs + 1]
+  double* masses;                          // [layers, 4] bias masses of old and new weights, and their two exponents
+  double* state;                           // [4] kKnows..., Φ, its exponent, how many sweeps met weights of another Φ
+};
+
 // Doubles of scratch that a sweep needs.
 int64_t sweep_scratch(int64_t rows, int64_t cols, bool forward);
 
@@ -26,11 +49,19 @@ int64_t sweep_scratch(int64_t rows, int64_t cols, bool forward);
 //   scratch  [sweep_scratch(rows, cols, forward)]
 // Floor: weight, gradient (momentum) read once, weight (momentum) written once.
 template <class T>
-void sweep(const pathsgd::Sweep<T>& task, const Scaling& scaling, double* scratch, CUstream_st* stream);
+void sweep(const Layer<T>& layer, double* scratch, CUstream_st* stream);
 
-// As pathsgd::update; one launch.
+// A whole chain in the direction that its state asks for: forward where B is known, backward where F is. With rebuild =
+// kKnowsForward or kKnowsBackward, in the direction that makes those vectors. Three launches a layer, and one.
+//   forward, backward  [layers]
+//   scratch            the most that a layer needs in either direction
 template <class T>
-void update(int64_t count, T* param, const T* grad, T* momentum, const double* mass, double exponent, double p,
-            const pathsgd::Rates& rates, const Scaling& scaling, CUstream_st* stream);
+void chain_sweep(const Chain& chain, const Layer<T>* forward, const Layer<T>* backward, int rebuild, double* scratch,
+                 CUstream_st* stream);
+
+// As pathsgd::update, with exponent [1] and lr ([2] lr and keep, or null) on the device; one launch.
+template <class T>
+void update(int64_t count, T* param, const T* grad, T* momentum, const double* mass, const double* exponent, double p,
+            const pathsgd::Rates& rates, const Scaling& scaling, const double* lr, CUstream_st* stream);
 
 }  // namespace finite_width::cuda

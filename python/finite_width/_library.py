@@ -42,19 +42,23 @@ SCHEMAS: dict[str, str] = {
     "path_sweep": "(Tensor(a!) weight, Tensor? grad, Tensor(b!)? momentum, Tensor(c!)? bias, Tensor? bias_grad, "
     "Tensor(d!)? bias_momentum, Tensor from_old, Tensor from_new, Tensor(e!) across, Tensor(f!) fresh, "
     "Tensor(g!) mass, bool forward, float p, float[] weight_rates, float[] bias_rates, "
-    "Tensor? grad_scale, Tensor? found_inf) -> ()",
-    "path_update": "(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum, Tensor mass, float exponent, float p, "
-    "float[] rates, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    "Tensor? grad_scale, Tensor? found_inf, Tensor? weight_lr, Tensor? bias_lr) -> ()",
+    "path_step": "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] biases, "
+    "Tensor[] bias_grads, Tensor(d!)[] bias_momenta, Tensor(e!) vectors, Tensor(f!) state, float p, float[] rates, "
+    "Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, int rebuild) -> ()",
+    "path_update": "(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum, Tensor mass, Tensor exponent, float p, "
+    "float[] rates, Tensor? grad_scale, Tensor? found_inf, Tensor? lr) -> ()",
     "path_convolution": "(Tensor x, Tensor weight, float p, int[] stride, int[] padding, int[] dilation, "
     "int groups) -> Tensor",
     "path_convolution_backward": "(Tensor known, Tensor x, Tensor weight, float p, int[] stride, int[] padding, "
     "int[] dilation, int groups) -> Tensor",
     "path_convolution_update": "(Tensor(a!) weight, Tensor grad, Tensor(b!)? momentum, Tensor x, Tensor known, "
-    "float exponent, float p, float[] rates, int[] stride, int[] padding, int[] dilation, int groups) -> ()",
+    "Tensor exponent, float p, float[] rates, int[] stride, int[] padding, int[] dilation, int groups, "
+    "Tensor? grad_scale, Tensor? found_inf, Tensor? lr) -> ()",
     # Bayes.
     "bayes_noise": "(Tensor like, Tensor seed, int sample, int stream) -> Tensor",
     "bayes_sample": "(Tensor mu, Tensor rho, Tensor seed, Tensor? prior_mean, float? prior_std, int stream,"
-    " bool centred) -> (Tensor, Tensor)",
+    " bool centred, ScalarType? dtype) -> (Tensor, Tensor)",
     "bayes_sample_backward": "(Tensor? grad, Tensor? grad_kl, Tensor mu, Tensor rho, Tensor? seed, Tensor? prior_mean,"
     " float? prior_std, int stream, bool centred) -> (Tensor, Tensor)",
     "bayes_kl": "(Tensor[] mu, Tensor[] rho, Tensor[] prior_mean, float[] prior_std) -> Tensor",
@@ -167,6 +171,12 @@ def below_autograd(call: Callable[..., Any], *args: Any) -> Any:
     """An op, or what calls one, without the detour through the op's autograd: for calls that nothing differentiates."""
     with torch._C._AutoDispatchBelowAutograd():
         return call(*args)
+
+
+def has_kernel_for(name: str, device: torch.device) -> bool:
+    """Whether an op has a compiled kernel for a device's tensors, which is in force."""
+    found = torch._C._dispatch_has_kernel_for_dispatch_key(f"finite_width::{name}", device.type.upper())
+    return bool(found) and _reference_depth == 0
 
 
 def derivatives(

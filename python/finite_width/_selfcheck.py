@@ -57,22 +57,28 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "path_sweep": lambda: (
         *(_randn(33, 65), _randn(65, 33).T.contiguous(), None, _randn(33), _randn(33), None),
         *(_vector(66), _vector(66), _vector(34), _vector(34), torch.zeros(2, dtype=torch.float64), True, 2.0),
-        *((0.1, 0.0, 0.0, 1.0, 1.0), (0.1, 0.0, 0.0, 1.0, 1.0), torch.tensor(8.0), None),
+        *((0.1, 0.0, 0.0, 1.0, 1.0), (0.1, 0.0, 0.0, 1.0, 1.0), torch.tensor(8.0), None, None, None),
+    ),
+    "path_step": lambda: (
+        *([_randn(33, 65), _randn(5, 33)], [_randn(33, 65), _randn(5, 33)], [_randn(0)] * 2),
+        *([_randn(33), _randn(0)], [_randn(33), _randn(0)], [_randn(0)] * 2),
+        *(torch.ones(66 + 34 + 6 + 66 + 34 + 6 + 8, dtype=torch.float64), torch.zeros(4, dtype=torch.float64), 2.0),
+        *([0.1, 0.0, 0.0, 1.0, 1.0] * 4, [], torch.tensor(8.0), None, 2),
     ),
     "path_update": lambda: (
-        *(_randn(65), _randn(65), None, _vector(65), 0.0, 2.0, (0.1, 0.0, 0.0, 1.0, 1.0)),
-        *(torch.tensor(8.0), None),
+        *(_randn(65), _randn(65), None, _vector(65), torch.zeros((), dtype=torch.float64), 2.0),
+        *((0.1, 0.0, 0.0, 1.0, 1.0), torch.tensor(8.0), None, None),
     ),
     "path_convolution": lambda: (_positive(1, 6, 7, 9), _randn(8, 3, 3, 2), 2.0, *_WINDOW),
     "path_convolution_backward": lambda: (
         *(_positive(1, 8, 4, 8), _positive(1, 6, 7, 9), _randn(8, 3, 3, 2), 2.0, *_WINDOW),
     ),
     "path_convolution_update": lambda: (
-        *(_randn(8, 3, 3, 2), _randn(8, 3, 3, 2), None, _positive(1, 6, 7, 9), _positive(1, 8, 4, 8), 0.0, 2.0),
-        *((0.1, 0.0, 0.0, 1.0, 1.0), *_WINDOW),
+        *(_randn(8, 3, 3, 2), _randn(8, 3, 3, 2), None, _positive(1, 6, 7, 9), _positive(1, 8, 4, 8)),
+        *(torch.zeros((), dtype=torch.float64), 2.0, (0.1, 0.0, 0.0, 1.0, 1.0), *_WINDOW, None, None, None),
     ),
     "bayes_noise": lambda: (torch.zeros(3, 67), torch.tensor(5), 2, 1),
-    "bayes_sample": lambda: (_randn(3, 67), _randn(3, 67), torch.tensor(5), _randn(67, 3).mT, 0.5, 0, False),
+    "bayes_sample": lambda: (_randn(3, 67), _randn(3, 67), torch.tensor(5), _randn(67, 3).mT, 0.5, 0, False, None),
     "bayes_sample_backward": lambda: (
         *(_randn(3, 67), torch.tensor(0.5), _randn(3, 67), _randn(3, 67), torch.tensor(5)),
         *(None, 0.5, 0, False),

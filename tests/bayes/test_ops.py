@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import finite_width as fw
 from finite_width.bayes import ops
 from op_battery import OpCase, Sample, battery
 
@@ -323,3 +325,51 @@ CASES = [
 ]
 
 test_battery = battery(CASES)
+
+
+@pytest.mark.parametrize("dtype", ops.NARROW)
+def test_a_narrow_weight_is_the_wide_one_rounded(dtype: torch.dtype, device: str) -> None:
+    """W in 16 bits; the KL, and the gradients from a ∂W in 16 bits, have the bits that they have in float32."""
+    generator = torch.Generator().manual_seed(0)
+    pattern = torch.randint(-(2**31), 2**31, (20_011,), generator=generator).to(torch.int32)
+    edges = torch.tensor([0.0, -0.0, 65519.0, 65520.0, -65536.0, 6e-8, 2.9e-8, 2.0**-14, 3.4e38, torch.inf, torch.nan])
+    values = torch.cat([edges, pattern.view(torch.float32)]).to(device)
+    seed = SEED.to(device)
+    # σ = 0: W is μ, any float there is.
+    exact, _ = ops.sample(values, torch.full_like(values, -200.0), seed, dtype=dtype)
+    torch.testing.assert_close(exact, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+    mu, rho = (each.to(device) for each in pair(torch.float32, generator, 70, 63))
+    mean = torch.randn(70, 63, generator=generator).to(device)
+    results = []
+    for chosen in (torch.float32, dtype):
+        leaves = [each.clone().requires_grad_() for each in (mu, rho, mean)]
+        weight, kl = ops.sample(*leaves[:2], seed, leaves[2], 0.5, dtype=chosen)
+        assert weight.dtype == chosen
+        assert kl.dtype == torch.float32
+        cotangent = torch.linspace(-1, 1, weight.numel(), device=device).reshape(weight.shape).to(dtype)
+        gradients = torch.autograd.grad([weight, kl], leaves, [cotangent.to(chosen), torch.ones_like(kl)])
+        results.append([weight.to(dtype), kl, *gradients])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_narrow_weights_where_they_make_no_sense() -> None:
+    with pytest.raises(TypeError, match="dtype must be that of mu, or bfloat16 or float16 where mu is float32"):
+        ops.sample(two.double(), two.double(), SEED, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="dtype must be that of mu"):
+        ops.sample(two, two, SEED, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("estimator", ["weight", "flipout"])
+def test_autocast_draws_weights_in_its_own_dtype(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = fw.bayes.BayesLinear(7, 5, estimator=estimator)
+    drawn: list[Any] = []
+    sample = ops.sample
+    monkeypatch.setattr(ops, "sample", lambda *args: drawn.append(args[7]) or sample(*args))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(4, 7)).float().sum().backward()
+    layer(torch.randn(4, 7))
+    assert drawn[:2] == [torch.bfloat16] * 2
+    assert set(drawn[2:]) <= {None}
+    assert layer.weight_mu.grad.dtype == torch.float32

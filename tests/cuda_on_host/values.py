@@ -13,7 +13,7 @@ import torch
 from finite_width.bayes import ops as bayes
 from finite_width.ntk import cuda_precision
 from finite_width.ntk.ops import conv_gradients, gram_accumulate, jacobian_accumulate, position_gradients
-from finite_width.pathsgd.ops import path_sweep, path_update
+from finite_width.pathsgd.ops import path_step, path_sweep, path_update
 from finite_width.tt.ops import tt_linear_backward
 
 SEED = torch.tensor(-987654321987654321)
@@ -31,6 +31,17 @@ def bayes_values(randn: Callable[..., Any]) -> dict[str, Any]:
         backward = torch.ops.finite_width.bayes_sample_backward
         values[f"{key} gradients"] = backward(grad, torch.tensor(0.3), mu, rho, SEED, mean, 0.7, 0, False)
         values[f"{key} gradients of kl"] = backward(None, torch.tensor(0.3), mu, rho, None, None, 0.7, 0, False)
+    for batch, wide, out in ((3, 70, 5), (17, 33, 40)):
+        pairs = [randn(out, wide), randn(out, wide), randn(out), randn(out)]
+        x, grad = randn(batch, wide), randn(batch, out)
+        # Products are summed in another order than the CPU's.
+        values[f"order samples {batch}"] = bayes.linear_samples(x[None], *pairs, SEED, 2, 3)
+        y, kl, deviation = torch.ops.finite_width.bayes_local(x, *pairs, SEED, None, None, 0.7)
+        backward = torch.ops.finite_width.bayes_local_backward
+        values[f"order local {batch}"] = [y, kl, deviation]
+        values[f"order local gradients {batch}"] = backward(
+            grad, torch.tensor(0.3), x, *pairs, SEED, None, None, 0.7, deviation, True
+        )
     unaligned = randn(4 * 1024 + 1)[1:], randn(4 * 1024 + 1)[1:]
     values["bayes unaligned weight"] = bayes.sample(*unaligned, SEED, None, 1.0)[0]
     return values
@@ -54,6 +65,19 @@ def path_values(randn: Callable[..., Any]) -> dict[str, Any]:
                 values[f"path {rows} {cols} {forward} {p} {momentum}"] = [
                     each for each in arguments if isinstance(each, torch.Tensor)
                 ]
+    for sizes in ((7, 5), (1030, 130, 6, 3)):
+        shapes = list(zip(sizes[1:], sizes[:-1], strict=True))
+        lists = [[randn(*shape) for shape in shapes] for _ in range(3)]
+        rows = [[randn(shape[0]) for shape in shapes] for _ in range(3)]
+        vectors = torch.zeros(2 * sum(size + 1 for size in sizes) + 4 * len(shapes), dtype=torch.float64)
+        vectors[: sizes[0]] = 1
+        last = 2 * sum(size + 1 for size in sizes) - sizes[-1] - 1
+        vectors[last : last + sizes[-1]] = 1
+        state = torch.zeros(4, dtype=torch.float64)
+        for step in range(3):
+            rates = (0.1, 0.9, 1.0, 0.99, -1.0) * 2 * len(shapes)
+            path_step(*lists, *rows, vectors, state, 2.0, rates, rebuild=0 if step else 2)
+        values[f"path steps {sizes}"] = [*lists[0], *lists[2], *rows[0], *rows[2], vectors, state]
     for count in (1, 1023, 1024, 1025):
         w, g, m, mass = randn(count), randn(count), randn(count), randn(count).double().abs()
         path_update(w, g, m, mass, 3.0, 2.0, (0.1, 0.9, 1.0, 0.99, -1.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from finite_width.pathsgd.ops import (
     path_convolution,
     path_convolution_backward,
     path_convolution_update,
+    path_step,
     path_sweep,
     path_update,
 )
@@ -52,12 +54,57 @@ def _sweep_samples(dtype, generator):
         for scale, found in ((1024.0, 0.0), (3.0, 1.0)):  # GradScaler's loss scale, and whether it found an infinity
             scaled = _sweep(9, 11, forward, 2.0, dtype, generator, momentum=True)
             samples.append([*scaled, torch.tensor(scale), torch.tensor([found])])
+        lrs = torch.tensor([[0.2, 0.9], [0.05, 1.0]], dtype=torch.float64).unbind()
+        samples.append([*_sweep(9, 11, forward, 2.0, dtype, generator, momentum=True), None, None, *lrs])
         samples.append(_sweep(0, 4, forward, 2.0, dtype, generator))
         samples.append(_sweep(4, 0, forward, 2.0, dtype, generator))
         strided = _sweep(7, 10, forward, 2.0, dtype, generator)
         strided[0] = torch.randn(10, 7, generator=generator, dtype=torch.float64).to(dtype).T
         samples.append(strided)
     return [Sample(tuple(sample)) for sample in samples]
+
+
+def _step(sizes, state, p, dtype, generator, *, momentum=False, bias=True, update=True, rest=()):
+    """A chain's step; state: what is known, Φ and its exponent."""
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    shapes = [(out, into) for into, out in pairwise(sizes)]
+    vectors = [_vector(units, generator, exponent) for exponent in (3.0, -2.0) for units in sizes]
+    for outer in (vectors[0], vectors[-1]):
+        outer[:-1], outer[-1] = 1, 0
+    matrices = [[randn(*shape) if wanted else None for shape in shapes] for wanted in (True, update, momentum)]
+    rows = [[randn(shape[0]) if bias and wanted else None for shape in shapes] for wanted in (True, update, momentum)]
+    return [
+        *matrices, *rows, torch.cat([*vectors, torch.zeros(4 * len(shapes), dtype=torch.float64)]),
+        torch.tensor([*state, 0.0], dtype=torch.float64), p, [*(FULL if momentum else PLAIN), *PLAIN] * len(shapes),
+        *rest,
+    ]  # fmt: skip
+
+
+def _step_samples(dtype, generator):
+    samples = []
+    for knows in (1.0, 2.0):
+        for p in (1.0, 2.0, 3.0, math.inf):
+            samples.append(_step((21, 13, 8, 3), (knows, 0.7, 1.0), p, dtype, generator, momentum=p > 2))
+        samples.append(_step((9, 6), (knows, math.nan, 0.0), 2.0, dtype, generator, bias=False))
+        samples.append(_step((4, 0, 3), (knows, 0.7, 1.0), 2.0, dtype, generator))
+        samples.append(_step((4, 7, 3), (knows, 0.7, 1.0), 2.0, dtype, generator, update=False))
+        lr = torch.tensor([0.2, 0.9], dtype=torch.float64)
+        for found in (0.0, 1.0):
+            rest = ([lr, None, None, lr.flip(0)], torch.tensor(4.0), torch.tensor([found]))
+            samples.append(_step((9, 7, 5), (knows, 0.7, 1.0), 2.0, dtype, generator, momentum=True, rest=rest))
+    for rebuild in (1, 2):
+        rest = ([], None, None, rebuild)
+        samples.append(_step((21, 13, 8, 3), (0.0, 0.0, 0.0), 2.0, dtype, generator, momentum=True, rest=rest))
+    return [Sample(tuple(sample)) for sample in samples]
+
+
+def _changed_step(index, value):
+    sample = _step((4, 3, 2), (1.0, 0.7, 1.0), 2.0, torch.float32, torch.Generator().manual_seed(0))
+    sample[index] = value(sample[index])
+    return tuple(sample)
 
 
 def _changed(index, value):
@@ -79,6 +126,8 @@ def _update_samples(dtype, generator):
         w, g, m = (torch.randn(13, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
         mass, how = torch.rand(13, generator=generator, dtype=torch.float64) + 0.1, (0.0, 2.0, FULL)
         samples.append(Sample((w, g, m, mass, *how, torch.tensor(scale), torch.tensor(found))))
+        lr, exponent = torch.tensor([0.2, 0.9], dtype=torch.float64), torch.tensor([-3.0], dtype=torch.float64)
+        samples.append(Sample((w, g, m, mass, exponent, 2.0, FULL, None, None, lr)))
     strided = torch.randn(4, 5, generator=generator, dtype=torch.float64).to(dtype).T
     samples.append(Sample((strided, strided.clone(), None, torch.rand(5, 4, dtype=torch.float64), 0.0, 2.0, PLAIN)))
     return samples
@@ -178,6 +227,7 @@ CASES = [
             ((FILTERS, FILTERS, FILTERS.double(), IMAGE, OUTPUT), TypeError, "momentum has dtype"),
             ((FILTERS, FILTERS, None, IMAGE, OUTPUT[:, :, 1:]), ValueError, "known must have shape"),
             ((FILTERS, FILTERS, None, IMAGE, OUTPUT, 0.0, 2.0, (0.1,)), ValueError, "rates must hold"),
+            ((FILTERS, FILTERS, None, IMAGE, OUTPUT, torch.ones(2).double()), ValueError, "exponent must have one"),
         ],
         thread_samples=_convolutions(_for_update, LARGE),
     ),
@@ -199,6 +249,33 @@ CASES = [
         ],
         thread_samples=lambda dtype, generator: [
             Sample(tuple(_sweep(600, 1500, forward, 2.0, dtype, generator, momentum=True))) for forward in (True, False)
+        ],
+    ),
+    OpCase(
+        name="path_step",
+        kind="mutating",
+        call=path_step,
+        samples=_step_samples,
+        bad=[
+            (([], [], [], [], [], [], ROW, ROW), ValueError, "weights must hold at least one"),
+            (_changed_step(1, lambda grads: grads[:1]), ValueError, "grads must be as long as weights"),
+            (
+                _changed_step(0, lambda weights: [weights[0], weights[0]]),
+                ValueError,
+                r"weights\[1\] must have 3 columns",
+            ),
+            (_changed_step(0, lambda weights: [ROW, weights[1]]), ValueError, r"weights\[0\] must have shape"),
+            (_changed_step(2, lambda _: [ROW, None]), ValueError, r"momenta\[0\] must have shape"),
+            (_changed_step(3, lambda biases: [biases[1], biases[1]]), ValueError, r"biases\[0\] must have shape \[3\]"),
+            (_changed_step(6, lambda vectors: vectors[1:]), ValueError, "vectors must have shape"),
+            (_changed_step(7, lambda state: state[1:]), ValueError, r"state must have shape \[4\]"),
+            (_changed_step(8, lambda _: 0.5), ValueError, "p must be at least 1"),
+            (_changed_step(9, lambda rates: rates[1:]), ValueError, "rates must hold ten numbers a layer, 20, got 19"),
+            ((*_changed_step(8, lambda p: p), [None]), ValueError, "lrs must hold two tensors a layer"),
+            ((*_changed_step(8, lambda p: p), [], None, None, 3), ValueError, "rebuild must be 0, 1 or 2"),
+        ],
+        thread_samples=lambda dtype, generator: [
+            Sample(tuple(_step((700, 300, 40), (knows, 0.7, 1.0), 2.0, dtype, generator))) for knows in (1.0, 2.0)
         ],
     ),
     OpCase(

@@ -189,8 +189,9 @@ class BayesLayer(nn.Module):
 
     def _sampled(self, seed: Tensor) -> list[Tensor | None]:
         """One sample of weight and bias; keeps the KL, or what it can be estimated from."""
+        dtype = None if self.prior_std is None else self._product_dtype()  # an estimate needs W as it was drawn
         pairs = [
-            ops.sample(mu, rho, seed, mean, self.prior_std, stream)
+            ops.sample(mu, rho, seed, mean, self.prior_std, stream, False, dtype)
             for stream, (mu, rho, mean) in enumerate(self.distributions())
         ]
         weights = [weight for weight, _ in pairs]
@@ -203,12 +204,20 @@ class BayesLayer(nn.Module):
     def _perturbation(self, seed: Tensor) -> list[Tensor | None]:
         """σ ε of weight and bias, for flipout; keeps the KL."""
         pairs = [
-            ops.sample(mu, rho, seed, mean, self.prior_std, stream, True)
+            ops.sample(mu, rho, seed, mean, self.prior_std, stream, True, self._product_dtype())
             for stream, (mu, rho, mean) in enumerate(self.distributions())
         ]
         if self.prior_std is not None:
             self._keep(torch.stack([kl for _, kl in pairs]).sum(), [weight for weight, _ in pairs])
         return [*(weight for weight, _ in pairs), None][:2]
+
+    def _product_dtype(self) -> torch.dtype | None:
+        """What autocast's products take W in: it is written so at once; None for the dtype of μ."""
+        kind = self.weight_mu.device.type
+        if self.weight_mu.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+            return None
+        dtype = torch.get_autocast_dtype(kind)
+        return dtype if dtype in ops.NARROW else None
 
     def __path_weights__(self) -> tuple[str, ...]:
         """What carries paths (`fw.pathsgd`): the means, in mean mode."""

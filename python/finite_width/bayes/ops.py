@@ -3,9 +3,10 @@
 from .kl_ops import kl, kl_sum, kl_sum_unchecked
 from .linear_ops import linear, linear_samples, linear_unchecked
 from .local_ops import local, local_unchecked
-from .sampling_ops import noise, sample
+from .sampling_ops import NARROW, noise, sample
 
 __all__ = [
+    "NARROW",
     "kl",
     "kl_sum",
     "kl_sum_unchecked",

@@ -129,10 +129,11 @@ def sample(
     prior_std: float | None,
     stream: int,
     centred: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One sample of W, and the KL."""
+    """One sample of W, rounded to dtype where one is given, and the KL."""
     weight, total = transform(mu, rho, noise(mu, seed, 0, stream), prior_mean, prior_std, centred)
-    return weight.contiguous(), total
+    return weight.to(dtype or mu.dtype).contiguous(), total
 
 
 def sample_backward(
@@ -146,7 +147,8 @@ def sample_backward(
     stream: int,
     centred: bool,
 ) -> tuple[Tensor, Tensor]:
-    """∂μ and ∂ρ from ∂W (None: 0) and ∂kl (None: 0)."""
+    """∂μ and ∂ρ from ∂W (None: 0), in any of W's dtypes, and ∂kl (None: 0)."""
+    grad = None if grad is None else grad.to(mu.dtype)
     normal = None if grad is None or seed is None else noise(mu, seed, 0, stream)
     grads = transform_backward(grad, grad_kl, mu, rho, normal, prior_mean, prior_std, centred)
     return grads[0].contiguous(), grads[1].contiguous()

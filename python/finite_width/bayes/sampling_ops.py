@@ -12,13 +12,15 @@ from torch import Tensor
 from .. import _check, _library
 from . import reference
 
+NARROW = (torch.bfloat16, torch.float16)  # what a sampled W may be stored as, beside the dtype of its distribution
+
 _noise_op = _library.register(
     "bayes_noise", reference.noise, lambda like, seed, sample, stream: like.new_empty(like.shape)
 )
 _sample_op = _library.register(
     "bayes_sample",
     reference.sample,
-    lambda mu, *_: (mu.new_empty(mu.shape), mu.new_empty(())),
+    lambda mu, *rest: (mu.new_empty(mu.shape, dtype=rest[-1] or mu.dtype), mu.new_empty(())),
 )
 sample_backward_op = _library.register(
     "bayes_sample_backward",
@@ -87,7 +89,7 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        mu, rho, seed, prior_mean, ctx.prior_std, ctx.stream, ctx.centred = inputs
+        mu, rho, seed, prior_mean, ctx.prior_std, ctx.stream, ctx.centred, ctx.dtype = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mu, rho, seed, prior_mean)
         ctx.save_for_forward(mu, rho, seed, prior_mean)
@@ -98,11 +100,12 @@ class _Sample(torch.autograd.Function):
         prior_std, stream, centred = ctx.prior_std, ctx.stream, ctx.centred
         if torch.is_grad_enabled():  # the gradient is to be differentiated again: plain torch around the same noise
             normal = None if grad is None else normal_of(mu, seed, 0, stream)
+            grad = None if grad is None else grad.to(mu.dtype)
             grads = reference.transform_backward(grad, grad_kl, mu, rho, normal, prior_mean, prior_std, centred)
         else:
             grads = sample_backward_op(grad, grad_kl, mu, rho, seed, prior_mean, prior_std, stream, centred)
         mean = mean_gradient(grad_kl, mu, prior_mean, prior_std) if ctx.needs_input_grad[3] else None
-        return *grads, None, mean, None, None, None
+        return *grads, None, mean, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dmu: Tensor | None, drho: Tensor | None, _: Any, dmean: Tensor | None, *rest: Any) -> Any:
@@ -112,6 +115,7 @@ class _Sample(torch.autograd.Function):
             tangent = tangent + dmu
         if drho is not None:
             tangent = tangent + drho * torch.sigmoid(rho) * normal_of(mu, seed, 0, ctx.stream)
+        tangent = tangent.to(ctx.dtype or mu.dtype)
         return tangent, kl_tangent(mu, rho, prior_mean, ctx.prior_std, dmu, drho, dmean)
 
     @staticmethod
@@ -186,6 +190,7 @@ def sample(
     prior_std: float | None = None,
     stream: int = 0,
     centred: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One sample W = μ + softplus(ρ) ∘ ε and KL(N(μ, σ²) || N(prior_mean, prior_std²)), in one pass.
 
@@ -196,6 +201,8 @@ def sample(
         prior_std: None leaves the KL out (it is 0 then).
         stream: which tensor of the layer the noise is for.
         centred: W = softplus(ρ) ∘ ε, without μ.
+        dtype: of W: that of mu if left out; bfloat16 or float16 where mu is float32. The KL and the gradients by μ and
+            ρ have the dtype of mu.
 
     Returns:
         W with the shape of mu, and the KL, a scalar.
@@ -212,5 +219,7 @@ def sample(
     """
     check_weights("", mu, rho, prior_mean, prior_std)
     check_seed(seed, mu)
-    result: tuple[Tensor, Tensor] = _sample(mu, rho, seed, prior_mean, prior_std, stream, centred)
+    if dtype not in (None, mu.dtype) and (mu.dtype != torch.float32 or dtype not in NARROW):
+        raise TypeError(f"dtype must be that of mu, or bfloat16 or float16 where mu is float32, got {dtype}")
+    result: tuple[Tensor, Tensor] = _sample(mu, rho, seed, prior_mean, prior_std, stream, centred, dtype)
     return result

@@ -25,8 +25,13 @@ from .structure import Structure, attribute
 from .walk import Walk
 
 Rates = tuple[float, float, float, float, float]
-# What a sweep needs of a parameter: gradient, momentum buffer, rates; None leaves the parameter as it is.
-Supply = Callable[[Tensor], tuple[Tensor, Tensor | None, Rates] | None]
+# Gradient, momentum buffer, rates, and lr and keep where they stand on the device.
+Given = tuple[Tensor, Tensor | None, Rates, Tensor | None]
+# What a sweep needs of a parameter; None leaves the parameter as it is.
+Supply = Callable[[Tensor], Given | None]
+# grad_scale and found_inf of a GradScaler.
+Scaling = tuple[Tensor | None, Tensor | None]
+UNSCALED: Scaling = (None, None)
 
 
 @dataclass(eq=False)
@@ -197,6 +202,13 @@ class PathVectors:
         Returns:
             Φ of the old and of the new weights, each as (value, exponent).
         """
+        self.run(forward, supply, sigma)
+        return self._totals(forward)
+
+    def run(
+        self, forward: bool, supply: Supply, sigma: dict[Any, Tensor] | None = None, scaling: Scaling = UNSCALED
+    ) -> None:
+        """`sweep` without reading Φ, which waits for the device."""
         sides = len(self.forward)
         carried, known = (self.forward, self.backward) if forward else (self.backward, self.forward)
         carried_values, known_values = self._values if forward else self._values[::-1]
@@ -209,8 +221,14 @@ class PathVectors:
             stage, side = self.stages[index], index + 1 if forward else index
             step = self._dense if isinstance(stage, Dense) else self._norm
             where = (old, new, known[side], carried[side], self._masses[index], forward)
-            step(stage, *where, supply, sigma or {})  # type: ignore[arg-type]
+            step(stage, *where, supply, sigma or {}, scaling)  # type: ignore[arg-type]
             old, new = known[side], carried[side]
+
+    def _totals(self, forward: bool) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Φ of the old and of the new weights after a sweep."""
+        sides = len(self.forward)
+        carried_values, known_values = self._values if forward else self._values[::-1]
+        start, end = (0, sides - 1) if forward else (sides - 1, 0)
         results = self._memory[self._results].tolist()
         exponents = results[:sides], results[sides : 2 * sides]
         of_new, of_old = exponents if forward else exponents[::-1]
@@ -225,7 +243,12 @@ class PathVectors:
         return total(sums[0], self.p), total(sums[1], self.p)
 
     def step_with(
-        self, forward: list[Tensor], backward: list[Tensor], supply: Supply, sigma: dict[Any, Tensor]
+        self,
+        forward: list[Tensor],
+        backward: list[Tensor],
+        supply: Supply,
+        sigma: dict[Any, Tensor],
+        scaling: Scaling = UNSCALED,
     ) -> None:
         """Update with given F and B, which stay as they are."""
         for index, stage in enumerate(self.stages):
@@ -233,11 +256,11 @@ class PathVectors:
             step = self._dense if isinstance(stage, Dense) else self._norm
             into, fresh = forward[index], torch.empty_like(across)
             where = (into, into, across, fresh, self._masses[index], True)
-            step(stage, *where, supply, sigma)  # type: ignore[arg-type]
+            step(stage, *where, supply, sigma, scaling)  # type: ignore[arg-type]
 
     def _dense(
         self, stage: Dense, old: Tensor, new: Tensor, across: Tensor, fresh: Tensor, mass: Tensor, forward: bool,
-        supply: Supply, sigma: dict[Any, Tensor],
+        supply: Supply, sigma: dict[Any, Tensor], scaling: Scaling,
     ) -> None:  # fmt: skip
         given = supply(stage.weight)
         weight = self.stored(stage.weight).detach()
@@ -251,6 +274,7 @@ class PathVectors:
         path_sweep_unchecked(
             weight, given and given[0], given and given[1], matched, grad, momentum, old, new, across, fresh,
             mass, forward, self.p, given[2] if given else UNCHANGED, for_bias[2] if for_bias else UNCHANGED,
+            *scaling, given and given[3], for_bias and for_bias[3],
         )  # fmt: skip
         if bias is not None and matched is not None and matched is not bias and for_bias is not None:
             bias.copy_(matched)
@@ -259,7 +283,7 @@ class PathVectors:
 
     def _norm(
         self, stage: Norm, old: Tensor, new: Tensor, across: Tensor, fresh: Tensor, mass: Tensor, forward: bool,
-        supply: Supply, sigma: dict[Any, Tensor],
+        supply: Supply, sigma: dict[Any, Tensor], scaling: Scaling,
     ) -> None:  # fmt: skip
         """The same for one edge per unit, in plain torch: these vectors are small."""
         p = self.p
@@ -273,7 +297,8 @@ class PathVectors:
         for param, gamma in ((stage.weight, factor), (stage.bias, reference.factor(out[:-1], out[-1], p))):
             given = None if param is None else supply(param)
             if param is not None and given is not None:
-                reference.apply_step(self.stored(param).detach(), given[0], given[1], gamma, given[2])
+                rates = reference.rates_now(given[2], scaling[0], given[3])
+                reference.apply_step(self.stored(param).detach(), given[0], given[1], gamma, rates, scaling[1])
         after = norm_edges(weight, bias, deviation, mean, p)
         mass.zero_()
         pairs = ((old.clone(), before, across), (new.clone(), after, fresh))

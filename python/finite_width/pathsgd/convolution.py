@@ -40,10 +40,11 @@ class ConvolutionMass(NamedTuple):
         return reference.convolution_gradient(self.known, self.x, edges, *self.window, 1)
 
     def update(
-        self, weight: Tensor, grad: Tensor, momentum: Tensor | None, exponent: float, p: float, rates: Any
+        self, weight: Tensor, grad: Tensor, momentum: Tensor | None, exponent: Tensor, p: float, rates: Any, *rest: Any
     ) -> None:
-        """The weight's step."""
-        path_convolution_update_unchecked(weight, grad, momentum, self.x, self.known, exponent, p, rates, *self.window)
+        """The weight's step; rest: grad_scale, found_inf, lr."""
+        sums, how = (self.x, self.known), (exponent, p, rates, *self.window, *rest)
+        path_convolution_update_unchecked(weight, grad, momentum, *sums, *how)
 
     def to(self, device: torch.device) -> ConvolutionMass:
         """A copy on a device."""

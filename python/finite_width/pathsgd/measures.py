@@ -63,7 +63,7 @@ def path_norm(
     if log:
         return (total.value.log() + total.exponent * math.log(2.0)) * root
     if power or math.isinf(p):
-        return total.value * 2.0**total.exponent if abs(total.exponent) < 1000 else _out_of_range(total)
+        return total.value * 2.0**total.exponent if abs(int(total.exponent)) < 1000 else _out_of_range(total)
     return total.value**root * 2.0 ** (total.exponent * root)
 
 

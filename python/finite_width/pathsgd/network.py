@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -25,15 +26,31 @@ _RANGE = 200  # binary exponents that are left as they are
 
 
 class Scaled(NamedTuple):
-    """value · 2^exponent."""
+    """value · 2^exponent; the exponent is an int, or a whole float64 number that stays on the device."""
 
     value: Tensor
-    exponent: int = 0
+    exponent: int | Tensor = 0
 
-    def to_exponent(self, exponent: int) -> Tensor:
+    def to_exponent(self, exponent: int | Tensor) -> Tensor:
+        if exponent is self.exponent:
+            return self.value
+        if isinstance(exponent, Tensor) or isinstance(self.exponent, Tensor):
+            return self.value * reference.two_to(torch.as_tensor(self.exponent - exponent))
         if exponent == self.exponent:
             return self.value
         return self.value * math.ldexp(1.0, max(self.exponent - exponent, -1074))
+
+
+def larger(one: int | Tensor, other: int | Tensor) -> int | Tensor:
+    """The larger of two exponents."""
+    if isinstance(one, Tensor):
+        return torch.maximum(one, other) if isinstance(other, Tensor) else one.clamp_min(other)
+    return other.clamp_min(one) if isinstance(other, Tensor) else max(one, other)
+
+
+def two_to(exponent: int | Tensor) -> float | Tensor:
+    """2^exponent."""
+    return reference.two_to(exponent) if isinstance(exponent, Tensor) else math.ldexp(1.0, max(exponent, -1074))
 
 
 def powered(param: Tensor, p: float) -> Tensor:
@@ -53,6 +70,7 @@ class PathSum(Walk):
         power: parameter -> |w|^p.
         sigma: BatchNorm module -> the batch's standard deviation; running statistics where it has none.
         rescale: whether to keep values in range (not possible under torch.func transforms).
+        on_device: exponents stay on the device, and nothing is read on the host.
     """
 
     def __init__(
@@ -62,8 +80,10 @@ class PathSum(Walk):
         power: Callable[[Tensor], Tensor],
         sigma: dict[Any, Tensor] | None = None,
         rescale: bool = True,
+        on_device: bool = False,
     ) -> None:
         super().__init__(structure)
+        self.on_device = on_device
         self.p, self.power, self.sigma, self.rescale = p, power, sigma or {}, rescale
 
     def total(self) -> Scaled:
@@ -88,6 +108,10 @@ class PathSum(Walk):
     def _in_range(self, x: Scaled) -> Scaled:
         if not self.rescale or x.value.numel() == 0:
             return x
+        if self.on_device:
+            moved = torch.frexp(x.value.detach().max()).exponent.to(torch.float64)
+            moved = torch.where(moved.abs() <= _RANGE, 0.0, moved)
+            return Scaled(x.value * reference.two_to(-moved), x.exponent + moved)
         shift = math.frexp(float(x.value.detach().max()))[1]  # sums of |w|^p: never negative
         if abs(shift) <= _RANGE:
             return x
@@ -101,7 +125,7 @@ class PathSum(Walk):
         """A map that is linear in (x, bias): the bias enters at the exponent of x."""
         if bias is None:
             return self._in_range(Scaled(apply(x.value, None), x.exponent))
-        exponent = max(x.exponent, 0)
+        exponent = larger(x.exponent, 0)
         edge = Scaled(self.power(bias)).to_exponent(exponent)
         return self._in_range(Scaled(apply(x.to_exponent(exponent), edge), exponent))
 
@@ -116,12 +140,12 @@ class PathSum(Walk):
     def add(self, x: Scaled, y: Scaled) -> Scaled:
         if not (isinstance(x, Scaled) and isinstance(y, Scaled)):
             raise ValueError("adding a constant or a parameter to an activation is not supported; use a layer's bias")
-        exponent = max(x.exponent, y.exponent)
+        exponent = larger(x.exponent, y.exponent)
         one, other = x.to_exponent(exponent), y.to_exponent(exponent)
         return Scaled(torch.maximum(one, other) if math.isinf(self.p) else one + other, exponent)
 
     def cat(self, values: list[Scaled], dim: int) -> Scaled:
-        exponent = max(value.exponent for value in values)
+        exponent = reduce(larger, [value.exponent for value in values])
         return Scaled(torch.cat([value.to_exponent(exponent) for value in values], dim), exponent)
 
     def reduce(self, how: str, x: Scaled, dims: tuple[int, ...], keepdim: bool) -> Scaled:
@@ -156,7 +180,7 @@ class PathSum(Walk):
         exponent = x.exponent
         if mean is None and module.bias is None:
             return self._in_range(Scaled(x.value * scale.view(shape), exponent))
-        exponent = max(exponent, 0)
+        exponent = larger(exponent, 0)
         if mean is None:
             edge = self.power(module.bias)
         else:  # one edge b − μ w/σ; its path counts for b, whose part of it has slope 1
@@ -213,8 +237,8 @@ class PathSum(Walk):
         value = averaged
         dims = x.value.dim() - 2
         for axis, (size, pieces) in enumerate(zip(x.value.shape[2:], averaged.shape[2:], strict=True)):
-            counts = [-(-(k + 1) * size // pieces) - k * size // pieces for k in range(pieces)]
-            window = torch.tensor(counts, dtype=torch.float64, device=value.device)
+            k = torch.arange(pieces, device=value.device)  # made there: a copy from the host would wait for the device
+            window = (-(-(k + 1) * size // pieces) - k * size // pieces).to(torch.float64)
             value = value * (window ** (1 - (self.p if p is None else p))).view(-1, *[1] * (dims - 1 - axis))
         return Scaled(value, x.exponent)
 
@@ -250,7 +274,7 @@ class PathSum(Walk):
         return states
 
     def _stack(self, values: list[Scaled], dim: int) -> Scaled:
-        exponent = max(value.exponent for value in values)
+        exponent = reduce(larger, [value.exponent for value in values])
         return Scaled(torch.stack([value.to_exponent(exponent) for value in values], dim), exponent)
 
     def protocol(self, x: Scaled, module: nn.Module) -> Scaled:
@@ -262,11 +286,11 @@ class PathSum(Walk):
             result: Tensor = torch.func.functional_call(module, edges, (value,))
             return result
 
-        if x.exponent == 0:
+        if not isinstance(x.exponent, Tensor) and x.exponent == 0:
             return self._in_range(Scaled(apply(x.value)))
         constant = apply(torch.zeros_like(x.value))  # what a bias adds
-        exponent = max(x.exponent, 0)
-        value = (apply(x.value) - constant) * math.ldexp(1.0, max(x.exponent - exponent, -1074))
+        exponent = larger(x.exponent, 0)
+        value = (apply(x.value) - constant) * two_to(x.exponent - exponent)
         return self._in_range(Scaled(value + Scaled(constant).to_exponent(exponent), exponent))
 
 
@@ -278,7 +302,7 @@ class Masses(NamedTuple):
     """∂Φ/∂|w|^p of every parameter, each up to 2^exponent, and Φ."""
 
     of: dict[Tensor, Tensor | ConvolutionMass]
-    exponent: int
+    exponent: int | Tensor
     total: Scaled
 
     def dense(self) -> dict[Tensor, Tensor]:
@@ -291,8 +315,10 @@ class Masses(NamedTuple):
 class _Masses(PathSum):
     """Sums paths with leaves whose gradients are ∂Φ/∂|w|^p; with `fused`, convolutions leave ConvolutionMasses."""
 
-    def __init__(self, structure: Structure, p: float, sigma: dict[Any, Tensor] | None, fused: bool) -> None:
-        super().__init__(structure, p, self.leaf, sigma)
+    def __init__(
+        self, structure: Structure, p: float, sigma: dict[Any, Tensor] | None, fused: bool, on_device: bool
+    ) -> None:
+        super().__init__(structure, p, self.leaf, sigma, on_device=on_device)
         self.fused = fused
         self.leaves: dict[Tensor, Tensor] = {}
         self.convolutions: dict[Tensor, list[ConvolutionMass]] = {}
@@ -327,14 +353,16 @@ def masses(
     sigma: dict[Any, Tensor] | None = None,
     shared: str = "kappa1",
     fused: bool = False,
+    on_device: bool = False,
 ) -> Masses:
     """(γ^(p/2) of every parameter, from one forward and one backward pass of the |w|^p network.
 
     shared="kappa" adds κ2 = |w|^p ∂²Φ/∂(|w|^p)² for weights that a path passes more than once. With `fused`,
-    convolutions go through the wing's own ops, and a weight of one convolution alone has a ConvolutionMass.
+    convolutions go through the wing's own ops, and a weight of one convolution alone has a ConvolutionMass. With
+    `on_device`, exponents are tensors and nothing is read on the host.
     """
     with torch.enable_grad():
-        network = _Masses(structure, p, sigma, fused)
+        network = _Masses(structure, p, sigma, fused, on_device)
         total = network.total()
         leaves = network.leaves
         if not total.value.requires_grad:
@@ -375,7 +403,12 @@ def _recurs(structure: Structure, param: Tensor) -> bool:
 
 
 def _second_derivative(
-    structure: Structure, p: float, param: Tensor, sigma: dict[Any, Tensor] | None, exponent: int, chunk: int = 64
+    structure: Structure,
+    p: float,
+    param: Tensor,
+    sigma: dict[Any, Tensor] | None,
+    exponent: int | Tensor,
+    chunk: int = 64,
 ) -> Tensor:
     """∂²Φ/∂(|w|^p)² for every element, up to 2^exponent: one Hessian-vector product per element, in chunks."""
     point = powered(param.detach(), p)
@@ -386,7 +419,7 @@ def _second_derivative(
                 return edge if other is param else powered(other.detach(), p)
 
             total = PathSum(structure, p, power, sigma, rescale=False).total()
-            return total.value * math.ldexp(1.0, -exponent)
+            return total.value * two_to(-exponent)
 
         gradient: Tensor = torch.func.grad(value)(edge)
         return gradient

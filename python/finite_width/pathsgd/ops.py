@@ -20,6 +20,7 @@ def _fake(*args: Any) -> None:
 
 
 _sweep = _library.register("path_sweep", reference.path_sweep, _fake)
+_step = _library.register("path_step", reference.path_step, _fake)
 _update = _library.register("path_update", reference.path_update, _fake)
 _convolution = _library.register("path_convolution", reference.path_convolution, reference.path_convolution)
 _convolution_backward = _library.register(
@@ -39,15 +40,17 @@ def _companion(name: str, value: Tensor | None, of: str, param: Tensor) -> None:
         raise ValueError(f"{name} must have shape {list(param.shape)}, as {of} has, got {list(value.shape)}")
 
 
-def _vector(name: str, value: Tensor, units: int, like: Tensor) -> None:
+def _doubles(name: str, value: Tensor, size: int, holds: str, like: Tensor) -> None:
     _check.is_tensor(name, value)
     _check.is_float(name, value, (torch.float64,))
-    if value.shape != (units + 1,):
-        raise ValueError(
-            f"{name} must have shape [{units + 1}], one value per unit and the exponent, got {list(value.shape)}"
-        )
+    if value.shape != (size,):
+        raise ValueError(f"{name} must have shape [{size}], {holds}, got {list(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, but weight is on {like.device}; move one of them")
+
+
+def _vector(name: str, value: Tensor, units: int, like: Tensor) -> None:
+    _doubles(name, value, units + 1, "one value per unit and the exponent", like)
 
 
 def _rates(name: str, rates: Sequence[float]) -> list[float]:
@@ -73,6 +76,14 @@ def _scaling(grad_scale: Tensor | None, found_inf: Tensor | None, like: Tensor) 
     )
 
 
+def _lr(name: str, value: Tensor | None, like: Tensor) -> Tensor | None:
+    """lr and keep in a tensor, checked."""
+    if value is not None:
+        _doubles(name, value, 2, "lr and keep", like)
+        value = value.contiguous()
+    return value
+
+
 def path_sweep(
     weight: Tensor,
     grad: Tensor | None,
@@ -91,6 +102,8 @@ def path_sweep(
     bias_rates: Sequence[float] = UNCHANGED,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    weight_lr: Tensor | None = None,
+    bias_lr: Tensor | None = None,
 ) -> None:
     """One dense layer of a Path-SGD step in one read: w ← keep·w − lr·g/γ, and the path vectors of old and new w.
 
@@ -113,6 +126,7 @@ def path_sweep(
             sign is −1 to maximise.
         grad_scale: one element, by which gradients are divided; read on the device, as GradScaler's is.
         found_inf: one element; where it is not 0, parameters and momenta stay as they are.
+        weight_lr, bias_lr: float64 [2], lr and keep, in place of those in the rates; read on the device.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
@@ -161,6 +175,8 @@ def path_sweep(
         _rates("weight_rates", weight_rates),
         _rates("bias_rates", bias_rates),
         *scaling,
+        _lr("weight_lr", weight_lr, weight),
+        _lr("bias_lr", bias_lr, weight),
     )
     _write_back(written, dense)
 
@@ -170,12 +186,109 @@ def path_sweep_unchecked(weight: Tensor, grad: Tensor | None, momentum: Tensor |
 
     Args:
         weight, grad, momentum: as for `path_sweep`, of one shape and dtype.
-        rest: the other arguments up to bias_rates; the vectors are contiguous.
+        rest: all the other arguments; the vectors are contiguous.
     """
     if all(each is None or each.is_contiguous() for each in (weight, grad, momentum, *rest[:3])):
-        _sweep(weight, grad, momentum, *rest, None, None)
+        _sweep(weight, grad, momentum, *rest)
     else:
         path_sweep(weight, grad, momentum, *rest)
+
+
+def path_step(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momenta: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    bias_grads: Sequence[Tensor | None],
+    bias_momenta: Sequence[Tensor | None],
+    vectors: Tensor,
+    state: Tensor,
+    p: float = 2.0,
+    rates: Sequence[float] = (),
+    lrs: Sequence[Tensor | None] = (),
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    rebuild: int = 0,
+) -> None:
+    """A step of a chain of dense layers, `path_sweep` of each, in a direction that is read on the device.
+
+    Where B is of the weights as they are, the sweep goes forward and leaves F; where F is, backward, and it leaves B.
+    So the same call, or the same captured graph, makes a chain's steps one after another, three passes each.
+
+    Args:
+        weights: [rows, cols] each, from the input on, of one dtype and device, contiguous; written.
+        grads, momenta: as long as weights, None for those that have none; momenta are written.
+        biases, bias_grads, bias_momenta: likewise, [rows] each.
+        vectors: float64 in one piece: F_0 ... F_L, then B_0 ... B_L (a path vector of n units has n + 1), then [4]
+            for each layer: its bias masses of old and new weights, and their exponents. F_0 and B_L must hold ones with
+            exponent 0, and do so afterwards.
+        state: float64 [4]: 1 where F is of the weights as they are, 2 where B is; Φ as the last sweep left it and its
+            exponent; how many sweeps have met weights of another Φ than that.
+        p: at least 1; inf takes maxima for sums.
+        rates: ten a layer, (lr, momentum, nesterov, keep, sign) of the weight and of the bias; none changes nothing.
+        lrs: none at all, or two a layer, as weight_lr and bias_lr of `path_sweep`.
+        grad_scale, found_inf: as for `path_sweep`.
+        rebuild: 1 or 2 makes F or B of the weights first, in a sweep that updates nothing.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
+    """
+    if not weights:
+        raise ValueError("weights must hold at least one tensor")
+    lists = {"grads": grads, "momenta": momenta, "biases": biases, "bias_grads": bias_grads}
+    for name, entries in {**lists, "bias_momenta": bias_momenta}.items():
+        if len(entries) != len(weights):
+            raise ValueError(f"{name} must be as long as weights, {len(weights)}, got {len(entries)}")
+    for i, weight in enumerate(weights):
+        _check.is_tensor(f"weights[{i}]", weight)
+        _check.is_float(f"weights[{i}]", weight, DTYPES)
+        _check.has_dim(f"weights[{i}]", weight, 2, "[rows, cols]")
+        _check.like(f"weights[{i}]", weight, "weights[0]", weights[0])
+        if i and weight.shape[1] != weights[i - 1].shape[0]:
+            raise ValueError(f"weights[{i}] must have {weights[i - 1].shape[0]} columns, got {list(weight.shape)}")
+        _companion(f"grads[{i}]", grads[i], f"weights[{i}]", weight)
+        _companion(f"momenta[{i}]", momenta[i], f"weights[{i}]", weight)
+        bias = biases[i]
+        if bias is not None:
+            _check.like(f"biases[{i}]", bias, f"weights[{i}]", weight)
+            if bias.shape != weight.shape[:1]:
+                raise ValueError(f"biases[{i}] must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+            _companion(f"bias_grads[{i}]", bias_grads[i], f"biases[{i}]", bias)
+            _companion(f"bias_momenta[{i}]", bias_momenta[i], f"biases[{i}]", bias)
+    units = weights[0].shape[1] + sum(weight.shape[0] for weight in weights)
+    size = 2 * (units + len(weights) + 1) + 4 * len(weights)
+    _doubles("vectors", vectors, size, "F, B and the layers' masses", weights[0])
+    _doubles("state", state, 4, "what is known, Φ, its exponent and a count", weights[0])
+    if not p >= 1:
+        raise ValueError(f"p must be at least 1, got {p}")
+    if rates and len(rates) != 10 * len(weights):
+        raise ValueError(f"rates must hold ten numbers a layer, {10 * len(weights)}, got {len(rates)}")
+    if lrs and len(lrs) != 2 * len(weights):
+        raise ValueError(f"lrs must hold two tensors a layer, {2 * len(weights)}, got {len(lrs)}")
+    if rebuild not in (0, 1, 2):
+        raise ValueError(f"rebuild must be 0, 1 or 2, got {rebuild}")
+    for i, each in enumerate(lrs):
+        _lr(f"lrs[{i}]", each, weights[0])
+    written = [*weights, *momenta, *biases, *bias_momenta, vectors, state]
+    if not all(each is None or each.is_contiguous() for each in written):
+        raise ValueError(
+            "weights, momenta, biases, bias_momenta, vectors and state must be contiguous: they are written"
+        )
+    scaling = _scaling(grad_scale, found_inf, weights[0])
+    numbers = [float(rate) for rate in rates] or [*UNCHANGED, *UNCHANGED] * len(weights)
+    path_step_unchecked(
+        *(list(weights), grads, momenta, biases, bias_grads, bias_momenta, vectors, state, float(p), numbers, lrs),
+        *(*scaling, rebuild),
+    )
+
+
+def path_step_unchecked(weights: list[Tensor], *rest: Any) -> None:
+    """`path_step` of an optimizer, whose tensors fit each other and are contiguous, gradients aside."""
+    *lists, vectors, state, p, rates, lrs, grad_scale, found_inf, rebuild = rest
+    none, no_lr = weights[0].new_empty(0), vectors.new_empty(0)
+    full = [[none if each is None else each.contiguous() for each in entries] for entries in lists]
+    lrs = [no_lr if each is None else each for each in lrs]
+    _step(weights, *full, vectors, state, p, rates, lrs, grad_scale, found_inf, rebuild)
 
 
 def path_update(
@@ -183,11 +296,12 @@ def path_update(
     grad: Tensor,
     momentum: Tensor | None,
     mass: Tensor,
-    exponent: float = 0.0,
+    exponent: float | Tensor = 0.0,
     p: float = 2.0,
     rates: Sequence[float] = UNCHANGED,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    lr: Tensor | None = None,
 ) -> None:
     """The update alone: w ← keep·w − lr·g/γ with γ = (mass · 2^exponent)^(2/p); no step where mass is 0.
 
@@ -195,10 +309,10 @@ def path_update(
         param: any shape, float32, float64 or bfloat16; written.
         grad, momentum: like param; momentum may be None, and is written.
         mass: float64, of param's shape: ∂Φ/∂|w|^p, up to the exponent.
-        exponent: the power of two that multiplies mass.
+        exponent: the power of two that multiplies mass; a float64 tensor of one element is read on the device.
         p: at least 1, finite.
         rates: (lr, momentum, nesterov, keep, sign).
-        grad_scale, found_inf: as for `path_sweep`.
+        grad_scale, found_inf, lr: as for `path_sweep`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
@@ -216,9 +330,21 @@ def path_update(
     scaling = _scaling(grad_scale, found_inf, param)
     written = [param, momentum]
     dense = [None if each is None else each.contiguous() for each in written]
-    step = float(exponent), float(p), _rates("rates", rates), *scaling
+    step = _exponent(exponent, param), float(p), _rates("rates", rates), *scaling, _lr("lr", lr, param)
     _update(dense[0], grad.contiguous(), dense[1], mass.contiguous(), *step)
     _write_back(written, dense)
+
+
+def _exponent(exponent: float | Tensor, like: Tensor) -> Tensor:
+    """On the device: one number, float64."""
+    if not isinstance(exponent, Tensor):
+        return torch.full((), float(exponent), dtype=torch.float64, device=like.device)
+    _check.is_float("exponent", exponent, (torch.float64,))
+    if exponent.numel() != 1:
+        raise ValueError(f"exponent must have one element, got shape {list(exponent.shape)}")
+    if exponent.device != like.device:
+        raise ValueError(f"exponent is on {exponent.device}, but the parameter is on {like.device}; move one of them")
+    return exponent
 
 
 def path_convolution(
@@ -286,13 +412,16 @@ def path_convolution_update(
     momentum: Tensor | None,
     x: Tensor,
     known: Tensor,
-    exponent: float = 0.0,
+    exponent: float | Tensor = 0.0,
     p: float = 2.0,
     rates: Sequence[float] = UNCHANGED,
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    lr: Tensor | None = None,
 ) -> None:
     """A convolution's update: `path_update` with mass[o, c, tap] = Σ_s B[o, s] F[c, place under the tap], never stored.
 
@@ -301,7 +430,7 @@ def path_convolution_update(
         grad, momentum: like weight; momentum may be None, and is written.
         x: F [1, C, *S], float64.
         known: B [1, O, *S'], float64.
-        exponent, rates: as for `path_update`.
+        exponent, rates, grad_scale, found_inf, lr: as for `path_update`.
         p, stride, padding, dilation, groups: as for `path_convolution`.
 
     Raises:
@@ -315,8 +444,9 @@ def path_convolution_update(
     written = [weight, momentum]
     dense = [None if each is None else each.contiguous() for each in written]
     sums = x.contiguous(), known.contiguous()
-    step = float(exponent), _finite(p), _rates("rates", rates)
-    _convolution_update(dense[0], grad.contiguous(), dense[1], *sums, *step, *how)
+    step = _exponent(exponent, weight), _finite(p), _rates("rates", rates)
+    scaling = *_scaling(grad_scale, found_inf, weight), _lr("lr", lr, weight)
+    _convolution_update(dense[0], grad.contiguous(), dense[1], *sums, *step, *how, *scaling)
     _write_back(written, dense)
 
 
@@ -332,7 +462,7 @@ def path_convolution_backward_unchecked(known: Tensor, x: Tensor, weight: Tensor
 def path_convolution_update_unchecked(
     weight: Tensor, grad: Tensor, momentum: Tensor | None, x: Tensor, known: Tensor, *rest: Any
 ) -> None:
-    """`path_convolution_update` likewise; rest: exponent, p, rates, stride, padding, dilation, groups."""
+    """`path_convolution_update` likewise; rest: all the other arguments."""
     if all(each is None or each.is_contiguous() for each in (weight, grad, momentum)):
         _convolution_update(weight, grad, momentum, x.contiguous(), known.contiguous(), *rest)
     else:

@@ -13,15 +13,14 @@ from torch.optim import Optimizer
 
 from .. import _check, _library
 from .batches import BatchDeviations
-from .chain import PathVectors, agree, find_chain
+from .chain import UNSCALED, Dense, Given, PathVectors, Scaling, agree, find_chain
 from .convolution import ConvolutionMass
+from .device import KNOWS_BACKWARD, KNOWS_FORWARD, DeviceChain, fits
 from .interruption import uninterrupted
 from .network import Masses, masses
 from .operations import BATCHNORMS
 from .ops import DTYPES, path_update
 from .structure import trace
-
-Given = tuple[Tensor, Tensor | None, tuple[float, float, float, float, float]]
 
 
 class PathSGD(Optimizer):
@@ -36,7 +35,7 @@ class PathSGD(Optimizer):
 
     Args:
         model: what is trained; it tells the structure. In DistributedDataParallel, pass the wrapped module.
-        lr: learning rate, at least 0; a one-element tensor is read at each step.
+        lr: learning rate, at least 0; a one-element tensor is read at each step, on the device where it is there.
         params: parameters or parameter groups as in torch.optim, all inside model; all of model's if left out. The
             others are frozen, and still carry paths.
         p: 1, 2 or any p ≥ 1; inf for chains.
@@ -49,8 +48,9 @@ class PathSGD(Optimizer):
             "running": with its running statistics.
         maximize: ascend.
         master_weights: keep a float32 copy of bfloat16 parameters, which takes the updates.
-        foreach, fused, capturable, differentiable: as torch.optim names them; the step is always fused, and the last
-            two are refused.
+        capturable: allow steps to be captured in a CUDA graph, after a first one outside; where the kernels for
+            CUDA are in force.
+        foreach, fused, differentiable: as torch.optim names them; the step is always fused, the others are refused.
 
     Raises:
         TypeError, ValueError: values that make no sense, an operation without paths (with the module's qualified
@@ -94,7 +94,7 @@ class PathSGD(Optimizer):
         _check.positive_int("update_every", update_every)
         _check.one_of("shared", shared, ("kappa1", "kappa"))
         _check.one_of("batchnorm", batchnorm, ("batch", "running"))
-        for name, value in (("capturable", capturable), ("differentiable", differentiable), ("foreach", foreach)):
+        for name, value in (("differentiable", differentiable), ("foreach", foreach)):
             if value:
                 raise ValueError(f"{name}=True is not supported by PathSGD; leave it out (the step is always fused)")
         if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -102,6 +102,18 @@ class PathSGD(Optimizer):
         self._structure = trace(model, input_shape)
         named = self._structure.module.named_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
+        # On a device with kernels of its own, a step reads nothing on the host, and takes what a GradScaler knows.
+        device = next(iter(self._names)).device
+        self._on_device = device.type != "meta" and _library.has_kernel_for("path_step", device)
+        self._step_supports_amp_scaling = self._on_device
+        if capturable and not self._on_device:
+            raise ValueError(
+                f"capturable=True is not supported by PathSGD for parameters on {device}: it needs the kernels for "
+                f"CUDA (see build_info()['cuda_kernels']); leave it out"
+            )
+        if capturable and update_every > 1:
+            raise ValueError("capturable=True needs update_every=1: a replay does not count steps")
+        self._capturable = capturable
         self._p, self._update_every, self._shared = float(p), update_every, shared
         self._batchnorm, self._master_weights = batchnorm, master_weights
         self._stages = find_chain(self._structure)
@@ -114,6 +126,10 @@ class PathSGD(Optimizer):
         self._vectors = None if self._stages is None else PathVectors(self._stages, self._p)
         if self._vectors is not None:
             self._vectors.stored = self._target
+        self._seen: list[tuple[int, int]] = []  # the parameters' addresses and versions after the last step
+        self._chain: DeviceChain | None = None
+        self._warned = 0
+        self._lrs: dict[int, Tensor] = {}  # parameter group -> lr and keep on the device
         self._steps = 0
         self._forget()
         defaults = {
@@ -167,13 +183,20 @@ class PathSGD(Optimizer):
                 raise TypeError(f"{self._names[parameter]} must be float32, float64 or bfloat16, got {parameter.dtype}")
 
     def refresh(self) -> None:
-        """Rebuild F and B from the weights as they are now (after edits that the optimizer cannot see)."""
+        """Rebuild F and B from the weights as they are now, after edits that the optimizer cannot see.
+
+        On a GPU that is done at once, since a captured step that is replayed next would not know of it.
+        """
         self._forget()
+        if self._chain is not None:
+            with _library.grad_mode(False):
+                self._chain.step(_nothing, UNSCALED, KNOWS_BACKWARD)
+            self._ready, self._seen = True, self._versions()
 
     def _forget(self) -> None:
         self._ready = False  # whether the vectors that the next sweep needs are of the weights as they are
         self._total: tuple[float, float] = (0.0, 0.0)  # Φ as the last sweep left it
-        self._seen: list[tuple[int, int]] = []
+        self._seen = []
         self._kept: Any = None  # with update_every > 1: what γ is computed from
         self._age = 0
 
@@ -197,19 +220,24 @@ class PathSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_capture()
         self._renew_masters()
         given = self._gradients()
         if not given:
             return loss
         sigma = self._batches.deviations()
+        scaling = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)) if self._on_device else UNSCALED
         with uninterrupted():
             if self._update_every > 1:
-                self._step_with_kept(given, sigma)
+                self._step_with_kept(given, sigma, scaling)
             elif self._vectors is None:
-                self._apply(self._masses(sigma), given)
-            elif sigma:
-                self._vectors.sweep(True, _nothing, sigma)
-                self._vectors.sweep(False, given.get, sigma)
+                self._apply(self._masses(sigma), given, scaling)
+            elif self._on_device and not sigma and fits(self._vectors.stages, self._target):
+                self._alternate_on_device(given, scaling)
+            elif sigma or self._on_device:
+                self._ready = False
+                self._vectors.run(True, _nothing, sigma)
+                self._vectors.run(False, given.get, sigma, scaling)
             else:
                 self._alternate(given)
             self._steps += 1
@@ -236,35 +264,80 @@ class PathSGD(Optimizer):
             )
         self._total = new
 
-    def _step_with_kept(self, given: dict[Tensor, Given], sigma: dict[Any, Tensor]) -> None:
+    def _alternate_on_device(self, given: dict[Tensor, Given], scaling: Scaling) -> None:
+        """The same without a look at the device, but for a count of surprises from some steps ago."""
+        assert self._vectors is not None
+        if self._chain is None:
+            stages = [stage for stage in self._vectors.stages if isinstance(stage, Dense)]
+            self._chain = DeviceChain(stages, self._p, self._target)
+        rebuild = 0
+        if not self._ready or self._seen != self._versions():
+            rebuild = KNOWS_FORWARD if self._steps % 2 else KNOWS_BACKWARD
+        self._ready = False
+        self._chain.step(given.get, scaling, rebuild)
+        self._ready = True
+        if not _capturing(self._chain.state):
+            self._warn_of(self._chain.surprises())
+
+    def _warn_of(self, surprises: int) -> None:
+        if surprises <= self._warned:
+            return
+        self._warned = surprises
+        # At p = ∞ the maxima pass over NaN, and Φ stays finite: there the weights themselves are asked.
+        if math.isinf(self._p) and not all(bool(torch.isfinite(each).all()) for each in self._names):
+            return
+        warnings.warn(
+            "weights were changed outside the optimizer without a trace (a write through .data), some steps ago: the "
+            "step after that used the γ of the weights before; call refresh() after such writes",
+            stacklevel=5,
+        )
+
+    def _check_capture(self) -> None:
+        """Raise where a step is being captured that a replay would not repeat rightly."""
+        if not (self._on_device and _capturing(next(iter(self._names)))):
+            return
+        if not self._capturable:
+            raise RuntimeError(
+                "step() is being captured in a CUDA graph by an optimizer with capturable=False; "
+                "make it with capturable=True"
+            )
+        if not self._seen:
+            raise RuntimeError("take a step before the capture: it makes what a captured step continues from")
+        if self._chain is not None and (not self._ready or self._seen != self._versions()):
+            raise RuntimeError("the weights were changed since the last step; call refresh() before the capture")
+
+    def _step_with_kept(self, given: dict[Tensor, Given], sigma: dict[Any, Tensor], scaling: Scaling) -> None:
         if self._kept is None or self._age >= self._update_every:
             self._age = 0
             if self._vectors is None:
                 self._kept = self._masses(sigma)
             else:
-                self._vectors.sweep(True, _nothing, sigma)
+                self._vectors.run(True, _nothing, sigma)
                 forward = [vector.clone() for vector in self._vectors.forward]
-                self._vectors.sweep(False, _nothing, sigma)
+                self._vectors.run(False, _nothing, sigma)
                 self._kept = (forward, [vector.clone() for vector in self._vectors.backward], dict(sigma))
         self._age += 1
         if self._vectors is None:
-            self._apply(self._kept, given)
+            self._apply(self._kept, given, scaling)
         else:
             forward, backward, kept_sigma = self._kept
-            self._vectors.step_with(forward, backward, given.get, kept_sigma)
+            self._vectors.step_with(forward, backward, given.get, kept_sigma, scaling)
 
     def _masses(self, sigma: dict[Any, Tensor]) -> Masses:
-        return masses(self._structure, self._p, sigma, self._shared, fused=True)
+        return masses(self._structure, self._p, sigma, self._shared, fused=True, on_device=self._on_device)
 
-    def _apply(self, found: Masses, given: dict[Tensor, Given]) -> None:
-        for parameter, (grad, momentum, rates) in given.items():
+    def _apply(self, found: Masses, given: dict[Tensor, Given], scaling: Scaling) -> None:
+        exponent = found.exponent
+        if not isinstance(exponent, Tensor):
+            exponent = torch.full((), float(exponent), dtype=torch.float64, device=found.total.value.device)
+        for parameter, (grad, momentum, rates, lr) in given.items():
             target = self._target(parameter)
             mass = found.of.get(parameter)
             if isinstance(mass, ConvolutionMass):
-                mass.update(target.detach(), grad, momentum, float(found.exponent), self._p, rates)
+                mass.update(target.detach(), grad, momentum, exponent, self._p, rates, *scaling, lr)
                 continue
             mass = torch.zeros_like(target, dtype=torch.float64) if mass is None else mass
-            path_update(target.detach(), grad, momentum, mass, float(found.exponent), self._p, rates)
+            path_update(target.detach(), grad, momentum, mass, exponent, self._p, rates, *scaling, lr)
 
     def _target(self, parameter: Tensor) -> Tensor:
         """What takes the updates: the parameter, or its float32 copy."""
@@ -274,29 +347,43 @@ class PathSGD(Optimizer):
         return master
 
     def _gradients(self) -> dict[Tensor, Given]:
-        """Parameter -> gradient, momentum buffer, rates; checked before anything is written."""
-        rows = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
-        rows = [(group, parameter) for group, parameter in rows if parameter.grad is not None]
-        for _, parameter in rows:
+        """Parameter -> gradient, momentum buffer, rates, lr; checked before anything is written."""
+        lrs = [self._lr_of(index, group) for index, group in enumerate(self.param_groups)]
+        rows = [(group, lrs[i], each) for i, group in enumerate(self.param_groups) for each in group["params"]]
+        rows = [row for row in rows if row[2].grad is not None]
+        for _, _, parameter in rows:
             if parameter.grad.layout != torch.strided:
                 raise RuntimeError(f"PathSGD does not support sparse gradients; {self._names[parameter]} has one")
         given: dict[Tensor, Given] = {}
-        for group, parameter in rows:
+        for group, (lr, keep, now), parameter in rows:
             state, grad = self.state[parameter], parameter.grad
             if self._master_weights and parameter.dtype == torch.bfloat16:
                 if "master_weight" not in state:
                     state["master_weight"] = parameter.detach().float()
                 grad = grad.float()
-            lr, momentum = float(group["lr"]), float(group["momentum"])
+            momentum = float(group["momentum"])
             buffer = None
             if momentum:
                 if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(self._target(parameter).detach())
                 buffer = state["momentum_buffer"]
             sign = -1.0 if group["maximize"] else 1.0
-            keep = 1 - lr * float(group["weight_decay"])
-            given[parameter] = (grad, buffer, (lr, momentum, float(group["nesterov"]), keep, sign))
+            given[parameter] = (grad, buffer, (lr, momentum, float(group["nesterov"]), keep, sign), now)
         return given
+
+    def _lr_of(self, index: int, group: dict[str, Any]) -> tuple[float, float, Tensor | None]:
+        """lr and keep = 1 − lr · decay of a group; in a tensor where lr stands on the device and is not to be read."""
+        lr, decay = group["lr"], float(group["weight_decay"])
+        if not (self._on_device and isinstance(lr, Tensor)):
+            return float(lr), 1 - float(lr) * decay, None
+        if index not in self._lrs:
+            device = next(iter(self._names)).device
+            self._lrs[index] = torch.ones(2, dtype=torch.float64, device=device)
+        now = self._lrs[index]
+        now[:1].copy_(lr.reshape(1))
+        if decay:
+            now[1:].copy_(1 - now[:1] * decay)
+        return 0.0, 1.0, now
 
     def _renew_masters(self) -> None:
         """Copy parameters that were changed outside into their float32 copies."""
@@ -324,12 +411,18 @@ class PathSGD(Optimizer):
         state["path"] = {
             "structure": self._structure.fingerprint(),
             "p": self._p,
-            "steps": self._steps,
+            "steps": self._parity(),
             "age": self._age,
             "kept": self._kept_state(),
             "batches": self._batches.state(self._structure.module),
         }
         return state
+
+    def _parity(self) -> int:
+        """The steps so far, even where the next sweep goes forward: replays of a graph are not counted here."""
+        if self._chain is None or not self._ready:
+            return self._steps
+        return self._steps + (self._steps % 2 != self._chain.knows_forward())
 
     def _kept_state(self) -> Any:
         if self._kept is None:
@@ -389,3 +482,8 @@ class PathSGD(Optimizer):
 
 def _nothing(parameter: Tensor) -> None:
     return None
+
+
+def _capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured where the tensor is."""
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,24 +34,49 @@ def factor(values: Tensor, exponent: Tensor | float, p: float) -> Tensor:
     return torch.where(values > 0, result, 0.0).nan_to_num(0.0).clamp_max(2.0**500)
 
 
+# lr, momentum, nesterov, keep, sign; lr, keep and sign may be tensors.
+Rates = Sequence[Any]
+
+
 def apply_step(
-    param: Tensor, grad: Tensor, momentum: Tensor | None, inverse_gamma: Tensor, rates: Sequence[float]
+    param: Tensor,
+    grad: Tensor,
+    momentum: Tensor | None,
+    inverse_gamma: Tensor,
+    rates: Rates,
+    found_inf: Tensor | None = None,
 ) -> None:
-    """param ← keep · param − lr · step, in float64 and rounded once; momentum and Nesterov as in torch.optim.SGD."""
+    """param ← keep · param − lr · step, in float64 and rounded once; momentum and Nesterov as in torch.optim.SGD.
+
+    Where found_inf is not 0, parameter and momentum stay.
+    """
     lr, mu, nesterov, keep, sign = rates
     direction = grad.to(torch.float64) * (inverse_gamma * sign)
     step = direction
     if momentum is not None:
-        momentum.copy_(mu * momentum.to(torch.float64) + direction)
-        step = momentum.to(torch.float64)
+        moved = (mu * momentum.to(torch.float64) + direction).to(momentum.dtype)
+        step = moved.to(torch.float64)
         if nesterov:
             step = mu * step + direction
-    param.copy_(param.to(torch.float64) * keep - lr * step)
+        momentum.copy_(_unless(found_inf, moved, momentum))
+    param.copy_(_unless(found_inf, param.to(torch.float64) * keep - lr * step, param))
 
 
-def unscaled(rates: Sequence[float], grad_scale: Tensor | None) -> Sequence[float]:
-    """Rates (lr, momentum, nesterov, keep, sign) whose sign divides gradients by the loss scale."""
-    return rates if grad_scale is None else (*rates[:4], rates[4] / float(grad_scale))
+def _unless(found_inf: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """The new values, or where found_inf is not 0 the old ones; nothing is read on the host."""
+    return new if found_inf is None else torch.where(found_inf.reshape(()) != 0, old.to(new.dtype), new)
+
+
+def rates_now(rates: Rates, grad_scale: Tensor | None, lr: Tensor | None) -> Rates:
+    """Rates with the lr and keep of a tensor of their own, where there is one, and a sign that divides by the scale."""
+    if lr is not None:
+        rates = (lr[0], *rates[1:3], lr[1], rates[4])
+    return rates if grad_scale is None else (*rates[:4], rates[4] / grad_scale.reshape(()).to(torch.float64))
+
+
+def two_to(exponent: Tensor) -> Tensor:
+    """2^exponent for whole exponents in float64, clamped to normal numbers; exact on every device."""
+    return (exponent.clamp(-1022, 1023).to(torch.int64) + 1023 << 52).view(torch.float64)
 
 
 def normalised(values: Tensor, exponent: Tensor) -> Tensor:
@@ -87,11 +113,12 @@ def path_sweep(
     bias_rates: Sequence[float],
     grad_scale: Tensor | None,  # [1], float32
     found_inf: Tensor | None,
+    weight_lr: Tensor | None,  # [2], float64: lr and keep
+    bias_lr: Tensor | None,
 ) -> None:
     """One dense layer of a step: update by 1/γ, and carry F (forward) or B (backward) of old and new weights on."""
-    if found_inf is not None and bool(found_inf):
-        grad = bias_grad = None
-    weight_rates, bias_rates = (unscaled(rates, grad_scale) for rates in (weight_rates, bias_rates))
+    weight_rates = rates_now(weight_rates, grad_scale, weight_lr)
+    bias_rates = rates_now(bias_rates, grad_scale, bias_lr)
     known, carried = across.clone(), (from_old.clone(), from_new.clone())
     out, into = (known, carried[0]) if forward else (carried[0], known)
     powers = [power(weight, p)]
@@ -99,9 +126,9 @@ def path_sweep(
     if grad is not None:
         # The exponents go with the outer unit, as in the kernel.
         rows = factor(out[:-1], out[-1] + into[-1], p)
-        apply_step(weight, grad, momentum, rows[:, None] * factor(into[:-1], 0.0, p), weight_rates)
+        apply_step(weight, grad, momentum, rows[:, None] * factor(into[:-1], 0.0, p), weight_rates, found_inf)
     if bias is not None and bias_grad is not None:
-        apply_step(bias, bias_grad, bias_momentum, factor(out[:-1], out[-1], p), bias_rates)
+        apply_step(bias, bias_grad, bias_momentum, factor(out[:-1], out[-1], p), bias_rates, found_inf)
     powers.append(power(weight, p))
     if bias is not None:
         bias_powers.append(power(bias, p))
@@ -121,24 +148,114 @@ def path_sweep(
         target.copy_(normalised(sums, exponent))
 
 
+def given(entry: Tensor) -> Tensor | None:
+    """A list's tensor; None for the empty one that stands for nothing."""
+    return entry if entry.numel() else None
+
+
+def pieces(weights: Sequence[Tensor], vectors: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Views of a chain's path vectors in one piece: F_0 ... F_L, B_0 ... B_L, and [4] masses of each layer."""
+    sizes = [weights[0].shape[1] + 1, *(weight.shape[0] + 1 for weight in weights)]
+    found = vectors.split([*sizes, *sizes, *[4] * len(weights)])
+    return found[: len(sizes)], found[len(sizes) : 2 * len(sizes)], found[2 * len(sizes) :]
+
+
+KNOWS_FORWARD, KNOWS_BACKWARD = 1, 2  # state[0]: whether F or B is of the weights as they are
+
+
+def path_step(
+    weights: Sequence[Tensor],  # [rows, cols] each, from the input on
+    grads: Sequence[Tensor],  # as the weights, or empty for none; the same below
+    momenta: Sequence[Tensor],
+    biases: Sequence[Tensor],  # [rows] each, or empty
+    bias_grads: Sequence[Tensor],
+    bias_momenta: Sequence[Tensor],
+    vectors: Tensor,  # `pieces`; F_0 and B_L are 1 before and after
+    state: Tensor,  # [4]: what is known, Φ, its exponent, how many sweeps met another Φ
+    p: float,
+    rates: Sequence[float],  # ten a layer: the weight's and the bias's
+    lrs: Sequence[Tensor],  # none, or two a layer, [2] or empty
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    rebuild: int,
+) -> None:
+    """A step of a chain in the direction whose vectors are known, which leaves the other direction's.
+
+    With `rebuild`, F (1) or B (2) is made of the weights first, in a sweep that updates nothing.
+    """
+    forward, backward, masses = pieces(weights, vectors)
+    layers = len(weights)
+
+    def sweep(knows: int, update: bool) -> None:
+        to_front = knows == KNOWS_BACKWARD
+        for index in range(layers) if to_front else range(layers - 1, -1, -1):
+            known, carried = (backward, forward) if to_front else (forward, backward)
+            start, end = (index, index + 1) if to_front else (index + 1, index)
+            outer = 0 if to_front else layers
+            of = [given(each[index]) for each in (grads, momenta, biases, bias_grads, bias_momenta)]
+            if not update:
+                of[0] = of[3] = None
+            old = carried[start] if start == outer else known[start]
+            exponents = torch.stack([old[-1], carried[start][-1]])
+            now = [given(each) for each in lrs[2 * index : 2 * index + 2]] or [None, None]
+            arguments: tuple[Any, ...] = (
+                *(weights[index], *of, old, carried[start], known[end], carried[end], masses[index][:2], to_front, p),
+                *(rates[10 * index : 10 * index + 5], rates[10 * index + 5 : 10 * index + 10]),
+                *(grad_scale, found_inf, *now),
+            )
+            path_sweep(*arguments)
+            masses[index][2:].copy_(exponents)
+        far = (backward[layers], forward[layers]) if to_front else (forward[0], backward[0])
+        met, left = (
+            _path_total(vector, [] if to_front else [mass[which::2] for mass in masses], p)
+            for which, vector in enumerate(far)
+        )
+        stored = state[1:3].clone()
+        differs = (torch.log2(met[0]) - torch.log2(stored[0]) + met[1] - stored[1]).abs() >= 1e-7
+        differs = torch.where((met[0] > 0) & (stored[0] > 0), differs, met[0] != stored[0])
+        comparable = ~(torch.isnan(met[0]) | torch.isnan(stored[0]))
+        if update:
+            state[3] += (differs & comparable).to(state.dtype)
+        state[0] = KNOWS_FORWARD if to_front else KNOWS_BACKWARD
+        state[1:3].copy_(left)
+        for vector in (forward[0], backward[layers]):
+            vector[:-1].fill_(1.0)
+            vector[-1].zero_()
+
+    if rebuild:
+        sweep(KNOWS_FORWARD if rebuild == KNOWS_BACKWARD else KNOWS_BACKWARD, False)
+    sweep(int(state[0]), True)
+
+
+def _path_total(vector: Tensor, masses: Sequence[Tensor], p: float) -> Tensor:
+    """[value, exponent] of a path vector's sum and bias masses [mass, exponent]; NaN where one is not finite."""
+    own = vector[:-1].max() if math.isinf(p) and len(vector) > 1 else vector[:-1].sum()
+    pairs = torch.stack([torch.stack([own, vector[-1]]), *masses])
+    live = pairs[:, 0] > 0
+    top = torch.where(live, pairs[:, 1], -torch.inf).max()
+    terms = torch.where(live, torch.ldexp(pairs[:, 0], (pairs[:, 1] - top).clamp_min(-5000)), 0.0)
+    value = terms.max() if math.isinf(p) else terms.sum()
+    found = torch.stack([value, torch.where(value > 0, top, 0.0)])
+    return torch.where(torch.isfinite(pairs[:, 0]).all(), found, found.new_tensor([math.nan, 0.0]))
+
+
 def path_update(
     param: Tensor,
     grad: Tensor,
     momentum: Tensor | None,
     mass: Tensor,
-    exponent: float,
+    exponent: Tensor,  # [1], float64
     p: float,
     rates: Sequence[float],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    lr: Tensor | None,  # [2], float64: lr and keep
 ) -> None:
     """The update alone, where γ = (mass · 2^exponent)^(2/p) is known for every element."""
-    if found_inf is not None and bool(found_inf):
-        return
-    rates = unscaled(rates, grad_scale)
-    root = mass ** (-1 / p) * 2.0 ** (-exponent / p)
+    root = mass ** (-1 / p) * torch.exp2(-exponent.reshape(()) / p)
     root = torch.where(torch.isfinite(root), root, 0.0)
-    apply_step(param, grad.to(torch.float64) * root, momentum, root, rates)
+    how = rates_now(rates, grad_scale, lr)
+    apply_step(param, grad.to(torch.float64) * root, momentum, root, how, found_inf)
 
 
 def path_convolution(
@@ -192,15 +309,18 @@ def path_convolution_update(
     momentum: Tensor | None,
     x: Tensor,
     known: Tensor,
-    exponent: float,
+    exponent: Tensor,
     p: float,
     rates: Sequence[float],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    lr: Tensor | None,
 ) -> None:
     """`path_update` with the mass that x and known make."""
     edges = weight.to(torch.float64)  # for its shape
     mass = convolution_gradient(known, x, edges, stride, padding, dilation, groups, 1)
-    path_update(weight, grad, momentum, mass, exponent, p, rates, None, None)
+    path_update(weight, grad, momentum, mass, exponent, p, rates, grad_scale, found_inf, lr)
