@@ -72,8 +72,9 @@ __global__ void __launch_bounds__(kThreads)
 // A warp makes one output feature of one sample for kRows rows of x: its lanes share the row of W, 512 neighbouring
 // elements at a time, 16 a lane, and hold a sum for each row. W is sampled in registers, where it is used: the bits of
 // sample_kernel. Reckoned, not measured: 80 instructions for a weight and sample, 20 of them the products with 16 rows.
+// The sums of 16 rows and more, and what is loaded ahead for them, need over 128 registers: one block instead of two.
 template <int kRows>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kRows <= 8 ? 2 : 1)
     samples_kernel(const int64_t* seed, uint32_t first, int64_t samples, int64_t batch, int64_t in, int64_t out,
                    bool shared, const float* x, const float* weight_mu, const float* weight_rho, const float* bias_mu,
                    const float* bias_rho, float* y, bool wide) {
