@@ -234,11 +234,9 @@ def fuzz_path_step(d: Draw) -> Call:
     units = sum(size + 1 for size in sizes)
 
     def view(tensors: list[Tensor]) -> list[Tensor]:
-        found = [t for t in tensors if t.dtype != torch.float64 or t.dim() == 2]
-        for packed in (t for t in tensors if t.shape == (2 * units + 4 * len(shapes),)):
-            parts = packed[: 2 * units].split([size + 1 for size in sizes] * 2)
-            found += [part[:-1] * torch.exp2(part[-1].clamp(-900, 900)) for part in parts]
-        return found
+        *layers, packed, _ = tensors
+        parts = packed[: 2 * units].split([size + 1 for size in sizes] * 2)
+        return [*layers, *(part[:-1] * torch.exp2(part[-1].clamp(-900, 900)) for part in parts)]
 
     return Call(pathsgd.path_step, args, view=view)
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from benchmark_modules import benchmark
 
-import harness
-import ntk_gpu
-
-CASES = ntk_gpu.cases(tiny=True)
+with benchmark("ntk_gpu") as _module:
+    NAMES = list(_module.cases(tiny=True))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_implementation_of_a_tiny_case_is_right(name: str) -> None:
-    case = CASES[name]()
+@pytest.fixture
+def ntk_gpu() -> Iterator[Any]:
+    with benchmark("ntk_gpu") as module:
+        yield module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_implementation_of_a_tiny_case_is_right(ntk_gpu: Any, name: str) -> None:
+    import harness
+
+    case = ntk_gpu.cases(tiny=True)[name]()
     assert case.name == name
     calls = {**case.implementations, **case.peers}
     assert case.baseline in calls
@@ -33,7 +39,7 @@ def test_every_implementation_of_a_tiny_case_is_right(name: str) -> None:
         assert {implementation, against} <= calls.keys()
 
 
-def test_the_full_cases_have_the_tiny_ones_names() -> None:
+def test_the_full_cases_have_the_tiny_ones_names(ntk_gpu: Any) -> None:
     whole = ntk_gpu.cases()
     assert all(name.startswith("GPU ") for name in whole)
-    assert {name for name in whole if name.endswith(("trace", "full"))} <= CASES.keys()
+    assert {name for name in whole if name.endswith(("trace", "full"))} <= set(NAMES)
