@@ -13,7 +13,7 @@ def main() -> None:
     torch.manual_seed(0)
     names = []
     for name, example in EXAMPLES.items():
-        if _library.has_kernel_for(name, torch.device("cuda")):
+        if _library.has_kernel(name, torch.device("cuda")):
             getattr(torch.ops.finite_width, name).default(*moved(example(), "cuda"))
             names.append(name)
     torch.cuda.synchronize()

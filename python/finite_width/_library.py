@@ -173,12 +173,6 @@ def below_autograd(call: Callable[..., Any], *args: Any) -> Any:
         return call(*args)
 
 
-def has_kernel_for(name: str, device: torch.device) -> bool:
-    """Whether an op has a compiled kernel for a device's tensors, which is in force."""
-    found = torch._C._dispatch_has_kernel_for_dispatch_key(f"finite_width::{name}", device.type.upper())
-    return bool(found) and _reference_depth == 0
-
-
 def derivatives(
     op: Any, setup_context: Callable[..., Any], backward: Callable[..., Any], vmap: Callable[..., Any]
 ) -> None:

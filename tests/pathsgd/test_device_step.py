@@ -31,13 +31,13 @@ PathSGD = fw.pathsgd.PathSGD
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Optimizers take the way that they take on a GPU."""
-    monkeypatch.setattr(_library, "has_kernel_for", lambda name, device: True)
+    monkeypatch.setattr(_library, "has_kernel", lambda name, device: True)
 
 
 def on_cpu(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """An optimizer that takes the CPU's way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_library, "has_kernel_for", lambda name, device: False)
+        patch.setattr(_library, "has_kernel", lambda name, device: False)
         return PathSGD(model, *args, **kwargs)
 
 

@@ -104,7 +104,7 @@ class PathSGD(Optimizer):
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
         # On a device with kernels of its own, a step reads nothing on the host, and takes what a GradScaler knows.
         device = next(iter(self._names)).device
-        self._on_device = device.type != "meta" and _library.has_kernel_for("path_step", device)
+        self._on_device = _library.has_kernel("path_step", device)
         self._step_supports_amp_scaling = self._on_device
         if capturable and not self._on_device:
             raise ValueError(
