@@ -18,8 +18,9 @@ from finite_width.bayes import ops as bayes
 from finite_width.bayes import reference
 from finite_width.ntk import cuda_precision, empirical_ntk
 from finite_width.ntk.contract import preserved
-from finite_width.ntk.empirical import Problem, Walk
 from finite_width.ntk.ops import conv_gradients, gram_accumulate, jacobian_accumulate, position_gradients
+from finite_width.ntk.problem import Problem
+from finite_width.ntk.walk import Walk
 from finite_width.pathsgd.ops import path_sweep
 from finite_width.tt import ops as tt
 from finite_width.tt.precision import PRECISIONS

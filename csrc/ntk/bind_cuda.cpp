@@ -1,4 +1,4 @@
-// Registers the NTK kernels for CUDA. ntk_convolve has none: cuDNN computes the layers themselves (capture.py).
+// Registers the NTK kernels for CUDA. ntk_convolve has none: cuDNN computes the layers themselves (recognise.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -115,7 +115,7 @@ def test_dense_layers_go_to_the_kernel_where_a_precision_asks_for_it(
     x = torch.randn(9, 5)
     expected = fw.ntk.empirical_ntk(model, x)
     assert calls == []
-    monkeypatch.setattr("finite_width.ntk.capture.splits_dense_layers", lambda like: True)
+    monkeypatch.setattr("finite_width.ntk.layers.splits_dense_layers", lambda like: True)
     monkeypatch.setattr(ops, "dense", dense)
     torch.testing.assert_close(fw.ntk.empirical_ntk(model, x, check=False), expected, rtol=1e-5, atol=1e-6)
     assert calls.count((9, 5)) == 1

@@ -361,8 +361,8 @@ def test_a_rank_that_dies_ends_the_job(problem: Problem, tmp_path: Path) -> None
 def test_shares_are_of_equal_cost() -> None:
     stream = importlib.import_module("finite_width.ntk.stream")
     model, x = nn.Linear(3, 2), torch.randn(400, 3)
-    empirical = importlib.import_module("finite_width.ntk.empirical")
-    given = empirical.Problem(
+    problem = importlib.import_module("finite_width.ntk.problem")
+    given = problem.Problem(
         model,
         x,
         None,

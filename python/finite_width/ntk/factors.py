@@ -2,7 +2,7 @@
 
 Every class has `rows(begin, end)` (a slice, views where they can be), `nbytes`, and `accumulate(out, other, compute)`:
 out += the product of this factor's Jacobians with the other's. `Tiled` factors give their Jacobian in tiles over the
-parameters, which the caller walks (empirical.py), so that a tile is computed once per block and not once per pair.
+parameters, which the caller walks (walk.py), so that a tile is computed once per block and not once per pair.
 """
 
 from __future__ import annotations

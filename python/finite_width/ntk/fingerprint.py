@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .contract import Batch
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from .empirical import Problem
+from .problem import Problem
 
 
 def _digest(named: Iterable[tuple[str, Tensor]]) -> str:

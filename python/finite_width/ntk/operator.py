@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from . import shared_products
 from .contract import Inputs, preserved
-from .empirical import Problem, Walk, run
+from .empirical import run
 from .fingerprint import fingerprint
 from .plan import Plan
+from .problem import Problem
 from .products import Products
 from .ranks import Ranks
+from .walk import Walk
 
 
 class NTKOperator:

@@ -219,7 +219,7 @@ def ghost_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor
 def dense(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """A dense layer on a GPU's tensor cores: rows [R, I] times matrix [I, C] plus bias [C], as "split" multiplies.
 
-    Below autograd and without checks: capture.py asks `precision.splits_dense_layers` first. The kernel of products of
+    Below autograd and without checks: layers.py asks `precision.splits_dense_layers` first. The kernel of products of
     Jacobians reads both operands along k, so a matrix that does not lie so is copied: 8 bytes a weight against
     2 R operations.
     """

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .contract import Batch, Target, flatten
-
-if TYPE_CHECKING:
-    from .empirical import Problem
+from .problem import Problem, progress_bar
+from .walk import mirror
 
 Vectors = dict[str, Tensor]  # parameter name -> [k, *its shape]
 
@@ -156,8 +154,6 @@ class Products:
 
 def kernel(problem: Problem) -> Tensor:
     """The kernel column by column: pull one row and output of x2 back, push the result forward over all of x1."""
-    from .empirical import progress_bar
-
     plan = problem.plan(compared=False)
     products = Products(problem.target, problem.left, plan.outputs, plan.copies_inputs)
     out = problem.empty(plan.outputs)
@@ -178,7 +174,5 @@ def kernel(problem: Problem) -> Tensor:
                     out[begin:end, column] = diagonal if problem.compute == "diagonal" else diagonal.sum(1)
             advance(1)
     if problem.symmetric:
-        from .empirical import mirror
-
         mirror(out, [(0, problem.left.rows)], problem.compute)
     return out

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import _check
 from .contract import Batch, Inputs, Target, preserved
-from .empirical import Problem, progress_bar
 from .plan import Plan
+from .problem import Problem, progress_bar
 from .projections import KINDS, Projection, add_outer, add_rows, add_tokens
 from .sweep import PlanMismatchError, Rows, arrange, generic_jacobians
 

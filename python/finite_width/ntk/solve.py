@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import _check
-from .empirical import free_memory
 from .operator import NTKOperator
+from .problem import free_memory
 from .ranks import job
 from .stored import StoredKernel, is_stored
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .empirical import free_memory
+from .problem import free_memory
 from .ranks import job
 
 # Bytes of a panel of rows that is read at once.

@@ -19,12 +19,13 @@ from torch import Tensor
 from .adjacent import collect_blocks
 from .contract import preserved
 from .destination import Destination, Layout, PlainArray, Region, destination
-from .empirical import Problem, Walk, free_memory, mirror
 from .factors import Factor
 from .fingerprint import fingerprint
 from .plan import Plan
+from .problem import Problem, free_memory
 from .ranks import Ranks, job
 from .sweep import PlanMismatchError
+from .walk import Walk, mirror
 
 # A tile has at least this many rows and columns, unless that takes more than TILE_BYTES.
 TILE_ROWS = 512
