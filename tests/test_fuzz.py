@@ -25,6 +25,7 @@ from finite_width import _library
 from finite_width._gemm import gemm
 from finite_width.bayes import ops as bayes
 from finite_width.ntk import ops as ntk
+from finite_width.pathsgd import convolution_ops
 from finite_width.pathsgd import ops as pathsgd
 from op_battery import copy
 
@@ -259,13 +260,15 @@ def path_window(d: Draw) -> tuple[Tensor, list[int], list[int], tuple[Any, ...]]
 
 def fuzz_path_convolution(d: Draw) -> Call:
     x, shape, _, how = path_window(d)
-    return Call(pathsgd.path_convolution, (x, d.tensor(*shape), d.choice([1.0, 2.0, 3.0]), *how))
+    return Call(convolution_ops.path_convolution, (x, d.tensor(*shape), d.choice([1.0, 2.0, 3.0]), *how))
 
 
 def fuzz_path_convolution_backward(d: Draw) -> Call:
     x, shape, out, how = path_window(d)
     known = d.normal(out, torch.float64).abs()
-    return Call(pathsgd.path_convolution_backward, (known, x, d.tensor(*shape), d.choice([1.0, 2.0, 3.0]), *how))
+    return Call(
+        convolution_ops.path_convolution_backward, (known, x, d.tensor(*shape), d.choice([1.0, 2.0, 3.0]), *how)
+    )
 
 
 def fuzz_path_convolution_update(d: Draw) -> Call:
@@ -277,7 +280,7 @@ def fuzz_path_convolution_update(d: Draw) -> Call:
         *(d.tensor(*shape, writable=True), d.tensor(*shape), d.tensor(*shape, writable=True) if momentum else None),
         *(x + 0.1, known, float(d.size(-4, 4)), d.choice([1.0, 2.0, 3.0]), rates, *how),
     )
-    return Call(pathsgd.path_convolution_update, args)
+    return Call(convolution_ops.path_convolution_update, args)
 
 
 def weights(d: Draw, *shape: int) -> tuple[Tensor, Tensor]:

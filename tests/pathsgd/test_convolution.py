@@ -10,7 +10,7 @@ from torch import nn
 
 import finite_width as fw
 from finite_width.pathsgd.convolution import ConvolutionMass
-from finite_width.pathsgd.network import masses
+from finite_width.pathsgd.masses import masses
 from finite_width.pathsgd.structure import trace
 from pathsgd.networks import ResNet18, lenet
 

@@ -9,14 +9,8 @@ import pytest
 import torch
 
 import finite_width as fw
-from finite_width.pathsgd.ops import (
-    path_convolution,
-    path_convolution_backward,
-    path_convolution_update,
-    path_step,
-    path_sweep,
-    path_update,
-)
+from finite_width.pathsgd.convolution_ops import path_convolution, path_convolution_backward, path_convolution_update
+from finite_width.pathsgd.ops import path_step, path_sweep, path_update
 from op_battery import OpCase, Sample, battery, moved
 
 PLAIN = (0.1, 0.0, 0.0, 1.0, 1.0)

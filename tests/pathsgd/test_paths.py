@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import finite_width as fw
-from finite_width.pathsgd.network import masses
+from finite_width.pathsgd.masses import masses
 from finite_width.pathsgd.rescale import Units
 from finite_width.pathsgd.structure import trace
 from pathsgd.networks import Dag, Recurrent, ResNet18, enumerate_paths, lenet, mlp

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
+from .arguments import UNCHANGED
 from .operations import IDENTITY_FUNCTIONS, IDENTITY_METHODS, IDENTITY_MODULES
-from .ops import UNCHANGED, path_sweep_unchecked
+from .ops import path_sweep_unchecked
 from .structure import Structure, attribute
 from .walk import Walk
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import (
-    DTYPES,
+from .arguments import DTYPES
+from .convolution_ops import (
     Window,
     path_convolution,
     path_convolution_backward_unchecked,

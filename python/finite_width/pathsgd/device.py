@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .arguments import UNCHANGED
 from .chain import Dense, Norm, Scaling, Supply
-from .ops import UNCHANGED, path_step_unchecked
+from .ops import path_step_unchecked
 
 KNOWS_FORWARD, KNOWS_BACKWARD = reference.KNOWS_FORWARD, reference.KNOWS_BACKWARD
 _LOOK_EVERY = 16  # steps between two looks at the count of surprises

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import reference
 from .chain import Dense, Norm, PathVectors, find_chain
-from .network import PathSum, Scaled, masses, powered
+from .masses import masses
+from .network import PathSum, Scaled, powered
 from .structure import Structure, trace
 from .walk import Walk
 

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import _check, _library
+from .arguments import DTYPES
 from .batches import BatchDeviations
 from .chain import UNSCALED, Dense, Given, PathVectors, Scaling, agree, find_chain
 from .convolution import ConvolutionMass
 from .device import KNOWS_BACKWARD, KNOWS_FORWARD, DeviceChain, fits
 from .interruption import uninterrupted
-from .network import Masses, masses
+from .kept import Kept, KeptVectors, loaded, saved
+from .masses import Masses, masses
 from .operations import BATCHNORMS
-from .ops import DTYPES, path_update
+from .ops import path_update
 from .structure import trace
 
 
@@ -197,7 +199,7 @@ class PathSGD(Optimizer):
         self._ready = False  # whether the vectors that the next sweep needs are of the weights as they are
         self._total: tuple[float, float] = (0.0, 0.0)  # Φ as the last sweep left it
         self._seen = []
-        self._kept: Any = None  # with update_every > 1: what γ is computed from
+        self._kept: Kept | None = None  # with update_every > 1: what γ is computed from
         self._age = 0
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -315,13 +317,13 @@ class PathSGD(Optimizer):
                 self._vectors.run(True, _nothing, sigma)
                 forward = [vector.clone() for vector in self._vectors.forward]
                 self._vectors.run(False, _nothing, sigma)
-                self._kept = (forward, [vector.clone() for vector in self._vectors.backward], dict(sigma))
+                self._kept = KeptVectors(forward, [vector.clone() for vector in self._vectors.backward], dict(sigma))
         self._age += 1
-        if self._vectors is None:
+        if isinstance(self._kept, Masses):
             self._apply(self._kept, given, scaling)
         else:
-            forward, backward, kept_sigma = self._kept
-            self._vectors.step_with(forward, backward, given.get, kept_sigma, scaling)
+            assert self._vectors is not None
+            self._vectors.step_with(self._kept.forward, self._kept.backward, given.get, self._kept.sigma, scaling)
 
     def _masses(self, sigma: dict[Any, Tensor]) -> Masses:
         return masses(self._structure, self._p, sigma, self._shared, fused=True, on_device=self._on_device)
@@ -413,7 +415,7 @@ class PathSGD(Optimizer):
             "p": self._p,
             "steps": self._parity(),
             "age": self._age,
-            "kept": self._kept_state(),
+            "kept": saved(self._kept, self._structure.module),
             "batches": self._batches.state(self._structure.module),
         }
         return state
@@ -423,19 +425,6 @@ class PathSGD(Optimizer):
         if self._chain is None or not self._ready:
             return self._steps
         return self._steps + (self._steps % 2 != self._chain.knows_forward())
-
-    def _kept_state(self) -> Any:
-        if self._kept is None:
-            return None
-        if isinstance(self._kept, Masses):
-            of = {  # plain tuples, which torch.load reads with weights_only=True
-                self._names[parameter]: tuple(mass) if isinstance(mass, ConvolutionMass) else mass
-                for parameter, mass in self._kept.of.items()
-            }
-            return {"masses": of, "exponent": self._kept.exponent, "total": tuple(self._kept.total)}
-        forward, backward, sigma = self._kept
-        names = {module: name for name, module in self._structure.module.named_modules()}
-        return {"forward": forward, "backward": backward, "sigma": {names[m]: each for m, each in sigma.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where a saved optimizer stood; raises ValueError, before any change, for another structure."""
@@ -457,27 +446,8 @@ class PathSGD(Optimizer):
                         self.state[parameter][name] = raw[name].to(parameter.device).clone()
         self._forget()
         self._steps, self._age = path["steps"], path["age"]
-        self._kept = self._kept_from(path["kept"])
+        self._kept = loaded(path["kept"], self._structure.module)
         self._batches.load(path["batches"], self._structure.module)
-
-    def _kept_from(self, saved: Any) -> Any:
-        if saved is None:
-            return None
-        device = next(iter(self._names)).device
-        if "masses" in saved:
-            from .network import Scaled
-
-            parameters = {name: parameter for parameter, name in self._names.items()}
-            of = {
-                parameters[name]: ConvolutionMass(*mass).to(device)
-                if isinstance(mass, tuple)
-                else mass.to(device).clone()
-                for name, mass in saved["masses"].items()
-            }
-            return Masses(of, saved["exponent"], Scaled(*saved["total"]))
-        vectors = [[vector.to(device).clone() for vector in saved[side]] for side in ("forward", "backward")]
-        module = self._structure.module
-        return (*vectors, {module.get_submodule(name): s.to(device).clone() for name, s in saved["sigma"].items()})
 
 
 def _nothing(parameter: Tensor) -> None:

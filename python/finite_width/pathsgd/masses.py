@@ -1,0 +1,148 @@
+"""∂Φ/∂|w|^p of every parameter, γ^(p/2), from one forward and one backward pass of the |w|^p network."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .convolution import ConvolutionMass, PathConvolution, window_of
+from .network import PathSum, Scaled, powered, two_to
+from .structure import Structure
+
+
+class Masses(NamedTuple):
+    """∂Φ/∂|w|^p of every parameter, each up to 2^exponent, and Φ."""
+
+    of: dict[Tensor, Tensor | ConvolutionMass]
+    exponent: int | Tensor
+    total: Scaled
+
+    def dense(self) -> dict[Tensor, Tensor]:
+        """The masses, each of its parameter's shape."""
+        return {
+            param: mass.dense(param) if isinstance(mass, ConvolutionMass) else mass for param, mass in self.of.items()
+        }
+
+
+class _Masses(PathSum):
+    """Sums paths with leaves whose gradients are ∂Φ/∂|w|^p; with `fused`, convolutions leave ConvolutionMasses."""
+
+    def __init__(
+        self, structure: Structure, p: float, sigma: dict[Any, Tensor] | None, fused: bool, on_device: bool
+    ) -> None:
+        super().__init__(structure, p, self.leaf, sigma, on_device=on_device)
+        self.fused = fused
+        self.leaves: dict[Tensor, Tensor] = {}
+        self.convolutions: dict[Tensor, list[ConvolutionMass]] = {}
+        device = next(structure.module.parameters()).device
+        self.anchor = torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
+
+    def leaf(self, param: Tensor) -> Tensor:
+        """|w|^p, which takes the gradient."""
+        if param not in self.leaves:
+            self.leaves[param] = powered(param.detach(), self.p).detach().requires_grad_()
+        return self.leaves[param]
+
+    def convolution(
+        self, x: Scaled, weight: Tensor, bias: Tensor | None, function: Any, settings: dict[str, Any]
+    ) -> Scaled:
+        self._finite("a convolution")
+        window = window_of(x.value, weight, settings) if self.fused else None
+        if window is None:
+            return super().convolution(x, weight, bias, function, settings)
+        found = self.convolutions.setdefault(weight, []).append
+
+        def apply(value: Tensor, edge: Tensor | None) -> Tensor:
+            result: Tensor = PathConvolution.apply(value, self.anchor, weight.detach(), self.p, window, found)  # type: ignore[no-untyped-call]
+            return result if edge is None else result + edge.view(-1, *[1] * (value.dim() - 2))
+
+        return self._affine(x, bias, apply)
+
+
+def masses(
+    structure: Structure,
+    p: float,
+    sigma: dict[Any, Tensor] | None = None,
+    shared: str = "kappa1",
+    fused: bool = False,
+    on_device: bool = False,
+) -> Masses:
+    """(γ^(p/2) of every parameter, from one forward and one backward pass of the |w|^p network.
+
+    shared="kappa" adds κ2 = |w|^p ∂²Φ/∂(|w|^p)² for weights that a path passes more than once. With `fused`,
+    convolutions go through the wing's own ops, and a weight of one convolution alone has a ConvolutionMass. With
+    `on_device`, exponents are tensors and nothing is read on the host.
+    """
+    with torch.enable_grad():
+        network = _Masses(structure, p, sigma, fused, on_device)
+        total = network.total()
+        leaves = network.leaves
+        if not total.value.requires_grad:
+            raise ValueError("model has no parameter between its input and its output, hence no paths")
+        found = torch.autograd.grad(total.value, [*leaves.values(), network.anchor], allow_unused=True)
+    gradients: dict[Tensor, Tensor] = {}
+    for (param, leaf), gradient in zip(leaves.items(), found, strict=False):
+        gradients[param] = torch.zeros_like(leaf) if gradient is None else gradient
+    fused_masses: dict[Tensor, ConvolutionMass] = {}
+    for param, parts in network.convolutions.items():
+        if len(parts) == 1 and param not in gradients:
+            fused_masses[param] = parts[0]
+            continue
+        for part in parts:
+            mass = part.dense(param)
+            gradients[param] = gradients[param] + mass if param in gradients else mass
+    if shared == "kappa":
+        for param in gradients:
+            if _recurs(structure, param):
+                second = _second_derivative(structure, p, param, sigma, total.exponent)
+                gradients[param] = gradients[param] + powered(param.detach(), p) * second
+    return Masses(gradients | fused_masses, total.exponent, Scaled(total.value.detach(), total.exponent))
+
+
+def _recurs(structure: Structure, param: Tensor) -> bool:
+    """Whether a path can pass the parameter more than once: recurrent weights, and layers that are called twice."""
+    for module in structure.module.modules():
+        if isinstance(module, nn.RNN) and any(param is p for n, p in module.named_parameters() if "weight_hh" in n):
+            return True
+    calls = 0
+    for node in structure.graph.nodes:
+        if node.op == "call_module":
+            module = structure.module.get_submodule(str(node.target))
+            calls += any(param is each for each in module.parameters())
+        elif node.op == "get_attr":
+            calls += len(node.users) if structure.module.get_parameter(str(node.target)) is param else 0
+    return calls > 1
+
+
+def _second_derivative(
+    structure: Structure,
+    p: float,
+    param: Tensor,
+    sigma: dict[Any, Tensor] | None,
+    exponent: int | Tensor,
+    chunk: int = 64,
+) -> Tensor:
+    """∂²Φ/∂(|w|^p)² for every element, up to 2^exponent: one Hessian-vector product per element, in chunks."""
+    point = powered(param.detach(), p)
+
+    def slope(edge: Tensor) -> Tensor:
+        def value(edge: Tensor) -> Tensor:
+            def power(other: Tensor) -> Tensor:
+                return edge if other is param else powered(other.detach(), p)
+
+            total = PathSum(structure, p, power, sigma, rescale=False).total()
+            return total.value * two_to(-exponent)
+
+        gradient: Tensor = torch.func.grad(value)(edge)
+        return gradient
+
+    def diagonal(index: Tensor) -> Tensor:
+        tangent = F.one_hot(index, point.numel()).to(point.dtype).view_as(point)
+        curvature: Tensor = torch.func.jvp(slope, (point,), (tangent,))[1]
+        return (curvature * tangent).sum()
+
+    indices = torch.arange(point.numel(), device=point.device)
+    return torch.cat([torch.func.vmap(diagonal)(part) for part in indices.split(chunk)]).view_as(point)
