@@ -20,13 +20,19 @@ constexpr int64_t kBackwardRows = 256;  // a tile of a backward sweep: part of t
 // first cache (4000 x 4000 at 1.05 of SGD's time against 1.2; the sums are read from the second).
 constexpr int64_t kTileCols = 512, kWideTileCols = 4096;
 constexpr int64_t kUpdateBlock = 1 << 15;  // a block of the update alone
+constexpr int64_t kUnits = 512;            // a block of the units' own factors and biases
 
 // Writes `values` 2^exponent as a path vector: the largest value is in [0.5, 1), the shared exponent stands last.
 void normalise(const double* values, int64_t count, double exponent, double* to) {
   double largest = 0;
-  for (int64_t k = 0; k < count; ++k) largest = std::max(largest, values[k]);
+  for (int64_t k = 0; k < count; ++k) largest = values[k] > largest ? values[k] : largest;
   const int shift = shift_of(largest);
-  for (int64_t k = 0; k < count; ++k) to[k] = scaled(values[k], -shift);
+  if (shift > -1000 && shift < 1000) {  // one product each, with a factor that is a double
+    const double factor = scaled(1, -shift);
+    for (int64_t k = 0; k < count; ++k) to[k] = values[k] * factor;
+  } else {
+    for (int64_t k = 0; k < count; ++k) to[k] = scaled(values[k], -shift);
+  }
   to[count] = largest > 0 ? exponent + shift : 0;
 }
 
@@ -41,6 +47,15 @@ double* workspace(int64_t count) {
   return memory.data();
 }
 
+// One bias's update.
+template <class T>
+void update_bias(const Sweep<T>& task, int64_t row, double mass, double exponent) {
+  if (!task.bias_grad) return;
+  const double factor = task.bias_rates.sign * inverse(mass, exponent, task.p);
+  update_one(task.bias + row, task.bias_grad + row, task.bias_momentum ? task.bias_momentum + row : nullptr, factor,
+             task.bias_rates);
+}
+
 template <class T>
 void sweep_forward(const Sweep<T>& task) {
   const int64_t rows = task.rows, cols = task.cols, padded = blocks(cols, 8) * 8;
@@ -48,34 +63,29 @@ void sweep_forward(const Sweep<T>& task) {
   double *old_source = in_factor + padded, *new_source = old_source + padded;
   double *out_factor = new_source + padded, *sum_old = out_factor + rows, *sum_new = sum_old + rows;
   const double old_exponent = task.from_old[cols], new_exponent = task.from_new[cols];
-  for (int64_t i = 0; i < padded; ++i) {
-    in_factor[i] = i < cols ? inverse(task.from_old[i], 0, task.p) : 0;
-    old_source[i] = i < cols ? task.from_old[i] : 0;
-    new_source[i] = i < cols ? task.from_new[i] : 0;
-  }
-  for (int64_t j = 0; j < rows; ++j) {
-    out_factor[j] = task.weight_rates.sign * inverse(task.across[j], task.across[rows] + old_exponent, task.p);
-  }
-  const auto block = FW_DISPATCH(path_forward_block<T>);
-  parallel_blocks(blocks(rows, kForwardRows), [&](int64_t index) {
-    const int64_t begin = index * kForwardRows;
-    block(task, begin, std::min(begin + kForwardRows, rows), in_factor, out_factor, old_source, new_source, sum_old,
-          sum_new);
+  parallel_blocks(blocks(padded, kUnits), [&](int64_t index) {
+    for (int64_t i = index * kUnits; i < std::min((index + 1) * kUnits, padded); ++i) {
+      in_factor[i] = i < cols ? inverse(task.from_old[i], 0, task.p) : 0;
+      old_source[i] = i < cols ? task.from_old[i] : 0;
+      new_source[i] = i < cols ? task.from_new[i] : 0;
+    }
   });
   // Sums and bias meet at the larger of their exponents.
   const double old_common = task.bias ? std::max(old_exponent, 0.0) : old_exponent;
   const double new_common = task.bias ? std::max(new_exponent, 0.0) : new_exponent;
-  if (task.bias) {
-    for (int64_t j = 0; j < rows; ++j) {
+  const auto block = FW_DISPATCH(path_forward_block<T>);
+  parallel_blocks(blocks(rows, kForwardRows), [&](int64_t index) {
+    const int64_t begin = index * kForwardRows, end = std::min(begin + kForwardRows, rows);
+    for (int64_t j = begin; j < end; ++j) {
+      out_factor[j] = task.weight_rates.sign * inverse(task.across[j], task.across[rows] + old_exponent, task.p);
+    }
+    block(task, begin, end, in_factor, out_factor, old_source, new_source, sum_old, sum_new);
+    for (int64_t j = begin; task.bias && j < end; ++j) {
       sum_old[j] = join(sum_old[j], old_exponent, power(load(task.bias + j), task.p), old_common, task.p);
-      if (task.bias_grad) {
-        const double factor = task.bias_rates.sign * inverse(task.across[j], task.across[rows], task.p);
-        update_one(task.bias + j, task.bias_grad + j, task.bias_momentum ? task.bias_momentum + j : nullptr, factor,
-                   task.bias_rates);
-      }
+      update_bias(task, j, task.across[j], task.across[rows]);
       sum_new[j] = join(sum_new[j], new_exponent, power(load(task.bias + j), task.p), new_common, task.p);
     }
-  }
+  });
   normalise(sum_old, rows, old_common, task.across);
   normalise(sum_new, rows, new_common, task.fresh);
   task.mass[0] = task.mass[1] = 0;
@@ -87,13 +97,29 @@ void sweep_backward(const Sweep<T>& task) {
   const int64_t row_tiles = blocks(rows, kBackwardRows);
   const int64_t tile_cols = row_tiles < 2 * num_threads() ? kTileCols : kWideTileCols;
   const int64_t col_tiles = blocks(cols, tile_cols);
-  double* in_factor = workspace(padded + rows + 2 * std::max<int64_t>(row_tiles, 1) * padded);
-  double *out_factor = in_factor + padded, *sums = out_factor + rows;
+  double* in_factor = workspace(padded + 3 * rows + 2 * std::max<int64_t>(row_tiles, 1) * padded);
+  double *out_factor = in_factor + padded, *mass_old = out_factor + rows, *mass_new = mass_old + rows;
+  double* sums = mass_new + rows;
   const double old_exponent = task.from_old[rows];
-  for (int64_t i = 0; i < padded; ++i) in_factor[i] = i < cols ? inverse(task.across[i], 0, task.p) : 0;
-  for (int64_t j = 0; j < rows; ++j) {
-    out_factor[j] = task.weight_rates.sign * inverse(task.from_old[j], task.across[cols] + old_exponent, task.p);
-  }
+  const int64_t in_blocks = blocks(padded, kUnits);
+  parallel_blocks(in_blocks + blocks(rows, kUnits), [&](int64_t index) {
+    const int64_t begin = (index < in_blocks ? index : index - in_blocks) * kUnits;
+    if (index < in_blocks) {
+      for (int64_t i = begin; i < std::min(begin + kUnits, padded); ++i) {
+        in_factor[i] = i < cols ? inverse(task.across[i], 0, task.p) : 0;
+      }
+      return;
+    }
+    const int64_t end = std::min(begin + kUnits, rows);
+    for (int64_t j = begin; j < end; ++j) {
+      out_factor[j] = task.weight_rates.sign * inverse(task.from_old[j], task.across[cols] + old_exponent, task.p);
+    }
+    for (int64_t j = begin; task.bias && j < end; ++j) {
+      mass_old[j] = power(load(task.bias + j), task.p) * task.from_old[j];
+      update_bias(task, j, task.from_old[j], old_exponent);
+      mass_new[j] = power(load(task.bias + j), task.p) * task.from_new[j];
+    }
+  });
   if (row_tiles == 0) std::fill(sums, sums + 2 * padded, 0.0);
   const auto tile = FW_DISPATCH(path_backward_tile<T>);
   parallel_blocks(row_tiles * col_tiles, [&](int64_t index) {
@@ -105,28 +131,22 @@ void sweep_backward(const Sweep<T>& task) {
     tile(task, begin, std::min(begin + kBackwardRows, rows), col_begin, col_end, in_factor, out_factor, task.from_old,
          task.from_new, sum_old, sum_new);
   });
+  auto collect = [&](double& total, double value) {
+    total = std::isinf(task.p) ? std::max(total, value) : total + value;
+  };
   parallel_blocks(row_tiles > 1 ? blocks(2 * padded, kTileCols) : 0, [&](int64_t index) {
     const int64_t begin = index * kTileCols, end = std::min(begin + kTileCols, 2 * padded);
     for (int64_t row_tile = 1; row_tile < row_tiles; ++row_tile) {
       const double* more = sums + 2 * row_tile * padded;
-      for (int64_t i = begin; i < end; ++i)
-        sums[i] = std::isinf(task.p) ? std::max(sums[i], more[i]) : sums[i] + more[i];
+      for (int64_t i = begin; i < end; ++i) collect(sums[i], more[i]);
     }
   });
   normalise(sums, cols, old_exponent, task.across);
   normalise(sums + padded, cols, task.from_new[rows], task.fresh);
   task.mass[0] = task.mass[1] = 0;
-  auto collect = [&](double& total, double value) {
-    total = std::isinf(task.p) ? std::max(total, value) : total + value;
-  };
   for (int64_t j = 0; task.bias && j < rows; ++j) {
-    collect(task.mass[0], power(load(task.bias + j), task.p) * task.from_old[j]);
-    if (task.bias_grad) {
-      const double factor = task.bias_rates.sign * inverse(task.from_old[j], old_exponent, task.p);
-      update_one(task.bias + j, task.bias_grad + j, task.bias_momentum ? task.bias_momentum + j : nullptr, factor,
-                 task.bias_rates);
-    }
-    collect(task.mass[1], power(load(task.bias + j), task.p) * task.from_new[j]);
+    collect(task.mass[0], mass_old[j]);
+    collect(task.mass[1], mass_new[j]);
   }
 }
 

@@ -44,14 +44,17 @@ double row_part(double factor, const Rates& rates) {
   return R == Rule::momentum ? factor : -rates.lr * factor;
 }
 
-// Rows that are swept together, so that a column's factors are read once for all of them: as many as their sums have
-// registers (with AVX2, four rows of them spill, at 1.25 of SGD's time where two take 1.1). One where every element
-// takes a call, a power or fma without an instruction: there is nothing to gain, and the code would be four times as
-// long.
+// Rows that are swept together, so that a column's factors (and, backward, its sums) are read once for all of them: as
+// many as their sums have registers (with AVX2, four rows of them spill, at 1.25 of SGD's time where two take 1.1).
+// Forward with AVX2 one row alone is quicker, at 1.08 of SGD's time where two take 1.15: two streams of memory for
+// four, and the factors come from the second cache in time. One where every element takes a call, a power or fma
+// without an instruction: there is nothing to gain, and the code would be four times as long.
 template <Norm N>
-constexpr int kGroup = FW_ISA_LEVEL == 0 || N == Norm::any ? 1
-                       : FW_ISA_LEVEL == 1                 ? 2
-                                                           : 4;
+constexpr int kBackwardGroup = FW_ISA_LEVEL == 0 || N == Norm::any ? 1
+                               : FW_ISA_LEVEL == 1                 ? 2
+                                                                   : 4;
+template <Norm N>
+constexpr int kForwardGroup = FW_ISA_LEVEL == 1 ? 1 : kBackwardGroup<N>;
 
 // The updated weights. Momentum is rounded to its storage before it is used, so that a resumed run continues with the
 // same bits. Few operations matter here: this loop takes about as long as the memory does.
@@ -106,7 +109,7 @@ void forward_rows(const Sweep<T>& shared, int64_t row, const double* in_factor, 
       for (int r = 0; r < Count; ++r) {
         const int64_t place = first + r * cols + at;
         if constexpr (ahead.value) {
-          if (part == 0) prefetch<T, R>(task, place + 4096 / static_cast<int64_t>(sizeof(T)));
+          if (part == 0) prefetch<T, R>(task, place + Count * cols);  // the next group of rows
         }
         Part power_old, power_new;
         edge<T, N, R>(task.weight + place, R == Rule::none ? nullptr : task.grad + place,
@@ -170,8 +173,8 @@ template <class T, Norm N, Rule R>
 void forward_block(const Sweep<T>& task, int64_t begin, int64_t end, const double* in_factor, const double* out_factor,
                    const double* old_source, const double* new_source, double* sum_old, double* sum_new) {
   int64_t row = begin;
-  for (; kGroup<N> > 1 && row + kGroup<N> <= end; row += kGroup<N>) {
-    forward_rows<T, N, R, kGroup<N>>(task, row, in_factor, out_factor, old_source, new_source, sum_old, sum_new);
+  for (; kForwardGroup<N> > 1 && row + kForwardGroup<N> <= end; row += kForwardGroup<N>) {
+    forward_rows<T, N, R, kForwardGroup<N>>(task, row, in_factor, out_factor, old_source, new_source, sum_old, sum_new);
   }
   for (; row < end; ++row) {
     forward_rows<T, N, R, 1>(task, row, in_factor, out_factor, old_source, new_source, sum_old, sum_new);
@@ -249,9 +252,9 @@ void backward_tile(const Sweep<T>& task, int64_t begin, int64_t end, int64_t col
                    const double* in_factor, const double* out_factor, const double* old_source,
                    const double* new_source, double* sum_old, double* sum_new) {
   int64_t row = begin;
-  for (; kGroup<N> > 1 && row + kGroup<N> <= end; row += kGroup<N>) {
-    backward_rows<T, N, R, kGroup<N>>(task, row, col_begin, col_end, in_factor, out_factor, old_source, new_source,
-                                      sum_old, sum_new);
+  for (; kBackwardGroup<N> > 1 && row + kBackwardGroup<N> <= end; row += kBackwardGroup<N>) {
+    backward_rows<T, N, R, kBackwardGroup<N>>(task, row, col_begin, col_end, in_factor, out_factor, old_source,
+                                              new_source, sum_old, sum_new);
   }
   for (; row < end; ++row) {
     backward_rows<T, N, R, 1>(task, row, col_begin, col_end, in_factor, out_factor, old_source, new_source, sum_old,
