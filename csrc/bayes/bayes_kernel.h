@@ -1,5 +1,5 @@
 // Noise, sample + KL, and backward over a span of weights, 16 lanes at a time; compiled per instruction set.
-#include "common/simd.h"
+#include "bayes/lanes_kernel.h"
 
 #define FW_MATH inline __attribute__((always_inline))
 #define FW_MATH_NAMESPACE finite_width::FW_ISA
@@ -9,120 +9,87 @@
 
 namespace finite_width::FW_ISA {
 
-// The vectors of this instruction set, as gaussian_math.h wants them.
-struct VectorOps {
-  using F = simd::Vec<float>;
-  using I = simd::Vec<int32_t>;
-  using U = simd::Vec<uint32_t>;
-  static inline __attribute__((always_inline)) F constant(float value) { return simd::broadcast(value); }
-  static inline __attribute__((always_inline)) F fma(F a, F b, F c) { return simd::fma(a, b, c); }
-  static inline __attribute__((always_inline)) I bits(F a) { return reinterpret_cast<I>(a); }
-  static inline __attribute__((always_inline)) F from_bits(I a) { return reinterpret_cast<F>(a); }
-  static inline __attribute__((always_inline)) I to_signed(U a) { return reinterpret_cast<I>(a); }
-  static inline __attribute__((always_inline)) I less(F a, F b) { return a < b; }
-  static inline __attribute__((always_inline)) F select(I mask, F yes, F no) { return mask ? yes : no; }
-  static inline __attribute__((always_inline)) F to_float(I a) { return __builtin_convertvector(a, F); }
-  // One rounding in both forms.
-  static inline __attribute__((always_inline)) F unsigned_to_float(U a) {
-#if FW_ISA_LEVEL == 2
-    return _mm512_maskz_cvtepu32_ps(0xffff, reinterpret_cast<__m512i>(a));
-#else
-    const U high = a >> 16, low = a & 0xffffu;
-    return simd::fma(to_float(to_signed(high)), simd::broadcast(65536.0f), to_float(to_signed(low)));
-#endif
-  }
-  static inline __attribute__((always_inline)) F sqrt(F a) {
-#if FW_ISA_LEVEL == 2
-    return _mm512_maskz_sqrt_ps(0xffff, a);
-#elif FW_ISA_LEVEL == 1
-    return _mm256_sqrt_ps(a);
-#else
-    F result;
-    for (int lane = 0; lane < simd::kLanes<float>; ++lane) result[lane] = std::sqrt(a[lane]);
-    return result;
-#endif
+// The key as the rounds of Philox take it: broadcast once for a span, and not in every group.
+struct Rounds {
+  Wide key0[kPhiloxRounds], key1[kPhiloxRounds], sample, stream;
+
+  explicit Rounds(const NoiseKey& key) : sample(Wide::all(key.sample)), stream(Wide::all(key.stream)) {
+    uint32_t low = static_cast<uint32_t>(key.seed), high = static_cast<uint32_t>(key.seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      key0[round] = Wide::all(low);
+      key1[round] = Wide::all(high);
+      low += kPhiloxWeyl0;
+      high += kPhiloxWeyl1;
+    }
   }
 };
-
-using Floats = VectorOps::F;
-using Wide = simd::Vec<uint64_t>;
-constexpr int kFloats = simd::kLanes<float>;
-constexpr int kParts = static_cast<int>(kNoiseLanes) / kFloats;  // registers that make 16 lanes
-
-// The 64-bit products of the low 32 bits of each 64-bit lane.
-inline __attribute__((always_inline)) Wide multiply_low(Wide a, uint32_t b) {
-#if FW_ISA_LEVEL == 2
-  return reinterpret_cast<Wide>(_mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
-#elif FW_ISA_LEVEL == 1
-  return reinterpret_cast<Wide>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
-#else
-  return (a & 0xffffffffu) * static_cast<uint64_t>(b);
-#endif
-}
 
 // Four counter words, one per 64-bit lane in its low half; the high halves may hold anything, since the products
 // read the low halves alone and the xors never mix the two.
 struct Counters {
   Wide word[4];
 
-  inline __attribute__((always_inline)) void round(uint32_t key0, uint32_t key1) {
+  FW_LANE void round(const Wide& key0, const Wide& key1) {
     const Wide product0 = multiply_low(word[0], kPhiloxMultiplier0);
     const Wide product1 = multiply_low(word[2], kPhiloxMultiplier1);
-    word[0] = (product1 >> 32) ^ word[1] ^ static_cast<uint64_t>(key0);
-    word[2] = (product0 >> 32) ^ word[3] ^ static_cast<uint64_t>(key1);
+    word[0] = (product1 >> 32) ^ word[1] ^ key0;
+    word[2] = (product0 >> 32) ^ word[3] ^ key1;
     word[1] = product1;
     word[3] = product0;
   }
 };
 
-// kFloats adjacent Philox blocks from `block` on -> 4 vectors of normals, word by word (common/philox.h).
-inline FW_STRAIGHT void normals_of_blocks(const NoiseKey& key, uint64_t block, Floats normal[4]) {
+// kWide adjacent Philox blocks from `block` on -> 4 vectors of normals, word by word (common/philox.h).
+inline FW_STRAIGHT void normals_of_blocks(const Rounds& key, uint64_t block, Floats normal[4]) {
   Wide number;
-  for (int lane = 0; lane < kFloats / 2; ++lane) number[lane] = block + 2 * lane;
+  FW_EACH_PART {
+    for (int lane = 0; lane < kFloats / 2; ++lane) number.part[p][lane] = block + p * kFloats + 2 * lane;
+  }
   // Blocks start at a multiple of 16, so adding 1 carries nothing into the high word.
-  Counters even{{number, number >> 32, Wide{} + key.sample, Wide{} + key.stream}};
-  Counters odd{{number + 1, number >> 32, Wide{} + key.sample, Wide{} + key.stream}};
-  uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
+  Counters even{{number, number >> 32, key.sample, key.stream}};
+  Counters odd{{number + uint64_t{1}, number >> 32, key.sample, key.stream}};
 #pragma GCC unroll 10
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    even.round(key0, key1);
-    odd.round(key0, key1);
-    key0 += kPhiloxWeyl0;
-    key1 += kPhiloxWeyl1;
+    even.round(key.key0[round], key.key1[round]);
+    odd.round(key.key0[round], key.key1[round]);
   }
   VectorOps::U word[4];
+#pragma GCC unroll 4
   for (int w = 0; w < 4; ++w) {
-    word[w] = reinterpret_cast<VectorOps::U>((even.word[w] & 0xffffffffu) | (odd.word[w] << 32));
+    word[w] = lanes_as<uint32_t>((even.word[w] & uint64_t{0xffffffffu}) | (odd.word[w] << 32));
   }
   box_muller<VectorOps>(word[0], word[1], normal[0], normal[1]);
   box_muller<VectorOps>(word[2], word[3], normal[2], normal[3]);
 }
 
-// Calls body(offset, normals) for each vector of one full group that starts at element 64 * group.
+// Calls body(offset, normals) for each kWide elements of one full group that starts at element 64 * group.
 template <class Body>
-inline __attribute__((always_inline)) void for_group(const NoiseKey& key, int64_t group, const Body& body) {
+FW_LANE void for_group(const Rounds& key, int64_t group, const Body& body) {
 #pragma GCC unroll 4
-  for (int part = 0; part < kParts; ++part) {
+  for (int first = 0; first < kNoiseLanes; first += kWide) {
     Floats normal[4];
-    normals_of_blocks(key, static_cast<uint64_t>(group) * kNoiseLanes + part * kFloats, normal);
+    normals_of_blocks(key, static_cast<uint64_t>(group) * kNoiseLanes + first, normal);
 #pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) body(w * static_cast<int>(kNoiseLanes) + part * kFloats, normal[w]);
+    for (int w = 0; w < 4; ++w) body(w * static_cast<int>(kNoiseLanes) + first, normal[w]);
   }
 }
 
 // A sum of float vectors in 16 lanes whose order does not depend on the vector width; doubles from every 256 terms on.
 struct LaneSum {
-  Floats part[kParts] = {};
+  Floats sum[kNoiseLanes / kWide] = {};
   double lane[kNoiseLanes] = {};
 
-  inline __attribute__((always_inline)) void add(int offset, Floats term) {
-    part[offset % static_cast<int>(kNoiseLanes) / kFloats] += term;
+  FW_LANE void add(int offset, const Floats& term) {
+    Floats& to = sum[offset % static_cast<int>(kNoiseLanes) / kWide];
+    to = to + term;
   }
   void flush() {
-    for (int p = 0; p < kParts; ++p) {
-      for (int l = 0; l < kFloats; ++l) lane[p * kFloats + l] += static_cast<double>(part[p][l]);
-      part[p] = Floats{};
+    float values[kNoiseLanes];
+    for (int first = 0; first < kNoiseLanes; first += kWide) {
+      sum[first / kWide].store(values + first);
+      sum[first / kWide] = Floats{};
     }
+    for (int l = 0; l < kNoiseLanes; ++l) lane[l] += static_cast<double>(values[l]);
   }
   double total() {
     flush();
@@ -133,22 +100,22 @@ struct LaneSum {
 };
 
 // One vector of KL(N(μ, σ²) || N(prior_mean, prior_std²)).
-inline __attribute__((always_inline)) Floats kl_term(const Softplus<VectorOps>& softplus, Floats rho, Floats distance,
-                                                     const Prior<float>& prior) {
+FW_LANE Floats kl_term(const Softplus<VectorOps>& softplus, Floats rho, Floats distance, const Prior<float>& prior) {
   const Floats spread = VectorOps::fma(distance, distance, softplus.sigma * softplus.sigma);
-  const Floats constant = simd::broadcast(prior.log_std - 0.5f);
-  return VectorOps::fma(spread, simd::broadcast(prior.half_precision), constant) - softplus.log_sigma(rho);
+  const Floats constant = Floats::all(prior.log_std - 0.5f);
+  return VectorOps::fma(spread, Floats::all(prior.half_precision), constant) - softplus.log_sigma(rho);
 }
 
-void noise_span(const NoiseKey& key, int64_t begin, int64_t count, float* out) {
+void noise_span(const NoiseKey& noise, int64_t begin, int64_t count, float* out) {
+  const Rounds key(noise);
   const int64_t first = begin / kNoiseGroup, full = count / kNoiseGroup, rest = count % kNoiseGroup;
   for (int64_t group = 0; group < full; ++group) {
     float* const to = out + group * kNoiseGroup;
-    for_group(key, first + group, [&](int offset, Floats normal) { simd::store(to + offset, normal); });
+    for_group(key, first + group, [&](int offset, const Floats& normal) { normal.store(to + offset); });
   }
   if (rest) {
     float last[kNoiseGroup];
-    for_group(key, first + full, [&](int offset, Floats normal) { simd::store(last + offset, normal); });
+    for_group(key, first + full, [&](int offset, const Floats& normal) { normal.store(last + offset); });
     std::memcpy(out + full * kNoiseGroup, last, rest * sizeof(float));
   }
 }
@@ -158,23 +125,22 @@ enum class Pass { none, noise, variance };
 
 // One full group of sample_span; the KL terms go to sum, or to `terms` [64] where the group is padded.
 template <bool kKl, bool kMean, Pass kPass>
-inline __attribute__((always_inline)) void sample_group(const Span<float>& span, const NoiseKey& key, int64_t group,
-                                                        const float* mu, const float* rho, const float* prior_mean,
-                                                        float* weight, LaneSum* sum, float* terms) {
-  auto body = [&](int offset, Floats normal) FW_STRAIGHT {
-    const Floats m = simd::load(mu + offset), r = simd::load(rho + offset);
+FW_LANE void sample_group(const Span<float>& span, const Rounds& key, int64_t group, const float* mu, const float* rho,
+                          const float* prior_mean, float* weight, LaneSum* sum, float* terms) {
+  auto body = [&](int offset, const Floats& normal) FW_STRAIGHT {
+    const Floats m = Floats::load(mu + offset), r = Floats::load(rho + offset);
     const Softplus<VectorOps> softplus(r);
     if constexpr (kPass == Pass::noise) {
       const Floats start = span.made == Made::centred ? Floats{} : m;
-      simd::store(weight + offset, VectorOps::fma(softplus.sigma, normal, start));
+      VectorOps::fma(softplus.sigma, normal, start).store(weight + offset);
     } else if constexpr (kPass == Pass::variance) {
-      simd::store(weight + offset, softplus.sigma * softplus.sigma);
+      (softplus.sigma * softplus.sigma).store(weight + offset);
     }
     if constexpr (kKl) {
-      const Floats distance = kMean ? m - simd::load(prior_mean + offset) : m;
+      const Floats distance = kMean ? m - Floats::load(prior_mean + offset) : m;
       const Floats term = kl_term(softplus, r, distance, span.prior);
       if (terms) {
-        simd::store(terms + offset, term);
+        term.store(terms + offset);
       } else {
         sum->add(offset, term);
       }
@@ -184,12 +150,13 @@ inline __attribute__((always_inline)) void sample_group(const Span<float>& span,
     for_group(key, group, body);
   } else {
 #pragma GCC unroll 4
-    for (int offset = 0; offset < kNoiseGroup; offset += kFloats) body(offset, Floats{});
+    for (int offset = 0; offset < kNoiseGroup; offset += kWide) body(offset, Floats{});
   }
 }
 
 template <bool kKl, bool kMean, Pass kPass>
-double sample_span_as(const Span<float>& span, const NoiseKey& key) {
+double sample_span_as(const Span<float>& span, const NoiseKey& noise) {
+  const Rounds key(noise);
   constexpr bool kWeight = kPass != Pass::none;
   const int64_t first = span.begin / kNoiseGroup, full = span.count / kNoiseGroup, rest = span.count % kNoiseGroup;
   LaneSum sum;
@@ -230,49 +197,49 @@ double sample_span(const Span<float>& span, const NoiseKey& key) {
 
 // grad is ∂L/∂weight (not read with Pass::none), grad_kl the factor of the KL; prior_mean is read with kMean.
 template <bool kMean, Pass kPass, bool kWeight>
-inline __attribute__((always_inline)) void backward_group(const Span<float>& span, const NoiseKey& key, int64_t group,
-                                                          float grad_kl, const float* mu, const float* rho,
-                                                          const float* prior_mean, const float* grad, float* weight,
-                                                          float* grad_mu, float* grad_rho) {
+FW_LANE void backward_group(const Span<float>& span, const Rounds& key, int64_t group, float grad_kl, const float* mu,
+                            const float* rho, const float* prior_mean, const float* grad, float* weight, float* grad_mu,
+                            float* grad_rho) {
   // ∂KL/∂μ = distance/σp²;  ∂KL/∂ρ = σ'(σ/σp²) - σ'/σ.
-  const Floats precision = simd::broadcast(2.0f * span.prior.half_precision * grad_kl);
-  auto body = [&](int offset, Floats normal) FW_STRAIGHT {
-    const Floats m = simd::load(mu + offset), r = simd::load(rho + offset);
+  const Floats precision = Floats::all(2.0f * span.prior.half_precision * grad_kl);
+  auto body = [&](int offset, const Floats& normal) FW_STRAIGHT {
+    const Floats m = Floats::load(mu + offset), r = Floats::load(rho + offset);
     const Softplus<VectorOps> softplus(r);
     const Floats over_sigma = softplus.derivative_over_sigma(), derivative = softplus.derivative(over_sigma);
-    const Floats distance = kMean ? m - simd::load(prior_mean + offset) : m;
+    const Floats distance = kMean ? m - Floats::load(prior_mean + offset) : m;
     Floats mu_part = precision * distance;
     Floats sigma_part = precision * softplus.sigma;  // what is to be multiplied by σ'
     if constexpr (kPass != Pass::none) {
-      const Floats g = simd::load(grad + offset);
+      const Floats g = Floats::load(grad + offset);
       const Floats slope = kPass == Pass::variance ? softplus.sigma + softplus.sigma : normal;  // ∂weight/∂σ
       if constexpr (kPass == Pass::variance) {
-        mu_part += simd::load(grad_mu + offset);
+        mu_part = mu_part + Floats::load(grad_mu + offset);
       } else if (span.made == Made::sample) {
-        mu_part += g;
+        mu_part = mu_part + g;
       }
       sigma_part = VectorOps::fma(g, slope, sigma_part);
       // Written after grad is read: weight may be the same memory.
-      if constexpr (kWeight && kPass == Pass::variance) simd::store(weight + offset, softplus.sigma * softplus.sigma);
+      if constexpr (kWeight && kPass == Pass::variance) (softplus.sigma * softplus.sigma).store(weight + offset);
       if constexpr (kWeight && kPass == Pass::noise) {
-        simd::store(weight + offset, VectorOps::fma(softplus.sigma, normal, m));
+        VectorOps::fma(softplus.sigma, normal, m).store(weight + offset);
       }
     }
-    simd::store(grad_mu + offset, mu_part);
-    const Floats entropy = simd::broadcast(-grad_kl) * over_sigma;
-    simd::store(grad_rho + offset, VectorOps::fma(sigma_part, derivative, entropy));
+    mu_part.store(grad_mu + offset);
+    const Floats entropy = Floats::all(-grad_kl) * over_sigma;
+    VectorOps::fma(sigma_part, derivative, entropy).store(grad_rho + offset);
   };
   if constexpr (kPass == Pass::noise) {
     for_group(key, group, body);
   } else {
 #pragma GCC unroll 4
-    for (int offset = 0; offset < kNoiseGroup; offset += kFloats) body(offset, Floats{});
+    for (int offset = 0; offset < kNoiseGroup; offset += kWide) body(offset, Floats{});
   }
 }
 
 template <bool kMean, Pass kPass, bool kWeight>
-void backward_span_as(const Span<float>& span, const NoiseKey& key, float grad_kl, const float* grad, float* grad_mu,
+void backward_span_as(const Span<float>& span, const NoiseKey& noise, float grad_kl, const float* grad, float* grad_mu,
                       float* grad_rho) {
+  const Rounds key(noise);
   constexpr bool kGrad = kPass != Pass::none;
   const int64_t first = span.begin / kNoiseGroup, full = span.count / kNoiseGroup, rest = span.count % kNoiseGroup;
   for (int64_t group = 0; group < full; ++group) {

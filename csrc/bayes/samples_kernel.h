@@ -7,32 +7,33 @@ namespace finite_width::FW_ISA {
 // sigma [count] = softplus(rho [count]).
 void sigma_span(const float* rho, int64_t count, float* sigma) {
   int64_t at = 0;
-  for (; at + kFloats <= count; at += kFloats) {
-    simd::store(sigma + at, Softplus<VectorOps>(simd::load(rho + at)).sigma);
+  for (; at + kWide <= count; at += kWide) {
+    Softplus<VectorOps>(Floats::load(rho + at)).sigma.store(sigma + at);
   }
   if (at < count) {
-    float last[kFloats] = {};
+    float last[kWide] = {};
     std::memcpy(last, rho + at, (count - at) * sizeof(float));
-    simd::store(last, Softplus<VectorOps>(simd::load(last)).sigma);
+    Softplus<VectorOps>(Floats::load(last)).sigma.store(last);
     std::memcpy(sigma + at, last, (count - at) * sizeof(float));
   }
 }
 
 // weight [count] = mu + sigma ε: the same bits as sample_span.
-void scaled_noise_span(const NoiseKey& key, int64_t begin, int64_t count, const float* mu, const float* sigma,
+void scaled_noise_span(const NoiseKey& noise, int64_t begin, int64_t count, const float* mu, const float* sigma,
                        float* weight) {
+  const Rounds key(noise);
   const int64_t first = begin / kNoiseGroup, full = count / kNoiseGroup, rest = count % kNoiseGroup;
   for (int64_t group = 0; group < full; ++group) {
     const int64_t at = group * kNoiseGroup;
-    for_group(key, first + group, [&](int offset, Floats normal) {
+    for_group(key, first + group, [&](int offset, const Floats& normal) {
       const int64_t i = at + offset;
-      simd::store(weight + i, VectorOps::fma(simd::load(sigma + i), normal, simd::load(mu + i)));
+      VectorOps::fma(Floats::load(sigma + i), normal, Floats::load(mu + i)).store(weight + i);
     });
   }
   if (rest) {
     const int64_t at = full * kNoiseGroup;
     float normals[kNoiseGroup];
-    for_group(key, first + full, [&](int offset, Floats normal) { simd::store(normals + offset, normal); });
+    for_group(key, first + full, [&](int offset, const Floats& normal) { normal.store(normals + offset); });
     for (int64_t i = 0; i < rest; ++i) weight[at + i] = std::fma(sigma[at + i], normals[i], mu[at + i]);
   }
 }
@@ -42,13 +43,13 @@ template <int kRows>
 inline __attribute__((always_inline)) void rows_times_16(int64_t in, int64_t batch, int64_t width, const float* weight,
                                                          const float* columns, const float* bias, float* y,
                                                          int64_t y_row) {
-  Floats sum[kRows][kParts];
+  simd::Vec<float> sum[kRows][kParts];
   for (int r = 0; r < kRows; ++r) {
     for (int p = 0; p < kParts; ++p) sum[r][p] = simd::broadcast(bias ? bias[r] : 0.0f);
   }
   for (int64_t k = 0; k < in; ++k) {
     for (int p = 0; p < kParts; ++p) {
-      const Floats column = simd::load(columns + k * width + p * kFloats);
+      const simd::Vec<float> column = simd::load(columns + k * width + p * kFloats);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         sum[r][p] = simd::multiply_add<float>(simd::broadcast(weight[r * in + k]), column, sum[r][p]);
