@@ -1,12 +1,13 @@
 """The one battery that every op passes: kernel against reference, gradients, torch.func, torch.compile, bad input.
 
-A wing's test_ops.py lists its ops as `OpCase`s and calls `battery(CASES)`. The checks run in four processes
-(make test): with kernels, without (FINITE_WIDTH_DISABLE_EXT=1), and with the instruction set forced down to
-AVX2 and to generic (FINITE_WIDTH_ISA).
+A wing's test_ops.py lists its ops as `OpCase`s and calls `battery(CASES)`. The checks run four times (make test): with
+kernels, without (FINITE_WIDTH_DISABLE_EXT=1), and with the instruction set forced down to AVX2 and to generic
+(FINITE_WIDTH_ISA), where only those run whose result depends on it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,10 @@ import finite_width as fw
 
 COMMON_CHECKS = ("kernel", "threads", "bad_input", "opcheck", "compile")
 DEVICES = ("cpu", "cuda")
+# The others trace or transform the same calls, whatever their instruction set.
+OF_AN_INSTRUCTION_SET = ("kernel", "threads", "bad_input", "gradcheck")
+# Elements of a sample from which on second derivatives are checked in one random direction, not in all.
+MOST_SECOND_DERIVATIVES = 64
 CHECKS = {
     "differentiable": (*COMMON_CHECKS, "gradcheck", "gradgradcheck", "jvp", "vmap", "vmap_grad"),
     "functional": COMMON_CHECKS,
@@ -78,6 +83,7 @@ def battery(cases: Sequence[OpCase]) -> Callable[..., None]:
     def test_battery(case: OpCase, check: str, device: str) -> None:
         if check in case.opt_outs:
             pytest.skip(f"{case.name} opts out of {check}: {case.opt_outs[check]}")
+        need_instruction_set(check)
         need(device)
         globals()[f"_check_{check}"](case if device == "cpu" else case_on(case, device))
 
@@ -88,6 +94,16 @@ def need(device: str) -> None:
     """Skip the test where there is no such device."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
+
+
+def need_instruction_set(check: str) -> None:
+    """Skip a check that another run of the battery has shown, where the instruction set is forced down."""
+    forced = os.environ.get("FINITE_WIDTH_ISA")
+    if forced and fw.has_kernels():
+        if fw.build_info()["detected_isa"] == forced:
+            pytest.skip(f"{forced} is this processor's own instruction set: the run without FINITE_WIDTH_ISA shows it")
+        if check not in OF_AN_INSTRUCTION_SET:
+            pytest.skip(f"{check} does not depend on the instruction set: the run without FINITE_WIDTH_ISA shows it")
 
 
 def moved(value: Any, device: str) -> Any:
@@ -241,7 +257,8 @@ def _check_gradcheck(case: OpCase) -> None:
 
 def _check_gradgradcheck(case: OpCase) -> None:
     for function, values in _differentiable_calls(case):
-        assert torch.autograd.gradgradcheck(function, [v.clone().requires_grad_() for v in values])
+        fast = sum(v.numel() for v in values) > MOST_SECOND_DERIVATIVES
+        assert torch.autograd.gradgradcheck(function, [v.clone().requires_grad_() for v in values], fast_mode=fast)
 
 
 class _Recorder(TorchDispatchMode):
@@ -260,7 +277,9 @@ class _Recorder(TorchDispatchMode):
 
 def _check_opcheck(case: OpCase) -> None:
     called = False
-    for sample in _samples(case, torch.float64):
+    for index, sample in enumerate(_samples(case, torch.float64)):
+        # Tracing takes a second a sample, and asks for ranks and dtypes; schema and fake results ask for every layout.
+        checks = {} if index < 2 else {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
         args, kwargs = copy((sample.args, sample.kwargs))
         with _Recorder(case.name) as recorder:
             case.call(*args, **kwargs)
@@ -269,7 +288,7 @@ def _check_opcheck(case: OpCase) -> None:
             if case.kind == "differentiable":
                 for tensor in _tensors((op_args, op_kwargs)):
                     tensor.requires_grad_(tensor.is_floating_point())
-            torch.library.opcheck(op, op_args, op_kwargs)
+            torch.library.opcheck(op, op_args, op_kwargs, **checks)
     assert called, f"no sample of {case.name} reaches the op finite_width::{case.name}"
 
 
