@@ -368,9 +368,9 @@ def ratio_table(wing: str | None = None) -> list[str]:
             best = min(others, key=lambda row: row["seconds"])
             aimed = {aim["against"]: aim["aim"] for aim in ours.get("targets", [])}
             named = aimed or {ours["baseline"]: None}
-            # Of many that were aimed at, the three fastest.
+            # Of many that were aimed at, the three fastest; the best other stands beside them, so it comes last here.
             compared = sorted((row for row in others if row["implementation"] in named), key=lambda row: row["seconds"])
-            compared = [against(row, ours, aimed.get(row["implementation"])) for row in compared[:3]]
+            compared = [against(row, ours, aimed.get(row["implementation"])) for row in reversed(compared[:3])]
             base = next((row for row in others if row["implementation"] == ours["baseline"]), None)
             memory = base and base.get("peak_bytes") and ours.get("peak_bytes")
             what = f"**{case}**: {rows[0].get('what', '')}".replace("|", "\\|")

@@ -216,11 +216,11 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--dataset", choices=["auto", "emnist", "mnist"], default="auto")
     parser.add_argument("--rank", type=int, default=8, help="of the first layer; the second has twice as much")
-    parser.add_argument("--epochs", type=int, help="default: 10, quick 10 short ones")
+    parser.add_argument("--epochs", type=int, help="default: 5, quick 10 short ones")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, help="of Adam; default 2e-4, quick 1e-3")
     options = parser.parse_args()
-    options.epochs = options.epochs or 10
+    options.epochs = options.epochs or (10 if options.quick else 5)
     options.lr = options.lr or (1e-3 if options.quick else 2e-4)
     torch.manual_seed(options.seed)
     name, x = images(options.dataset, options.data, quick=options.quick)

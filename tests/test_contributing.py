@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from op_battery import OF_AN_INSTRUCTION_SET
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(
     r'```\w+ title="(?P<file>[^ "]+)(?: \(after \'(?P<after>[^\n]+)\'\))?"\n(?P<text>.*?)```\n', re.DOTALL
@@ -62,9 +64,10 @@ def test_the_guide_makes_an_op_that_passes_its_battery(copy: Path) -> None:
     created = apply((ROOT / "docs" / "contributing.md").read_text(), copy)
     assert len(created) == 9
     run(copy, "setup.py", "build_ext", "--inplace")
-    for isa in ("avx512", "avx2", "generic"):
-        out = run(copy, "-m", "pytest", "tests/squareplus", FINITE_WIDTH_ISA=isa)
-        assert re.search(r"10 passed", out), out
+    out = run(copy, "-m", "pytest", "tests/squareplus")
+    assert re.search(r"10 passed", out), out
+    out = run(copy, "-m", "pytest", "tests/squareplus", FINITE_WIDTH_ISA="generic")
+    assert re.search(rf"{len(OF_AN_INSTRUCTION_SET)} passed", out), out
     run(copy, "-m", "pytest", "tests/squareplus", FINITE_WIDTH_DISABLE_EXT="1")
     assert "squareplus" in run(copy, "-m", "finite_width")
     run(copy, "-m", "pytest", "--doctest-modules", "python/finite_width/_squareplus")

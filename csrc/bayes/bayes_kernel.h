@@ -1,7 +1,7 @@
 // Noise, sample + KL, and backward over a span of weights, 16 lanes at a time; compiled per instruction set.
 #include "bayes/lanes_kernel.h"
 
-#define FW_MATH inline __attribute__((always_inline))
+#define FW_MATH FW_LANE
 #define FW_MATH_NAMESPACE finite_width::FW_ISA
 #include "bayes/gaussian_math.h"
 #undef FW_MATH

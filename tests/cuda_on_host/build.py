@@ -11,13 +11,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
 TORCH_TARGET = "0x020b000000000000"
+RULES = """
+rule compile
+  command = $compiler $flags -MMD -MF $out.d -x c++ -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $compiler $in $link -o $out
+"""
 
 
 def build(folder: Path, sanitize: str = "") -> Path:
-    """The library, in `folder`; compiled anew where a source is younger.
+    """The library, in `folder`; ninja compiles what has changed. Several processes may ask for it at once.
 
     Args:
         folder: for objects and the library.
@@ -27,34 +37,33 @@ def build(folder: Path, sanitize: str = "") -> Path:
     from torch.utils import cpp_extension
 
     folder.mkdir(parents=True, exist_ok=True)
-    kernels, bindings = sorted(ROOT.glob("csrc/**/*_cuda.cu")), sorted(ROOT.glob("csrc/**/bind_cuda.cpp"))
-    include = [HERE, ROOT / "csrc", *cpp_extension.include_paths()]
+    sources = [*sorted(ROOT.glob("csrc/**/*_cuda.cu")), *sorted(ROOT.glob("csrc/**/bind_cuda.cpp"))]
     flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-sign-compare"]
-    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []
-    own = [flag for path in include[:2] for flag in ("-I", str(path))]
-    others = [flag for path in include[2:] for flag in ("-isystem", str(path))]
-    newest_header = max(path.stat().st_mtime for path in (*ROOT.glob("csrc/**/*.*h"), *HERE.glob("*.h")))
-    objects = []
-    compiler = os.environ.get("CXX", "g++")
-    for source in (*kernels, *bindings):
-        target = folder / ("_".join(source.relative_to(ROOT).parts) + ".o")
-        objects.append(str(target))
-        if target.exists() and target.stat().st_mtime > max(source.stat().st_mtime, newest_header):
-            continue
-        _run([compiler, *flags, *own, *others, "-x", "c++", "-c", str(source), "-o", str(target)])
-    library = folder / "cuda_on_host.so"
-    lib = Path(torch.__file__).parent / "lib"
-    link = ["-shared", f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}", "-o", str(library)]
-    _run([compiler, *([f"-fsanitize={sanitize}"] if sanitize else []), *objects, *link])
-    return library
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+    flags += [f"-isystem {path}" for path in cpp_extension.include_paths()]
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    link = ["-shared", f"-L{torch_libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_libraries}"]
+    if sanitize:
+        flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"]
+        link += [f"-fsanitize={sanitize}"]
+    objects = {"_".join(source.relative_to(ROOT).parts) + ".o": source for source in sources}
+    lines = [
+        f"compiler = {os.environ.get('CXX', 'g++')}",
+        f"flags = {' '.join(flags)}",
+        f"link = {' '.join(link)}",
+        RULES,
+    ]
+    lines += [f"build {target}: compile {source}" for target, source in objects.items()]
+    lines += [f"build cuda_on_host.so: link {' '.join(objects)}", ""]
+    with FileLock(folder / "lock"):
+        (folder / "build.ninja").write_text("\n".join(lines))
+        done = subprocess.run(
+            [sys.executable, "-m", "ninja", "-C", str(folder)], capture_output=True, text=True, check=False
+        )
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-5000:]}")
+        raise RuntimeError(done.stdout[-5000:] + done.stderr[-1000:])
+    return folder / "cuda_on_host.so"
 
 
 if __name__ == "__main__":
