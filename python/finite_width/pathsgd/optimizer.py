@@ -436,9 +436,9 @@ class PathSGD(Optimizer):
         if path["p"] != self._p:
             raise ValueError(f"state_dict was made with p = {path['p']:g}, this optimizer has p = {self._p:g}")
         super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(saved, own, strict=True):  # torch has cast these to the parameter's dtype
+        for index, parameter in zip(indices, own, strict=True):  # torch has cast these to the parameter's dtype
             raw = state_dict["state"].get(index, {})
             if "master_weight" in raw:
                 for name in ("master_weight", "momentum_buffer"):
