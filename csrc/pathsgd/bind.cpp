@@ -1,5 +1,5 @@
 // Registers Path-SGD's ops with torch's dispatcher.
-#include "pathsgd/bind.h"
+#include "pathsgd/bind_chain.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -36,6 +36,12 @@ Rates rates_now(Rates rates, const MaybeTensor& lr, const char* name) {
   return rates;
 }
 
+template <class T>
+void apply(const Scaling& scaling, Sweep<T>& task) {
+  for (Rates* rates : {&task.weight_rates, &task.bias_rates}) rates->sign /= scaling.grad_scale;
+  if (scaling.found_inf) task.grad = task.bias_grad = nullptr;
+}
+
 void path_sweep_cpu(const Tensor& weight, const MaybeTensor& grad, const MaybeTensor& momentum, const MaybeTensor& bias,
                     const MaybeTensor& bias_grad, const MaybeTensor& bias_momentum, const Tensor& from_old,
                     const Tensor& from_new, const Tensor& across, const Tensor& fresh, const Tensor& mass, bool forward,
@@ -50,9 +56,34 @@ void path_sweep_cpu(const Tensor& weight, const MaybeTensor& grad, const MaybeTe
     Sweep<T> task = tensors.task<T>();
     task.weight_rates = rates_now(task.weight_rates, weight_lr, "weight_lr");
     task.bias_rates = rates_now(task.bias_rates, bias_lr, "bias_lr");
-    for (Rates* rates : {&task.weight_rates, &task.bias_rates}) rates->sign /= scaling.grad_scale;
-    if (scaling.found_inf) task.grad = task.bias_grad = nullptr;
+    apply(scaling, task);
     sweep<T>(task);
+  });
+}
+
+void path_step_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+                   const std::vector<Tensor>& momenta, const std::vector<Tensor>& biases,
+                   const std::vector<Tensor>& bias_grads, const std::vector<Tensor>& bias_momenta,
+                   const Tensor& vectors, const Tensor& state, double p, const std::vector<double>& rates,
+                   const std::vector<Tensor>& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
+                   int64_t rebuild) {
+  const ChainTensors tensors{weights, grads, momenta, biases, bias_grads, bias_momenta,
+                             vectors, state, p,       rates,  lrs,        rebuild};
+  tensors.check(check_cpu);
+  const Scaling scaling = scaling_of(grad_scale, found_inf);
+  with_type(weights[0], [&]<class T>(T*) {
+    std::vector<Sweep<T>> there = tensors.there<T>();
+    for (size_t i = 0; i < there.size(); ++i) {
+      there[i].weight_rates = rates_now(there[i].weight_rates, entry(lrs, 2 * i), "lrs");
+      there[i].bias_rates = rates_now(there[i].bias_rates, entry(lrs, 2 * i + 1), "lrs");
+      apply(scaling, there[i]);
+    }
+    if (rebuild) {
+      std::vector<Sweep<T>> still = there;
+      for (Sweep<T>& task : still) task.grad = task.bias_grad = nullptr;
+      chain_sweep<T>(tensors.chain(), still.data(), tensors.back(still).data(), static_cast<int>(rebuild));
+    }
+    chain_sweep<T>(tensors.chain(), there.data(), tensors.back(there).data(), 0);
   });
 }
 
@@ -151,6 +182,7 @@ void path_convolution_update_cpu(const Tensor& weight, const Tensor& grad, const
 
 STABLE_TORCH_LIBRARY_IMPL(finite_width, CPU, library) {
   library.impl("path_sweep", TORCH_BOX(&finite_width::pathsgd::path_sweep_cpu));
+  library.impl("path_step", TORCH_BOX(&finite_width::pathsgd::path_step_cpu));
   library.impl("path_update", TORCH_BOX(&finite_width::pathsgd::path_update_cpu));
   library.impl("path_convolution", TORCH_BOX(&finite_width::pathsgd::path_convolution_cpu));
   library.impl("path_convolution_backward", TORCH_BOX(&finite_width::pathsgd::path_convolution_backward_cpu));

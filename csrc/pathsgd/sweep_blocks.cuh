@@ -10,6 +10,10 @@ namespace finite_width::cuda {
 namespace {
 
 using pathsgd::Bf16;
+using pathsgd::Chain;
+using pathsgd::kKnowsBackward;
+using pathsgd::kKnowsForward;
+using pathsgd::PathTotal;
 using pathsgd::Rates;
 using pathsgd::Sweep;
 

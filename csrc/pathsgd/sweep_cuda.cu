@@ -123,14 +123,9 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Turn<T> turn, Cut cut,
   }
 }
 
-// A sum of path products, value 2^exponent.
-struct Sum2 {
-  double value, exponent;
-};
-
 // Of a sweep's end: the path vector at the network's far side, and the layers' bias masses. All threads get it.
-__device__ inline Sum2 path_total(const double* vector, int64_t units, const double* masses, int64_t layers, int which,
-                                  bool largest, double* scratch) {
+__device__ inline PathTotal path_total(const double* vector, int64_t units, const double* masses, int64_t layers,
+                                       int which, bool largest, double* scratch) {
   const Collect join{largest};
   double sum = 0, top = -1e300;
   for (int64_t i = threadIdx.x; i < units; i += kThreads) sum = join(sum, vector[i]);
@@ -154,12 +149,6 @@ __device__ inline Sum2 path_total(const double* vector, int64_t units, const dou
   return {finite ? total : std::nan(""), total > 0 ? top : 0};
 }
 
-// Whether two such sums are the same up to rounding.
-__device__ inline bool agree(const Sum2& one, const Sum2& other) {
-  if (!(one.value > 0 && other.value > 0)) return one.value == other.value;
-  return std::fabs(std::log2(one.value) - std::log2(other.value) + (one.exponent - other.exponent)) < 1e-7;
-}
-
 // One block, after a chain's sweep: compares Φ of the weights that the sweep met with what the one before had left,
 // writes the state, and makes the outer vectors 1 again.
 __global__ void __launch_bounds__(kThreads) conclude_kernel(Chain chain, double p, int rebuilt) {
@@ -169,16 +158,9 @@ __global__ void __launch_bounds__(kThreads) conclude_kernel(Chain chain, double 
   double* const end[2] = {forward ? chain.last_backward : chain.first_forward,
                           forward ? chain.last_forward : chain.first_backward};
   const int64_t units = forward ? chain.outputs : chain.inputs, layers = forward ? 0 : chain.layers;
-  const Sum2 met = path_total(end[0], units, chain.masses, layers, 0, largest, scratch);
-  const Sum2 left = path_total(end[1], units, chain.masses, layers, 1, largest, scratch);
-  if (threadIdx.x == 0) {
-    const Sum2 stored{chain.state[1], chain.state[2]};
-    const bool diverged = std::isnan(met.value) || std::isnan(stored.value);
-    if (!rebuilt && !diverged && !agree(met, stored)) chain.state[3] += 1;
-    chain.state[0] = forward ? kKnowsForward : kKnowsBackward;
-    chain.state[1] = left.value;
-    chain.state[2] = left.exponent;
-  }
+  const PathTotal met = path_total(end[0], units, chain.masses, layers, 0, largest, scratch);
+  const PathTotal left = path_total(end[1], units, chain.masses, layers, 1, largest, scratch);
+  if (threadIdx.x == 0) pathsgd::conclude(chain.state, forward, rebuilt != 0, met, left);
   __syncthreads();
   for (int64_t i = threadIdx.x; i <= chain.inputs; i += kThreads) chain.first_forward[i] = i < chain.inputs ? 1 : 0;
   for (int64_t i = threadIdx.x; i <= chain.outputs; i += kThreads) chain.last_backward[i] = i < chain.outputs ? 1 : 0;

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "pathsgd/chain.h"
 #include "pathsgd/sweep.h"
 
 struct CUstream_st;
@@ -30,18 +31,6 @@ struct Layer {
   double* mass_exponents;   // [2] out: the exponents of the sweep's mass; null: not wanted
 };
 
-// Which path vectors of a chain are of the weights as they are: the first number of its state.
-constexpr int kKnowsForward = 1, kKnowsBackward = 2;
-
-// A chain's path vectors F and B at its outer sides, and what a step leaves for the next one; on the device.
-struct Chain {
-  int64_t layers, inputs, outputs;
-  double *first_forward, *first_backward;  // [inputs + 1]
-  double *last_forward, *last_backward;    // [outputs + 1]
-  double* masses;                          // [layers, 4] bias masses of old and new weights, and their two exponents
-  double* state;                           // [4] kKnows..., Φ, its exponent, how many sweeps met weights of another Φ
-};
-
 // Doubles of scratch that a sweep needs.
 int64_t sweep_scratch(int64_t rows, int64_t cols, bool forward);
 
@@ -56,8 +45,8 @@ void sweep(const Layer<T>& layer, double* scratch, CUstream_st* stream);
 //   forward, backward  [layers]
 //   scratch            the most that a layer needs in either direction
 template <class T>
-void chain_sweep(const Chain& chain, const Layer<T>* forward, const Layer<T>* backward, int rebuild, double* scratch,
-                 CUstream_st* stream);
+void chain_sweep(const pathsgd::Chain& chain, const Layer<T>* forward, const Layer<T>* backward, int rebuild,
+                 double* scratch, CUstream_st* stream);
 
 // As pathsgd::update, with exponent [1] and lr ([2] lr and keep, or null) on the device; one launch.
 template <class T>

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import finite_width as fw
 from finite_width import _library
-from finite_width.pathsgd import device as device_module
+from finite_width.pathsgd import dense_chain
 from finite_width.pathsgd import optimizer as optimizer_module
 from pathsgd.networks import Recurrent, ResNet18, lenet, mlp
 
@@ -32,10 +32,11 @@ PathSGD = fw.pathsgd.PathSGD
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Optimizers take the way that they take on a GPU."""
     monkeypatch.setattr(_library, "has_kernel", lambda name, device: True)
+    monkeypatch.setattr(optimizer_module, "is_remote", lambda device: True)
 
 
 def on_cpu(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """An optimizer that takes the CPU's way."""
+    """An optimizer that goes layer by layer, as the CPU does without `path_step`'s kernel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_library, "has_kernel", lambda name, device: False)
         return PathSGD(model, *args, **kwargs)
@@ -196,7 +197,7 @@ def test_a_chain_s_step_reads_nothing_on_the_host(settings: dict[str, Any]) -> N
     backward(model, 0)
     optimizer.step()
     with no_host_reads(allowed=optimizer._chain._copy):
-        for _ in range(device_module._LOOK_EVERY + 1):
+        for _ in range(dense_chain._LOOK_EVERY + 1):
             optimizer.grad_scale, optimizer.found_inf = torch.full((), 8.0), torch.zeros(1)
             lr.mul_(0.9)
             optimizer.step()
@@ -283,7 +284,7 @@ def test_a_learning_rate_on_the_device() -> None:
 
 @pytest.mark.usefixtures("on_device")
 def test_a_change_from_outside_is_told_some_steps_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "_LOOK_EVERY", 1)
+    monkeypatch.setattr(dense_chain, "_LOOK_EVERY", 1)
     torch.manual_seed(0)
     model = mlp(6, 11, 9, 2).double()
     optimizer = PathSGD(model, 1e-3)

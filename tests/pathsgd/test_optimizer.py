@@ -19,6 +19,7 @@ from torch import nn
 
 import finite_width as fw
 from finite_width.pathsgd import chain as chain_module
+from finite_width.pathsgd import dense_chain
 from pathsgd.networks import Recurrent, lenet, mlp
 
 PathSGD = fw.pathsgd.PathSGD
@@ -349,7 +350,7 @@ def test_200_layers(p) -> None:
     for vector in (*optimizer._vectors.forward, *optimizer._vectors.backward):
         assert torch.isfinite(vector).all()
         assert vector[:-1].max() >= 0.5
-    stored = optimizer._total
+    stored = optimizer._total if optimizer._chain is None else optimizer._chain.state[1:3].tolist()
     assert (math.log(stored[0]) + stored[1] * math.log(2)) == pytest.approx(log_phi, rel=1e-9)
 
 
@@ -360,12 +361,19 @@ def test_state_is_at_most_16_bytes_a_unit() -> None:
     assert optimizer._vectors.nbytes() <= 16 * (784 + 100 + 100 + 10) + 16 * (layers + 1)
 
 
-def test_interrupted_step_is_finished_first(monkeypatch, request) -> None:
+# The ops that a chain's step calls: one for the whole, or one a layer.
+WAYS = pytest.mark.parametrize(("module", "op"), [(dense_chain, "path_step_unchecked"),
+                                                  (chain_module, "path_sweep_unchecked")])  # fmt: skip
+
+
+@WAYS
+def test_interrupted_step_is_finished_first(module, op, monkeypatch, request) -> None:
     torch.manual_seed(0)
     model = mlp(6, 11, 9, 2)
     other = copy.deepcopy(model)
     optimizer, twin = PathSGD(model, 1e-3), PathSGD(other, 1e-3)
-    original = chain_module.path_sweep_unchecked
+    optimizer._has_step_kernel = module is dense_chain
+    original = getattr(module, op)
     # A shell that starts the tests in the background has them ignore Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
@@ -382,31 +390,35 @@ def test_interrupted_step_is_finished_first(monkeypatch, request) -> None:
                 original(*args)
                 signal.raise_signal(signal.SIGINT)
 
-            patch.setattr(chain_module, "path_sweep_unchecked", interrupted)
+            patch.setattr(module, op, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.step()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
-def test_failed_sweep_is_recomputed(monkeypatch) -> None:
+@WAYS
+def test_failed_sweep_is_recomputed(module, op, monkeypatch) -> None:
     """After an error in the middle of a step, the next one starts from the weights as they are."""
     torch.manual_seed(0)
     model = mlp(6, 11, 9, 2).double()
     optimizer = PathSGD(model, 1e-3)
+    optimizer._has_step_kernel = module is dense_chain
     backward(model, 0)
     optimizer.step()
-    calls, original = [], chain_module.path_sweep_unchecked
+    calls, original = [], getattr(module, op)
 
     def failing(*args):
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError
         original(*args)
+        if module is dense_chain:  # one call is the whole step
+            raise MemoryError
 
     backward(model, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(chain_module, "path_sweep_unchecked", failing)
+        patch.setattr(module, op, failing)
         with pytest.raises(MemoryError):
             optimizer.step()
     other = copy.deepcopy(model)

@@ -175,15 +175,17 @@ class PathVectors:
         self.stored: Callable[[Tensor], Tensor] = lambda parameter: parameter  # what takes a parameter's updates
         device = next(t.device for stage in stages for t in (stage.weight, stage.bias) if t is not None)
         sizes = [stages[0].sizes[0], *(stage.sizes[1] for stage in stages)]
-        # All in one piece, so that a sweep's results are read in one operation.
-        lengths = [size + 1 for size in sizes] * 2 + [2] * len(stages)
-        self._memory = torch.zeros(sum(lengths), dtype=torch.float64, device=device)
-        pieces = list(self._memory.split(lengths))
+        # All in one piece, as `path_step` takes it, so that a sweep's results are read in one operation.
+        lengths = [size + 1 for size in sizes] * 2 + [4] * len(stages)
+        self.memory = torch.zeros(sum(lengths), dtype=torch.float64, device=device)
+        pieces = list(self.memory.split(lengths))
         sides = len(sizes)
-        self.forward, self.backward, self._masses = pieces[:sides], pieces[sides : 2 * sides], pieces[2 * sides :]
+        self.forward, self.backward = pieces[:sides], pieces[sides : 2 * sides]
+        self._masses = [piece[:2] for piece in pieces[2 * sides :]]
         self._values = [vector[:-1] for vector in self.forward], [vector[:-1] for vector in self.backward]
         ends = list(accumulate(lengths))
-        results = [end - 1 for end in ends[: 2 * sides]] + list(range(ends[2 * sides - 1], ends[-1]))
+        results = [end - 1 for end in ends[: 2 * sides]]
+        results += [start + which for start in ends[2 * sides - 1 : -1] for which in (0, 1)]
         self._results = torch.tensor(results, device=device)  # every exponent, every mass
 
     def nbytes(self) -> int:
@@ -230,7 +232,7 @@ class PathVectors:
         sides = len(self.forward)
         carried_values, known_values = self._values if forward else self._values[::-1]
         start, end = (0, sides - 1) if forward else (sides - 1, 0)
-        results = self._memory[self._results].tolist()
+        results = self.memory[self._results].tolist()
         exponents = results[:sides], results[sides : 2 * sides]
         of_new, of_old = exponents if forward else exponents[::-1]
         sums: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])

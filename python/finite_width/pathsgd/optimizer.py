@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from .. import _check, _library
 from .arguments import DTYPES
 from .batches import BatchDeviations
-from .chain import UNSCALED, Dense, Given, PathVectors, Scaling, agree, find_chain
+from .chain import UNSCALED, Given, PathVectors, Scaling, agree, find_chain
 from .convolution import ConvolutionMass
-from .device import KNOWS_BACKWARD, KNOWS_FORWARD, DeviceChain, fits
+from .dense_chain import KNOWS_BACKWARD, KNOWS_FORWARD, DenseChain, fits, is_remote
 from .interruption import uninterrupted
 from .kept import Kept, KeptVectors, loaded, saved
 from .masses import Masses, masses
@@ -106,7 +106,8 @@ class PathSGD(Optimizer):
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
         # On a device with kernels of its own, a step reads nothing on the host, and takes what a GradScaler knows.
         device = next(iter(self._names)).device
-        self._on_device = _library.has_kernel("path_step", device)
+        self._has_step_kernel = _library.has_kernel("path_step", device)
+        self._on_device = self._has_step_kernel and is_remote(device)
         self._step_supports_amp_scaling = self._on_device
         if capturable and not self._on_device:
             raise ValueError(
@@ -129,7 +130,7 @@ class PathSGD(Optimizer):
         if self._vectors is not None:
             self._vectors.stored = self._target
         self._seen: list[tuple[int, int]] = []  # the parameters' addresses and versions after the last step
-        self._chain: DeviceChain | None = None
+        self._chain: DenseChain | None = None
         self._warned = 0
         self._lrs: dict[int, Tensor] = {}  # parameter group -> lr and keep on the device
         self._steps = 0
@@ -190,7 +191,7 @@ class PathSGD(Optimizer):
         On a GPU that is done at once, since a captured step that is replayed next would not know of it.
         """
         self._forget()
-        if self._chain is not None:
+        if self._chain is not None and self._on_device:
             with _library.grad_mode(False):
                 self._chain.step(_nothing, UNSCALED, KNOWS_BACKWARD)
             self._ready, self._seen = True, self._versions()
@@ -234,54 +235,49 @@ class PathSGD(Optimizer):
                 self._step_with_kept(given, sigma, scaling)
             elif self._vectors is None:
                 self._apply(self._masses(sigma), given, scaling)
-            elif self._on_device and not sigma and fits(self._vectors.stages, self._target):
-                self._alternate_on_device(given, scaling)
+            elif self._has_step_kernel and not sigma and fits(self._vectors):
+                self._step_of_chain(self._vectors, given, scaling)
             elif sigma or self._on_device:
                 self._ready = False
                 self._vectors.run(True, _nothing, sigma)
                 self._vectors.run(False, given.get, sigma, scaling)
             else:
-                self._alternate(given)
+                self._alternate(self._vectors, given)
             self._steps += 1
             self._publish(given)
             self._batches.clear()
         return loss
 
-    def _alternate(self, given: dict[Tensor, Given]) -> None:
-        """The three-pass step: forward and backward sweeps in turn, each with what the one before has left."""
-        assert self._vectors is not None
-        forward = self._steps % 2 == 0
-        if not self._ready or self._seen != self._versions():
-            _, self._total = self._vectors.sweep(not forward, _nothing)
-        self._ready = False
-        old, new = self._vectors.sweep(forward, given.get)
-        diverged = math.isnan(old[0]) or math.isnan(self._total[0])  # Φ is infinite or NaN: nothing to compare
-        self._ready = not diverged and agree(old, self._total)
-        # At p = ∞ the maxima pass over NaN, and Φ stays finite: there the weights themselves are asked.
-        if not (self._ready or diverged) and all(bool(torch.isfinite(each).all()) for each in self._names):
-            warnings.warn(
-                "weights changed outside the optimizer without a trace (a write through .data): this step used the γ "
-                "of the weights before, the next one recomputes; call refresh() after such writes",
-                stacklevel=4,
-            )
-        self._total = new
-
-    def _alternate_on_device(self, given: dict[Tensor, Given], scaling: Scaling) -> None:
-        """The same without a look at the device, but for a count of surprises from some steps ago."""
-        assert self._vectors is not None
-        if self._chain is None:
-            stages = [stage for stage in self._vectors.stages if isinstance(stage, Dense)]
-            self._chain = DeviceChain(stages, self._p, self._target)
+    def _step_of_chain(self, vectors: PathVectors, given: dict[Tensor, Given], scaling: Scaling) -> None:
+        """The three-pass step in one op, in the direction that its own state asks for."""
+        self._chain = self._chain or DenseChain(vectors)
         rebuild = 0
         if not self._ready or self._seen != self._versions():
             rebuild = KNOWS_FORWARD if self._steps % 2 else KNOWS_BACKWARD
         self._ready = False
         self._chain.step(given.get, scaling, rebuild)
+        if not self._on_device:
+            self._ready, surprises = self._chain.outcome()
+            self._warn_of(surprises)
+            return
         self._ready = True
         if not _capturing(self._chain.state):
-            self._warn_of(self._chain.surprises())
+            self._warn_of(self._chain.surprises_so_far(), "some steps ago: the step after that")
 
-    def _warn_of(self, surprises: int) -> None:
+    def _alternate(self, vectors: PathVectors, given: dict[Tensor, Given]) -> None:
+        """The same layer by layer: for BatchNorm with running statistics, and where the op has no kernel."""
+        forward = self._steps % 2 == 0
+        if not self._ready or self._seen != self._versions():
+            _, self._total = vectors.sweep(not forward, _nothing)
+        self._ready = False
+        old, new = vectors.sweep(forward, given.get)
+        diverged = math.isnan(old[0]) or math.isnan(self._total[0])  # Φ is infinite or NaN: nothing to compare
+        self._ready = not diverged
+        self._warn_of(self._warned + (not diverged and not agree(old, self._total)))
+        self._total = new
+
+    def _warn_of(self, surprises: int, when: str = "before this step, which") -> None:
+        """Warn where more steps than before met weights that had been changed without a trace."""
         if surprises <= self._warned:
             return
         self._warned = surprises
@@ -289,8 +285,8 @@ class PathSGD(Optimizer):
         if math.isinf(self._p) and not all(bool(torch.isfinite(each).all()) for each in self._names):
             return
         warnings.warn(
-            "weights were changed outside the optimizer without a trace (a write through .data), some steps ago: the "
-            "step after that used the γ of the weights before; call refresh() after such writes",
+            f"weights were changed outside the optimizer without a trace (a write through .data), {when} used the γ of "
+            "the weights before; call refresh() after such writes",
             stacklevel=5,
         )
 
