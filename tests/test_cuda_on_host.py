@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import finite_width as fw
 
@@ -69,33 +71,48 @@ def test_whole_battery(library: Path, wing: str) -> None:
         run_tests(library, f"tests/{wing}/test_ops.py", FINITE_WIDTH_HOST_ORDER=order)
 
 
-@pytest.fixture(scope="session")
-def values(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    """What tests/cuda_on_host/values.py computes: in each order of the threads, and with the CPU's kernels."""
-    folder, found = tmp_path_factory.mktemp("values"), {}
-    for name in (*ORDERS, "cpu"):
+Values = dict[str, object]
+
+
+@pytest.fixture
+def values(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Values]:
+    """What tests/cuda_on_host/values.py computes in an order of the threads, or with the CPU's kernels ("cpu")."""
+    # One folder for all processes of a run, so that none computes again what another has.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_on_host_values"
+    folder.mkdir(exist_ok=True)
+
+    def of(name: str) -> Values:
         target = folder / f"{name}.pt"
-        command = ["tests/cuda_on_host/values.py", str(target)]
-        run(None if name == "cpu" else library, command, FINITE_WIDTH_HOST_ORDER=name)
-        found[name] = torch.load(target)
-    return found
+        with FileLock(folder / f"{name}.lock"):
+            if not target.exists():
+                partial = target.with_suffix(".partial")
+                command = ["tests/cuda_on_host/values.py", str(partial)]
+                run(None if name == "cpu" else library, command, FINITE_WIDTH_HOST_ORDER=name)
+                partial.rename(target)
+        found: Values = torch.load(target)
+        return found
+
+    return of
 
 
-def test_no_order_of_the_threads_changes_a_bit(values: dict[str, dict[str, object]]) -> None:
+@pytest.mark.parametrize("order", ORDERS[1:])
+def test_no_order_of_the_threads_changes_a_bit(values: Callable[[str], Values], order: str) -> None:
     """A missing barrier, or one block that reads what another writes in the same launch, shows here."""
-    for order in ORDERS[1:]:
-        assert values[order].keys() == values["forward"].keys()
-        for key, value in values["forward"].items():
-            torch.testing.assert_close(values[order][key], value, rtol=0, atol=0, equal_nan=True, msg=f"{order}: {key}")
+    expected, found = values(ORDERS[0]), values(order)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=0, equal_nan=True, msg=key)
 
 
-def test_same_noise_weights_and_gradients_as_on_the_cpu(values: dict[str, dict[str, object]]) -> None:
+def test_same_noise_weights_and_gradients_as_on_the_cpu(values: Callable[[str], Values]) -> None:
     """Bit for bit in float32; the KL and the path vectors are summed in another order."""
     if not fw.has_kernels():
         pytest.skip("the promise is the kernels'; the reference's functions round otherwise")
-    for key, value in values["cpu"].items():
+    found = values("forward")
+    for key, value in values("cpu").items():
         if key.startswith(("ntk", "tt", "order")):
             continue  # no such promise; the wings' test_ops.py compare with float64
         exact = key.startswith("bayes") and not key.endswith("kl")
         tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-6, "atol": 1e-30}
-        torch.testing.assert_close(values["forward"][key], value, **tolerance, equal_nan=True, msg=key)
+        torch.testing.assert_close(found[key], value, **tolerance, equal_nan=True, msg=key)

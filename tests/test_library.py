@@ -51,6 +51,18 @@ def test_every_op_has_a_cpu_kernel() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"finite_width::{name}", "CPU"), name
 
 
+def test_an_import_is_hardly_longer_than_torch_s() -> None:
+    """It loads neither torch's compiler nor scikit-learn, either of which takes as long as torch itself."""
+    said = python("import sys, torch; known = set(sys.modules); import finite_width; print(*set(sys.modules) - known)")
+    assert said.returncode == 0, said.stderr
+    assert not {"torch._dynamo", "torch._inductor", "sklearn", "scipy", "matplotlib"} & set(said.stdout.split())
+
+
+def test_a_constant_function_is_marked_as_torch_marks_it() -> None:
+    ours, theirs = _library.constant_while_tracing(lambda: 0), torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(ours) == vars(theirs) != {}
+
+
 def test_schemas_have_no_defaults() -> None:
     assert not [name for name, schema in _library.SCHEMAS.items() if "=" in schema]
 

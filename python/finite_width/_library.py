@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -125,6 +125,18 @@ def differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable
         return below_autograd(op, *args)
 
     return call
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_while_tracing(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which would load torch's compiler: as long as torch itself takes.
+
+    A function of shapes and settings alone, which torch.compile calls while it traces.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -1,5 +1,10 @@
 """The exact empirical NTK of any module, the conjugate kernel, and prediction with both."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .diagnostics import drift, effective_dimension, spectrum, target_alignment
 from .dynamics import Flow, gradient_flow
 from .empirical import empirical_ntk, explain, per_parameter_ntk
@@ -7,13 +12,15 @@ from .explanation import Explanation, ExplanationRow
 from .linearize import Linearized, linearize
 from .loss_gram import loss_gram
 from .nngp import nngp_kernel
-from .nngp_estimators import NNGPClassifier, NNGPRegressor
 from .operator import NTKOperator
 from .precision import cuda_precision
-from .regression import NTKClassifier, NTKRegressor
-from .ridge_cv import NTKRidgeCV
 from .sketch import sketch
 from .solve import Solution, solve
+
+if TYPE_CHECKING:
+    from .nngp_estimators import NNGPClassifier, NNGPRegressor
+    from .regression import NTKClassifier, NTKRegressor
+    from .ridge_cv import NTKRidgeCV
 
 __all__ = [
     "Explanation",
@@ -42,3 +49,24 @@ __all__ = [
     "spectrum",
     "target_alignment",
 ]
+
+# Where the estimators live. They stand on scikit-learn, which would take half of the time of an import.
+_ESTIMATORS = {
+    "NNGPClassifier": "nngp_estimators",
+    "NNGPRegressor": "nngp_estimators",
+    "NTKClassifier": "regression",
+    "NTKRegressor": "regression",
+    "NTKRidgeCV": "ridge_cv",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """An estimator, imported at its first use."""
+    if name not in _ESTIMATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(importlib.import_module(f".{_ESTIMATORS[name]}", __name__), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

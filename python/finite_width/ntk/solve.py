@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -313,6 +312,8 @@ def _conjugate_gradients(
             solved.append(x)
             worst = max(worst, _relative(residual, block))
     if worst > tol:
+        from sklearn.exceptions import ConvergenceWarning  # here, since scikit-learn takes seconds to import
+
         warnings.warn(
             f"conjugate gradients stopped at a relative residual of {worst:.2g} after {iterations} products, "
             f"above tol={tol:g}. Raise ridge, rank or max_iterations, or compute the kernel in float64",

@@ -39,7 +39,7 @@ _linear_op = _library.register("tt_linear", reference.tt_linear, _fake_linear)
 _backward_op = _library.register("tt_linear_backward", reference.tt_linear_backward, _fake_backward)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_library.constant_while_tracing
 def has_cuda_kernels() -> bool:
     """Whether tensors on a GPU take compiled kernels."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key("finite_width::tt_linear", "CUDA"))

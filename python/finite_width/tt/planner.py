@@ -21,6 +21,7 @@ from math import prod
 
 import torch
 
+from .. import _library
 from . import gpu_costs
 from .precision import PRECISIONS
 
@@ -121,7 +122,7 @@ def plan(
     return _search_gpu(found, bucket(batch), dtype, precision)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_library.constant_while_tracing
 def plan_code(
     shapes: tuple[CoreShape, ...], batch: int, dtype: torch.dtype, in_cores: int, precision: str | None = None
 ) -> tuple[int, ...]:
