@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import finite_width as fw
-from ntk import stream_child
+from ntk import operator_child, stream_child
 from ntk.test_stream import environment
 
 
@@ -81,52 +81,27 @@ def test_ranks_share_the_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(each, alone) for each in shared)
 
 
-OPERATOR_CHILD = """
-import importlib, sys, torch, finite_width as fw
-from torch import nn
-importlib.import_module("finite_width.ntk.plan").BLOCK_ROWS = 4
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
-x, y = torch.randn(83, 6), torch.randn(3 * 83, 2, dtype=torch.float64)
-rank = int(__import__("os").environ.get("RANK", 9))
-if sys.argv[2] == "differ" and rank == 1:
-    x[3] += 1
-pushes = []
-push = fw.ntk.products.Products.push
-def counted(self, batch, begin, end, vectors):
-    pushes.append(end - begin)
-    return push(self, batch, begin, end, vectors)
-fw.ntk.products.Products.push = counted
-operator = fw.ntk.NTKOperator(model, x)
-pushes.clear()
-found = fw.ntk.solve(operator, y, ridge=0.5, method="cg", tol=1e-6, rank=8)
-torch.save((found.coefficients, found.iterations, sum(pushes)), sys.argv[1] + str(rank))
-"""
-
-
 def test_ranks_share_the_operator(tmp_path: Path) -> None:
-    script = tmp_path / "child.py"
-    script.write_text(OPERATOR_CHILD)
-
-    def call(processes: int, mode: str = "same") -> subprocess.CompletedProcess[str]:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *(torchrun if processes > 1 else []), str(script), str(tmp_path / mode), mode]
-        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-
-    for processes in (1, 3, 2):  # three ranks do not divide the parts
-        done = call(processes)
-        assert done.returncode == 0, done.stderr
-        found = [torch.load(tmp_path / f"same{rank}") for rank in (range(processes) if processes > 1 else [9])]
-        if processes == 1:
-            alone, iterations, rows = found[0]
-            assert rows % 83 == 0
-            continue
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks; the solver's small dense algebra is LAPACK's
+    try:
+        alone, iterations, rows = operator_child.solve("same")
+    finally:
+        torch.set_num_threads(threads)
+    assert rows % operator_child.ROWS == 0
+    for ranks, modes in ((3, ["same"]), (2, ["same", "differ"])):  # three ranks do not divide the parts
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = [sys.executable, *torchrun, operator_child.__file__, str(tmp_path / str(ranks)), *modes]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        found = [torch.load(tmp_path / f"{ranks}-same-{rank}") for rank in range(ranks)]
         assert all(torch.equal(each, alone) and count == iterations for each, count, _ in found)
-        assert sum(done for *_, done in found) == rows  # nothing twice
-        assert max(done for *_, done in found) < 1.2 * rows / processes
-    broken = call(2, "differ")
-    assert broken.returncode != 0
-    assert "the ranks have operators of different models or data" in broken.stderr
+        assert sum(pushed for *_, pushed in found) == rows  # nothing twice
+        assert max(pushed for *_, pushed in found) < 1.2 * rows / ranks
+        if "differ" in modes:
+            assert done.returncode != 0
+            assert "the ranks have operators of different models or data" in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr
 
 
 def regression() -> tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]:
