@@ -1,6 +1,6 @@
-"""A rank that solves with an operator shared by all ranks: torchrun operator_child.py FILE MODE..., results FILE-MODE-RANK.
+"""A rank that solves with an operator shared by all ranks: torchrun operator_child.py FILE MODE...
 
-In the mode "differ" rank 1 has other data than the rest.
+Its results go to FILE-MODE-RANK. In the mode "differ" rank 1 has other data than the rest.
 """
 
 from __future__ import annotations
