@@ -11,6 +11,13 @@ import torch
 import finite_width as fw
 import op_battery
 
+# With several processes each takes its share of the cores, and so do those that it starts: threads that wait for each
+# other on one core take many times as long. What several threads have to show sets their number itself.
+if _processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    _threads = max(1, (os.cpu_count() or 1) // int(_processes))
+    torch.set_num_threads(_threads)
+    os.environ["OMP_NUM_THREADS"] = str(_threads)
+
 # The CUDA kernels as g++ compiles them, in place of the compiled module's (tests/test_cuda_on_host.py).
 if _on_host := os.environ.get("FINITE_WIDTH_CUDA_ON_HOST"):
     torch.ops.load_library(_on_host)

@@ -350,7 +350,7 @@ def test_200_layers(p) -> None:
     for vector in (*optimizer._vectors.forward, *optimizer._vectors.backward):
         assert torch.isfinite(vector).all()
         assert vector[:-1].max() >= 0.5
-    stored = optimizer._total if optimizer._chain is None else optimizer._chain.state[1:3].tolist()
+    stored = optimizer._chain.path_total()
     assert (math.log(stored[0]) + stored[1] * math.log(2)) == pytest.approx(log_phi, rel=1e-9)
 
 

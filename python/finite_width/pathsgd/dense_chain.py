@@ -84,6 +84,11 @@ class DenseChain:
         _, value, _, surprises = self.state.tolist()
         return not math.isnan(value), int(surprises)
 
+    def path_total(self) -> tuple[float, float]:
+        """Φ of the weights as they are, value and exponent; waits for the device."""
+        _, value, exponent, _ = self.state.tolist()
+        return value, exponent
+
     def surprises_so_far(self) -> int:
         """How many steps met weights changed without a trace, as far as is known without waiting."""
         self._steps += 1

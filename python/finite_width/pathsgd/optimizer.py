@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from .. import _check, _library
 from .arguments import DTYPES
 from .batches import BatchDeviations
-from .chain import UNSCALED, Given, PathVectors, Scaling, agree, find_chain
+from .chain import UNSCALED, Given, PathVectors, Scaling, find_chain
 from .convolution import ConvolutionMass
 from .dense_chain import KNOWS_BACKWARD, KNOWS_FORWARD, DenseChain, fits, is_remote
 from .interruption import uninterrupted
 from .kept import Kept, KeptVectors, loaded, saved
+from .layered_chain import LayeredChain
 from .masses import Masses, masses
 from .operations import BATCHNORMS
 from .ops import path_update
@@ -130,7 +131,7 @@ class PathSGD(Optimizer):
         if self._vectors is not None:
             self._vectors.stored = self._target
         self._seen: list[tuple[int, int]] = []  # the parameters' addresses and versions after the last step
-        self._chain: DenseChain | None = None
+        self._chain: DenseChain | LayeredChain | None = None
         self._warned = 0
         self._lrs: dict[int, Tensor] = {}  # parameter group -> lr and keep on the device
         self._steps = 0
@@ -198,7 +199,6 @@ class PathSGD(Optimizer):
 
     def _forget(self) -> None:
         self._ready = False  # whether the vectors that the next sweep needs are of the weights as they are
-        self._total: tuple[float, float] = (0.0, 0.0)  # Φ as the last sweep left it
         self._seen = []
         self._kept: Kept | None = None  # with update_every > 1: what γ is computed from
         self._age = 0
@@ -235,22 +235,22 @@ class PathSGD(Optimizer):
                 self._step_with_kept(given, sigma, scaling)
             elif self._vectors is None:
                 self._apply(self._masses(sigma), given, scaling)
-            elif self._has_step_kernel and not sigma and fits(self._vectors):
-                self._step_of_chain(self._vectors, given, scaling)
-            elif sigma or self._on_device:
+            elif sigma or (self._on_device and not fits(self._vectors)):
                 self._ready = False
                 self._vectors.run(True, _nothing, sigma)
                 self._vectors.run(False, given.get, sigma, scaling)
             else:
-                self._alternate(self._vectors, given)
+                self._alternate(self._vectors, given, scaling)
             self._steps += 1
             self._publish(given)
             self._batches.clear()
         return loss
 
-    def _step_of_chain(self, vectors: PathVectors, given: dict[Tensor, Given], scaling: Scaling) -> None:
-        """The three-pass step in one op, in the direction that its own state asks for."""
-        self._chain = self._chain or DenseChain(vectors)
+    def _alternate(self, vectors: PathVectors, given: dict[Tensor, Given], scaling: Scaling) -> None:
+        """The three-pass step: forward and backward sweeps in turn, each with what the one before has left."""
+        kind = DenseChain if self._has_step_kernel and fits(vectors) else LayeredChain
+        if not isinstance(self._chain, kind):
+            self._chain, self._ready, self._warned = kind(vectors), False, 0
         rebuild = 0
         if not self._ready or self._seen != self._versions():
             rebuild = KNOWS_FORWARD if self._steps % 2 else KNOWS_BACKWARD
@@ -260,21 +260,10 @@ class PathSGD(Optimizer):
             self._ready, surprises = self._chain.outcome()
             self._warn_of(surprises)
             return
+        assert isinstance(self._chain, DenseChain)
         self._ready = True
         if not _capturing(self._chain.state):
             self._warn_of(self._chain.surprises_so_far(), "some steps ago: the step after that")
-
-    def _alternate(self, vectors: PathVectors, given: dict[Tensor, Given]) -> None:
-        """The same layer by layer: for BatchNorm with running statistics, and where the op has no kernel."""
-        forward = self._steps % 2 == 0
-        if not self._ready or self._seen != self._versions():
-            _, self._total = vectors.sweep(not forward, _nothing)
-        self._ready = False
-        old, new = vectors.sweep(forward, given.get)
-        diverged = math.isnan(old[0]) or math.isnan(self._total[0])  # Φ is infinite or NaN: nothing to compare
-        self._ready = not diverged
-        self._warn_of(self._warned + (not diverged and not agree(old, self._total)))
-        self._total = new
 
     def _warn_of(self, surprises: int, when: str = "before this step, which") -> None:
         """Warn where more steps than before met weights that had been changed without a trace."""
