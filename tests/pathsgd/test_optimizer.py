@@ -218,8 +218,9 @@ def test_weights_changed_outside(edit, at) -> None:
         backward(model, seed)
         backward(other, seed)
         if seed == at and hidden:
-            with pytest.warns(UserWarning, match="changed outside the optimizer"):
+            with pytest.warns(UserWarning, match="changed outside the optimizer") as told:
                 optimizer.step()
+            assert told[0].filename == __file__  # where step() was called
             other.load_state_dict(model.state_dict())  # that step's γ was of the weights before, as the warning says
             continue
         with warnings.catch_warnings():

@@ -276,7 +276,7 @@ class PathSGD(Optimizer):
         warnings.warn(
             f"weights were changed outside the optimizer without a trace (a write through .data), {when} used the γ of "
             "the weights before; call refresh() after such writes",
-            stacklevel=5,
+            stacklevel=6,  # the line that called step()
         )
 
     def _check_capture(self) -> None:
