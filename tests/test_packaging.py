@@ -29,6 +29,7 @@ print("kernels" if fw.has_kernels() else "reference")
 def run(command: list[str], cwd: Path, **environment: str) -> str:
     """Run a command outside the checkout's import path; its output, or a failure that shows it."""
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("FINITE_WIDTH", "PYTHONPATH"))}
+    plain["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{plain['PATH']}"  # for ninja, as the Makefile does
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**plain, **environment}, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
