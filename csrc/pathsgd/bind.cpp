@@ -36,6 +36,7 @@ Rates rates_now(Rates rates, const MaybeTensor& lr, const char* name) {
   return rates;
 }
 
+// Has a sweep divide the gradients by the scale, or update nothing.
 template <class T>
 void apply(const Scaling& scaling, Sweep<T>& task) {
   for (Rates* rates : {&task.weight_rates, &task.bias_rates}) rates->sign /= scaling.grad_scale;

@@ -1,7 +1,7 @@
 """PathSGD's steps where the kernels for a device are in force: the same as on the CPU, and nothing read on the host.
 
-Everywhere they run on the reference of `path_step`; in the host emulation (tests/test_cuda_on_host.py) and on a GPU
-(tests/test_cuda_device.py) on its kernels.
+Everywhere they run on the CPU's kernel of `path_step`, or on its reference; in the host emulation
+(tests/test_cuda_on_host.py) and on a GPU (tests/test_cuda_device.py) on CUDA's kernels.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Residual(nn.Module):
 def test_a_chain_s_step_reads_nothing_on_the_host(settings: dict[str, Any]) -> None:
     """Also where a GradScaler and a learning rate on the device take part, and when it looks for surprises."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("finite_width::path_step", "CPU"):
-        pytest.skip("the reference of path_step reads its state; the emulated kernels are not loaded")
+        pytest.skip("the reference of path_step reads its state; no kernel is loaded")
     model, lr = mlp(6, 11, 9, 2), torch.full((), 1e-3)
     optimizer = PathSGD(model, lr, **settings)
     backward(model, 0)
