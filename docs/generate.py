@@ -408,6 +408,7 @@ def generated_tables() -> dict[Path, str]:
         (docs / "results.md", "known results", known_results.tables()),
         *((docs / f"{wing}.md", "ratios", ratio_table(wing)) for wing in ("ntk", "tt", "pathsgd", "bayes")),
         (docs / "bayes.md", "mnist", known_results.variational_mnist()),
+        (docs / "pathsgd.md", "mnist", known_results.path_sgd_mnist()),
     ]
     texts: dict[Path, str] = {}
     for file, name, lines in tables:

@@ -389,6 +389,24 @@ def variational_mnist() -> list[str]:
     return [*lines, "", f"Predictive entropy on digits turned by 60°: {entropy:.2f} nats, the twin's {twin:.2f}."]
 
 
+def path_sgd_mnist() -> list[str]:
+    """Training loss and test error after the last epoch, means over the seeds, by optimizer and start, as Markdown."""
+    figures = recorded("path_sgd_mnist")
+    if figures is None:
+        return ["Not run."]
+    lines = ["| | balanced: training loss / test error | unbalanced | step size, balanced and unbalanced |"]
+    lines.append("| --- | --- | --- | --- |")
+    for name in dict.fromkeys(run["optimizer"] for run in figures["runs"]):
+        cells, rates = [], []
+        for start in ("balanced", "unbalanced"):
+            runs = [run for run in figures["runs"] if (run["optimizer"], run["start"]) == (name, start)]
+            loss, error = (sum(run[key][-1] for run in runs) / len(runs) for key in ("train_loss", "test_error"))
+            cells.append(f"{loss:.4f} / {error:.2f} %")
+            rates.append(f"{figures['rates'][f'{name} {start}']:g}")
+        lines.append("| " + " | ".join([name, *cells, "; ".join(rates)]) + " |")
+    return lines
+
+
 def seeds(figures: Figures | None) -> str:
     """The seeds of a run, as its JSON gives them."""
     if figures is None:
