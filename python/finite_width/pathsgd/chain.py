@@ -35,6 +35,10 @@ Scaling = tuple[Tensor | None, Tensor | None]
 UNSCALED: Scaling = (None, None)
 
 
+def nothing(parameter: Tensor) -> None:
+    """A `Supply` of a sweep that updates nothing."""
+
+
 @dataclass(eq=False)
 class Dense:
     """A Linear layer: every input unit to every output unit, and a bias."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
-from .chain import PathVectors, Scaling, Supply, agree
+from .chain import PathVectors, Scaling, Supply, agree, nothing
 from .dense_chain import KNOWS_BACKWARD, KNOWS_FORWARD
 
 
@@ -25,7 +23,7 @@ class LayeredChain:
     def step(self, supply: Supply, scaling: Scaling, rebuild: int = 0) -> None:
         """One sweep in the direction whose other side's vectors are known; as `DenseChain.step`, without scaling."""
         if rebuild:
-            _, self._total = self.vectors.sweep(rebuild == KNOWS_FORWARD, _nothing)
+            _, self._total = self.vectors.sweep(rebuild == KNOWS_FORWARD, nothing)
             self._knows = rebuild
         forward = self._knows == KNOWS_BACKWARD
         old, new = self.vectors.sweep(forward, supply)
@@ -44,7 +42,3 @@ class LayeredChain:
     def path_total(self) -> tuple[float, float]:
         """As `DenseChain.path_total`."""
         return self._total
-
-
-def _nothing(parameter: Tensor) -> None:
-    return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .chain import Dense, Norm, PathVectors, find_chain
+from .chain import Dense, Norm, PathVectors, find_chain, nothing
 from .masses import masses
 from .network import PathSum, Scaled, powered
 from .structure import Structure, trace
@@ -120,9 +120,9 @@ def _named(model: nn.Module, structure: Structure) -> list[tuple[str, Tensor]]:
 def _chain_gamma(stages: list[Dense | Norm], p: float) -> dict[Tensor, Tensor]:
     vectors = PathVectors(stages, p)
     with torch.no_grad():
-        vectors.sweep(True, lambda param: None)
+        vectors.sweep(True, nothing)
         forward = [vector.clone() for vector in vectors.forward]
-        vectors.sweep(False, lambda param: None)
+        vectors.sweep(False, nothing)
     power = 2.0 if math.isinf(p) else 2 / p
     found: dict[Tensor, Tensor] = {}
 

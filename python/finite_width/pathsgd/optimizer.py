@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import _check, _library
 from .arguments import DTYPES
 from .batches import BatchDeviations
-from .chain import UNSCALED, Given, PathVectors, Scaling, find_chain
+from .chain import UNSCALED, Given, PathVectors, Scaling, find_chain, nothing
 from .convolution import ConvolutionMass
 from .dense_chain import KNOWS_BACKWARD, KNOWS_FORWARD, DenseChain, fits, is_remote
 from .interruption import uninterrupted
@@ -194,7 +194,7 @@ class PathSGD(Optimizer):
         self._forget()
         if self._chain is not None and self._on_device:
             with _library.grad_mode(False):
-                self._chain.step(_nothing, UNSCALED, KNOWS_BACKWARD)
+                self._chain.step(nothing, UNSCALED, KNOWS_BACKWARD)
             self._ready, self._seen = True, self._versions()
 
     def _forget(self) -> None:
@@ -237,7 +237,7 @@ class PathSGD(Optimizer):
                 self._apply(self._masses(sigma), given, scaling)
             elif sigma or (self._on_device and not fits(self._vectors)):
                 self._ready = False
-                self._vectors.run(True, _nothing, sigma)
+                self._vectors.run(True, nothing, sigma)
                 self._vectors.run(False, given.get, sigma, scaling)
             else:
                 self._alternate(self._vectors, given, scaling)
@@ -299,9 +299,9 @@ class PathSGD(Optimizer):
             if self._vectors is None:
                 self._kept = self._masses(sigma)
             else:
-                self._vectors.run(True, _nothing, sigma)
+                self._vectors.run(True, nothing, sigma)
                 forward = [vector.clone() for vector in self._vectors.forward]
-                self._vectors.run(False, _nothing, sigma)
+                self._vectors.run(False, nothing, sigma)
                 self._kept = KeptVectors(forward, [vector.clone() for vector in self._vectors.backward], dict(sigma))
         self._age += 1
         if isinstance(self._kept, Masses):
@@ -433,10 +433,6 @@ class PathSGD(Optimizer):
         self._steps, self._age = path["steps"], path["age"]
         self._kept = loaded(path["kept"], self._structure.module)
         self._batches.load(path["batches"], self._structure.module)
-
-
-def _nothing(parameter: Tensor) -> None:
-    return None
 
 
 def _capturing(tensor: Tensor) -> bool:
