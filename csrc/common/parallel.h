@@ -4,6 +4,8 @@
 // the result: so the result has the same bits for any number of threads.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace finite_width {
@@ -13,16 +15,22 @@ int num_threads();
 // Calls body(begin, end, context) on disjoint ranges that cover [0, count); serial inside another parallel region.
 void parallel_ranges(int64_t count, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 
-// Calls body(block) once for each block in [0, count).
+// Calls body(block) once for each block in [0, count). A thread takes the next block when it is done with one: where
+// another process has taken half of a core's time, the other cores do more.
 template <class Body>
 void parallel_blocks(int64_t count, const Body& body) {
+  struct Work {
+    const Body& run;
+    const int64_t count;
+    std::atomic<int64_t> next;
+  } work{body, count, 0};
   parallel_ranges(
-      count,
-      [](int64_t begin, int64_t end, void* context) {
-        const Body& run = *static_cast<const Body*>(context);
-        for (int64_t block = begin; block < end; ++block) run(block);
+      std::min<int64_t>(count, num_threads()),
+      [](int64_t, int64_t, void* context) {
+        Work& work = *static_cast<Work*>(context);
+        for (int64_t block; (block = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) work.run(block);
       },
-      const_cast<void*>(static_cast<const void*>(&body)));
+      &work);
 }
 
 }  // namespace finite_width
