@@ -140,6 +140,12 @@ def fuzz_convolution(d: Draw) -> Call:
         for size, p, w, k, s in zip(sizes, padding, dilation, kernel, stride, strict=True)
     ]
     n, o, c_in, c_out = d.size(0, 3), d.size(1, 2), groups * d.size(1, 4), groups * d.size(1, 9)
+    if d.choice([True, False]):  # what takes Winograd's form
+        kernel, stride, dilation, groups = [3, 3], [1, 1], [1, 1], 1
+        padding, places = [d.size(0, 2) for _ in range(2)], [d.size(3, 12) for _ in range(2)]
+        sizes = [max(place + 2 - 2 * p, 1) for place, p in zip(places, padding, strict=True)]
+        places = [size + 2 * p - 2 for size, p in zip(sizes, padding, strict=True)]
+        c_in, c_out = d.size(15, 40), d.size(15, 40)
     args = (d.tensor(n, c_in, *sizes), d.tensor(n, o, c_out, *places), kernel, stride, padding, dilation, groups)
     return Call(ntk.conv_gradients, (*args, d.choice([True, False])), linear=True)
 
@@ -149,6 +155,10 @@ def fuzz_convolve(d: Draw) -> Call:
     kernel, dilation = [d.size(1, 3) for _ in range(axes)], [d.size(1, 2) for _ in range(axes)]
     padding, sizes = [d.size(-1, 3) for _ in range(axes)], [d.size(3, 9) for _ in range(axes)]
     n, c_in, c_out = d.size(0, 4), groups * d.size(1, 9), groups * d.size(1, 18)
+    if d.choice([True, False]):  # what takes Winograd's form
+        kernel, dilation, groups = [3, 3], [1, 1], 1
+        padding, sizes = [d.size(-1, 3) for _ in range(2)], [d.size(4, 14) for _ in range(2)]
+        c_in, c_out = d.size(23, 50), d.size(23, 50)
     bias = d.tensor(c_out) if d.choice([True, False]) else None
     args = (d.tensor(n, c_in, *sizes), d.tensor(c_out, c_in // groups, *kernel), bias, None, padding, dilation, groups)
     return Call(ntk.convolve, args, linear=True)

@@ -17,7 +17,8 @@ namespace finite_width::ntk {
 // The gate is the input of the layer whose backward this is: where that came out of a ReLU, the ReLU's backward is done
 // while the cotangent is at hand, not by a pass of its own over memory.
 //
-// Floor: 2 N Cout Cin / groups |kernel| |S'| operations at the multiply-add rate.
+// Floor: 2 N Cout Cin / groups |kernel| |S'| operations at the multiply-add rate; 4 / 9 of them where 3 x 3 kernels
+// take Winograd's form (ntk/winograd.h).
 template <class T>
 void convolve(int64_t N, const Convolution& shape, const T* input, const T* weight, const T* bias, const T* gate,
               int64_t gates, T* output);

@@ -6,6 +6,7 @@
 
 #include "common/parallel.h"
 #include "common/workspace.h"
+#include "ntk/winograd.h"
 
 #define FW_KERNEL_FILE "ntk/convolution_kernel.h"
 #include "common/foreach_isa.h"
@@ -15,6 +16,9 @@ namespace finite_width::ntk {
 template <class T>
 void convolve(int64_t N, const Convolution& shape, const T* input, const T* weight, const T* bias, const T* gate,
               int64_t gates, T* output) {
+  if (winograd_serves(shape, kLeastForConvolution)) {
+    return winograd_convolve(N, shape, input, weight, bias, gate, gates, output);
+  }
   FW_DISPATCH(ntk::convolve<T>)(N, shape, input, weight, bias, gate, gates, output);
 }
 

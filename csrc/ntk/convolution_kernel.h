@@ -7,6 +7,7 @@
 // positions then loads its vectors from the scratch directly. Nothing is unfolded, and what is computed for positions
 // between the lines, where there are any, is dropped.
 #include "common/gemm_tile.h"
+#include "ntk/gated_line_kernel.h"
 
 namespace finite_width::FW_ISA::ntk {
 
@@ -199,14 +200,6 @@ struct Convolving {
         }
       }
       done += run;
-    }
-  }
-
-  static void write_line(const T* from, int64_t count, T shift, const T* kept, T* to) {
-    if (kept) {
-      for (int64_t j = 0; j < count; ++j) to[j] = kept[j] <= T(0) ? T(0) : from[j] + shift;
-    } else {
-      for (int64_t j = 0; j < count; ++j) to[j] = from[j] + shift;
     }
   }
 };

@@ -2,6 +2,7 @@
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "ntk/ntk.h"
+#include "ntk/winograd.h"
 
 #define FW_KERNEL_FILE "ntk/gradients_kernel.h"
 #include "common/foreach_isa.h"
@@ -11,6 +12,9 @@ namespace finite_width::ntk {
 template <class T>
 void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta, int64_t delta_row,
                     int64_t delta_output, bool bias, T* gradients) {
+  if (winograd_serves(shape, kLeastForGradients)) {
+    return winograd_gradients(N, O, shape, input, delta, delta_row, delta_output, bias, gradients);
+  }
   FW_DISPATCH(ntk::conv_gradients<T>)(N, O, shape, input, delta, delta_row, delta_output, bias, gradients);
 }
 

@@ -308,6 +308,11 @@ def conv(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.LazyLinear(2))
 
 
+def wide_convs(bias: bool) -> list[nn.Module]:
+    """Two layers that are worth Winograd's form."""
+    return [nn.Conv2d(24, 25, 3, padding=1, bias=bias), nn.ReLU(), nn.Conv2d(25, 24, 3, padding=1, bias=bias)]
+
+
 def trained_norm(norm: nn.Module) -> nn.Module:
     """A batch norm with statistics and affine parameters that are not 0 and 1."""
     for name, value in norm.named_buffers():
@@ -384,6 +389,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv transposed, groups": (lambda: conv(nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2, dilation=2)), series),
     "conv transposed 3d": (lambda: conv(nn.ConvTranspose3d(2, 3, 2)), volume),
     "wide conv, few positions": (lambda: conv(nn.Conv2d(3, 40, 3, stride=3), nn.ReLU(), nn.Conv2d(40, 40, 2)), image),
+    "conv, Winograd's form": (lambda: conv(nn.Conv2d(3, 24, 1), nn.ReLU(), *wide_convs(bias=True)), image),
     "batch norm": (lambda: conv(nn.Conv2d(3, 4, 3), trained_norm(nn.BatchNorm2d(4))), image),
     "batch norm 1d": (
         lambda: nn.Sequential(nn.Linear(6, 5), trained_norm(nn.BatchNorm1d(5)), nn.Tanh(), nn.Linear(5, 2)),
@@ -498,6 +504,7 @@ def test_other_methods(name: str, method: str) -> None:
         "conv",
         "conv after ReLU",
         "conv, wide groups",
+        "conv, Winograd's form",
         "attention",
         "sequence",
         "embedding with padding",
@@ -511,6 +518,17 @@ def test_float32(name: str) -> None:
     result = fw.ntk.empirical_ntk(model, *single)
     assert result.dtype == torch.float32
     assert error(result, expected) <= 1e-5
+
+
+def test_units_over_a_black_border_stay_closed() -> None:
+    """Without biases they are exactly 0, where a ReLU's derivative is 0: a rounding error more would make it 1."""
+    torch.manual_seed(0)
+    model = conv(*wide_convs(bias=False), nn.ReLU()).double().eval()
+    images = torch.randn(3, 24, 7, 6, dtype=torch.float64)
+    images[:, :, :, 2:] = 0
+    with torch.no_grad():
+        model(images)  # lazy layers
+    assert error(fw.ntk.empirical_ntk(model, images), exact(model, images, images)) <= 1e-12
 
 
 def test_a_branch_that_the_probe_does_not_see() -> None:

@@ -113,6 +113,13 @@ CONVOLUTIONS = [  # rows, outputs, channels in, channels out, spatial sizes, ker
     (2, 2, 2, 3, (5, 4, 6), (2, 3, 3), (1, 2, 1), (1, 0, 1), (1, 1, 2), 1),
     (0, 2, 2, 3, (5,), (2,), (1,), (0,), (1,), 1),
     (3, 2, 5, 17, (20, 19), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    # In Winograd's form: odd and even edges, channels and rows in several blocks, tiles in several chains.
+    (2, 3, 17, 19, (9, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (1, 2, 70, 16, (5, 40), (3, 3), (1, 1), (0, 2), (1, 1), 1),
+    (1, 10, 16, 80, (6, 7), (3, 3), (1, 1), (1, 0), (1, 1), 1),
+    (2, 1, 33, 16, (24, 25), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (1, 1, 16, 16, (3, 460), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (2, 2, 16, 16, (3, 3), (3, 3), (1, 1), (0, 0), (1, 1), 1),
 ]
 
 
@@ -148,6 +155,12 @@ CONVOLVED = [  # rows, channels in, channels out, spatial sizes, kernel, padding
     (2, 2, 3, (2, 2), (5, 5), (0, 0), (1, 1), 1, 0),
     (3, 4, 5, (4, 6), (1, 2), (2, 3), (1, 1), 1, 0),
     (2, 2, 3, (3, 4, 2), (1, 1, 2), (1, 2, 2), (1, 1, 1), 1, 1),
+    # In Winograd's form: odd and even edges, channels in several chains, many images.
+    (6, 24, 29, (9, 8), (3, 3), (1, 1), (1, 1), 1, 3),
+    (1, 400, 24, (6, 5), (3, 3), (2, 0), (1, 1), 1, 0),
+    (37, 25, 24, (5, 6), (3, 3), (1, 1), (1, 1), 1, 1),
+    (2, 24, 50, (40, 39), (3, 3), (-1, 2), (1, 1), 1, 2),
+    (1, 24, 24, (4, 300), (3, 3), (1, -2), (1, 1), 1, 0),
 ]
 
 
@@ -158,9 +171,9 @@ def convolve_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sam
         weight = normal(channels_out, channels_in // groups, *kernel, dtype=dtype, generator=generator)
         bias = normal(channels_out, dtype=dtype, generator=generator)
         geometry = (padding, dilation, groups)
-        samples.append(Sample((input, weight, bias, None, *geometry)))
         shape = ops.convolve(input, weight, None, None, *geometry).shape[1:]
         gate = normal(gates, *shape, dtype=dtype, generator=generator) if gates else None
+        samples.append(Sample((input, weight, bias, None, *geometry)))
         samples.append(Sample((strided(input), strided(weight), None, gate, *geometry)))
     return samples
 
@@ -184,6 +197,21 @@ def test_convolutions_and_their_backward_are_those_of_torch() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("first", [4, 5])
+def test_a_window_of_zeros_gives_zero_and_sees_nothing_else(first: int) -> None:
+    """Winograd's form computes four positions together; where a ReLU's corner decides, each has to be alone."""
+    generator = torch.Generator().manual_seed(7)
+    for dtype in TOLERANCE:
+        weight = normal(32, 32, 3, 3, dtype=dtype, generator=generator)
+        for last in (9, 10):
+            image = normal(2, 32, 12, 12, dtype=dtype, generator=generator)
+            image[1] = torch.inf
+            image[:, :, first:last, first:last] = 0
+            result = ops.convolve(image, weight, None, None, [1, 1], [1, 1], 1)
+            inside = result[:, :, first + 1 : last - 1, first + 1 : last - 1]
+            assert torch.equal(inside, torch.zeros_like(inside))
+
+
 def test_a_row_of_a_convolution_has_the_same_bits_alone() -> None:
     if not fw.has_kernels():
         pytest.skip("the promise is the kernel's: torch's convolution rounds by the size of the batch")
@@ -194,6 +222,18 @@ def test_a_row_of_a_convolution_has_the_same_bits_alone() -> None:
         for row in range(len(input)):
             own = None if gate is None else gate[row % len(gate)][None]
             assert torch.equal(ops.convolve(input[row : row + 1], weight, bias, own, *geometry)[0], whole[row])
+
+
+def test_a_row_of_gradients_has_the_same_bits_alone() -> None:
+    if not fw.has_kernels():
+        pytest.skip("the promise is the kernel's")
+    generator = torch.Generator().manual_seed(6)
+    for sample in conv_samples(torch.float32, generator):
+        input, delta, *geometry = sample.args
+        whole = ops.conv_gradients(input, delta, *geometry)
+        for row in range(len(input)):
+            alone = ops.conv_gradients(input[row : row + 1], delta[row : row + 1], *geometry)
+            assert torch.equal(alone[0], whole[row])
 
 
 def test_conv_gradients_are_those_of_autograd() -> None:

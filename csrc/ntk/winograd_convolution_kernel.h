@@ -1,0 +1,174 @@
+// 3 x 3 convolutions in Winograd's form; once per instruction set (winograd_convolution_cpu.cpp).
+#include "ntk/gated_line_kernel.h"
+#include "ntk/winograd_tiles.h"
+
+namespace finite_width::FW_ISA::ntk {
+
+// Bytes of transformed input that a block of tiles takes, and the fewest tiles of a block. Smaller blocks, which fit
+// the second cache with all they meet, read more borders and were slower.
+constexpr int64_t kTransformedBytes = 1 << 20;
+constexpr int64_t kLeastTiles = 64;
+// Blocks for each thread, as far as there are lines of tiles.
+constexpr int64_t kBlocksPerThread = 4;
+
+// Filters in strips of at most kTileRows, as equal as can be: a short last strip would keep a register tile waiting.
+template <class T>
+struct Strips {
+  int64_t filters, count = (filters + tile::kTileRows<T> - 1) / tile::kTileRows<T>;
+
+  int64_t first(int64_t strip) const { return strip * filters / count; }
+  int rows(int64_t strip) const { return static_cast<int>(first(strip + 1) - first(strip)); }
+};
+
+// G g Gᵀ of every filter and channel, packed: frequency f of strip s at to[(s * kFrequencies + f) * panel_step], as a
+// left panel [channels, kTileRows].
+template <class T>
+void transform_weights(const T* weight, const Strips<T>& strips, int64_t channels, int64_t panel_step, T* to) {
+  constexpr int Rows = tile::kTileRows<T>, L = simd::kLanes<T>;
+  const int64_t panel = channels * Rows;
+  T* taps = thread_workspace<T>(5, 9 * panel + tile::kSlack<T> + L);
+  for (int64_t s = 0; s < strips.count; ++s, to += winograd::kFrequencies * panel_step) {
+    const T* filters = weight + strips.first(s) * channels * 9;
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      tile::pack_left(filters + tap, channels * 9, 9, strips.rows(s), channels, taps + tap * panel);
+    }
+    const simd::Vec<T> half = simd::broadcast(T(0.5));
+    for (int64_t at = 0; at < panel; at += L) {
+      simd::Vec<T> t[4][3];
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) {
+        const simd::Vec<T> g0 = simd::load(taps + j * panel + at), g1 = simd::load(taps + (3 + j) * panel + at);
+        const simd::Vec<T> g2 = simd::load(taps + (6 + j) * panel + at), ends = g0 + g2;
+        t[0][j] = g0, t[1][j] = half * (ends + g1), t[2][j] = half * (ends - g1), t[3][j] = g2;
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const simd::Vec<T> ends = t[i][0] + t[i][2];
+        T* row = to + 4 * i * panel_step + at;
+        simd::store(row, t[i][0]);
+        simd::store(row + panel_step, half * (ends + t[i][1]));
+        simd::store(row + 2 * panel_step, half * (ends - t[i][1]));
+        simd::store(row + 3 * panel_step, t[i][2]);
+      }
+    }
+  }
+}
+
+template <class T>
+struct WinogradConvolving {
+  const Convolution& shape;
+  const winograd::Tiles& tiles;
+  const T *input, *bias, *gate;
+  int64_t gates;
+  T* output;
+  const Strips<T>& strips;
+  const T* weights;  // [strips, frequencies, panel_step]: channels x kTileRows, packed
+  int64_t panel_step;
+
+  // Lines of tiles [begin, end), counted over all images.
+  void run(int64_t begin, int64_t end) const {
+    constexpr int Rows = tile::kTileRows<T>, Columns = tile::kTileColumns<T>;
+    const int64_t channels = shape.channels_in, filters = shape.channels_out;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    // Room for a whole register tile at any place, in an odd number of lines: channels apart by a power of two would
+    // share a few sets of the first cache.
+    const int64_t count = (end - begin) * tiles.across, step = ((count + Columns) / kLine / 2 * 2 + 3) * kLine;
+    const int64_t inputs = winograd::apart<T>(channels * step), outputs = winograd::apart<T>(filters * step);
+    T* transformed = thread_workspace<T>(3, winograd::kFrequencies * inputs);  // [frequencies, channels, step]
+    T* products = thread_workspace<T>(4, winograd::kFrequencies * outputs);    // [frequencies, filters, step]
+    transform(begin, end, transformed, step, inputs);
+    for (int f = 0; f < winograd::kFrequencies; ++f) {
+      const T* right = transformed + f * inputs;
+      for (int64_t k = 0; k < channels; k += tile::kDepth) {
+        const int64_t depth = tile::smaller(tile::kDepth, channels - k);
+        // A few columns of the tiles, in the first cache, meet all filters.
+        for (int64_t j = 0; j < count; j += Columns) {
+          for (int64_t s = 0; s < strips.count; ++s) {
+            tile::multiply_tile<T>(
+                strips.rows(s), Columns, depth, weights + (s * winograd::kFrequencies + f) * panel_step + k * Rows,
+                right + k * step + j, step, products + f * outputs + strips.first(s) * step + j, step, k > 0);
+          }
+        }
+      }
+    }
+    for (int64_t m = 0; m < filters; ++m) write(products + m * step, outputs, m, begin, end);
+  }
+
+ private:
+  // Frequency f of channel k and tile t of these lines at to[f * frequency + k * step + t].
+  void transform(int64_t begin, int64_t end, T* to, int64_t step, int64_t frequency) const {
+    const int64_t channels = shape.channels_in, volume = shape.size[1] * shape.size[2];
+    const winograd::SplitLines<T> lines(shape, tiles, std::min(end - begin, tiles.lines), 7);
+    for (int64_t k = 0; k < channels; ++k, to += step) {
+      // Tiles in increasing order, since each line may write past its last one.
+      for (int64_t at = begin; at < end;) {
+        const int64_t image = at / tiles.lines, first = at % tiles.lines;
+        const int64_t last = std::min(tiles.lines, first + end - at);
+        lines.read(input + (image * channels + k) * volume, first, last);
+        lines.transform(last - first, to + (at - begin) * tiles.across, frequency);
+        at += last - first;
+      }
+    }
+  }
+
+  // Aᵀ [frequencies] A of one filter's tiles, written to the images. Frequency f stands at from[f * step].
+  void write(const T* from, int64_t step, int64_t filter, int64_t begin, int64_t end) const {
+    constexpr int L = simd::kLanes<T>;
+    const int64_t count = (end - begin) * tiles.across, room = (count + L - 1) / L * 2 * L;
+    T* upper = thread_workspace<T>(7, 2 * room);  // positions of the even lines, then of the odd ones
+    for (int64_t t = 0; t < count; t += L) {
+      simd::Vec<T> s[2][4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const T* at = from + j * step + t;
+        const simd::Vec<T> m1 = simd::load(at + 4 * step), m2 = simd::load(at + 8 * step);
+        s[0][j] = simd::load(at) + (m1 + m2), s[1][j] = (m1 - m2) + simd::load(at + 12 * step);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const winograd::Pair<T> line =
+            winograd::interleaved<T>(s[i][0] + (s[i][1] + s[i][2]), (s[i][1] - s[i][2]) + s[i][3]);
+        simd::store(upper + i * room + 2 * t, line.first);
+        simd::store(upper + i * room + 2 * t + L, line.second);
+      }
+    }
+    const T shift = bias ? bias[filter] : T(0);
+    const int64_t down = shape.positions[1], across = shape.positions[2];
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t n = line / tiles.lines, y = line % tiles.lines * 2;
+      for (int64_t i = 0; i < std::min<int64_t>(2, down - y); ++i) {
+        const int64_t within = (filter * down + y + i) * across, image = shape.channels_out * down * across;
+        const T* kept = gate ? gate + n % gates * image + within : nullptr;
+        write_line(upper + i * room + (line - begin) * 2 * tiles.across, across, shift, kept,
+                   output + n * image + within);
+      }
+    }
+  }
+};
+
+template <class T>
+void winograd_convolve(int64_t N, const Convolution& shape, const T* input, const T* weight, const T* bias,
+                       const T* gate, int64_t gates, T* output) {
+  constexpr int Rows = tile::kTileRows<T>, L = simd::kLanes<T>;
+  const int64_t channels = shape.channels_in, filters = shape.channels_out;
+  const int64_t panel_step = (channels * Rows + L - 1) / L * L;
+  const Strips<T> strips{filters};
+  T* weights = thread_workspace<T>(6, strips.count * winograd::kFrequencies * panel_step);
+  transform_weights(weight, strips, channels, panel_step, weights);
+
+  const winograd::Tiles tiles(shape);
+  const WinogradConvolving<T> work{shape, tiles, input, bias, gate, gates, output, strips, weights, panel_step};
+  const int64_t lines = N * tiles.lines, blocks = num_threads() == 1 ? 1 : num_threads() * kBlocksPerThread;
+  const int64_t most = kTransformedBytes / (winograd::kFrequencies * channels * static_cast<int64_t>(sizeof(T)));
+  const int64_t least = (kLeastTiles + tiles.across - 1) / tiles.across;
+  const int64_t some = std::max(least, std::min(most / tiles.across, lines / blocks));
+  parallel_blocks((lines + some - 1) / some,
+                  [&](int64_t block) { work.run(block * some, std::min(lines, (block + 1) * some)); });
+}
+
+template void winograd_convolve<float>(int64_t, const Convolution&, const float*, const float*, const float*,
+                                       const float*, int64_t, float*);
+template void winograd_convolve<double>(int64_t, const Convolution&, const double*, const double*, const double*,
+                                        const double*, int64_t, double*);
+
+}  // namespace finite_width::FW_ISA::ntk

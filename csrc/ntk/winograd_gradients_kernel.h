@@ -1,0 +1,176 @@
+// Per-example weight gradients of 3 x 3 convolutions in Winograd's form; once per instruction set
+// (winograd_gradients_cpu.cpp).
+#include "ntk/examples_kernel.h"
+#include "ntk/winograd_tiles.h"
+
+namespace finite_width::FW_ISA::ntk {
+
+// Tiles summed in one chain, as far as whole lines allow: transformed and packed, they are to stay in the second cache.
+// Part of the bits.
+constexpr int64_t kChainTiles = 112;
+// What is in work at once: the sums of so many strips of rows and so many channels.
+constexpr int64_t kStripsAtOnce = 64, kChannelsAtOnce = 64;
+
+template <class T>
+class WinogradGradients {
+ public:
+  // Cotangents of one example by row (output, filter); its input; its gradients, rows `step` apart.
+  WinogradGradients(const Convolution& shape, const Summed<T>& cotangents, const T* input, T* gradients, int64_t step)
+      : shape_(shape), tiles_(shape), cotangents_(cotangents), input_(input), gradients_(gradients), step_(step) {
+    lines_ = std::max<int64_t>(1, kChainTiles / tiles_.across);
+  }
+
+  void run(int64_t first, int64_t count) const {
+    for (int64_t row = 0; row < count; row += kStripsAtOnce * Rows) {
+      for (int64_t channel = 0; channel < shape_.channels_in; channel += kChannelsAtOnce) {
+        block(first + row, tile::smaller(kStripsAtOnce * Rows, count - row), channel,
+              tile::smaller(kChannelsAtOnce, shape_.channels_in - channel));
+      }
+    }
+  }
+
+ private:
+  static constexpr int Rows = tile::kTileRows<T>, Columns = tile::kTileColumns<T>, L = simd::kLanes<T>;
+  static constexpr int F = winograd::kFrequencies;
+
+  void block(int64_t first, int64_t count, int64_t channel, int64_t channels) const {
+    const int64_t strips = (count + Rows - 1) / Rows, wide = (channels + Columns - 1) / Columns * Columns;
+    T* sums = thread_workspace<T>(4, strips * F * Rows * wide);  // [strips, F, Rows, wide]
+    const int64_t most = lines_ * tiles_.across;
+    T* right = thread_workspace<T>(5, F * wide / Columns * panel_step(most));
+    T* left = thread_workspace<T>(6, F * (Rows * most + L));
+    T* positions = thread_workspace<T>(7, (2 * lines_ * shape_.positions[2] + 1) * Rows + tile::kSlack<T>);
+    const Summed<T> cotangents{cotangents_.rows, channel == 0 ? cotangents_.sums : nullptr, cotangents_.step};
+    for (int64_t line = 0; line < tiles_.lines; line += lines_) {
+      const int64_t end = std::min(tiles_.lines, line + lines_), depth = (end - line) * tiles_.across;
+      pack_inputs(channel, channels, line, end, right);
+      for (int64_t s = 0; s < strips; ++s) {
+        const int rows = static_cast<int>(tile::smaller(Rows, count - s * Rows));
+        pack_cotangents(cotangents, first + s * Rows, rows, line, end, positions, left);
+        T* strip = sums + s * F * Rows * wide;
+        for (int f = 0; f < F; ++f) {
+          for (int64_t j = 0; j < wide; j += Columns) {
+            tile::multiply_tile<T>(rows, Columns, depth, left + f * (Rows * depth + L),
+                                   right + (f * wide + j) / Columns * panel_step(depth), Columns,
+                                   strip + f * Rows * wide + j, wide, line > 0);
+          }
+        }
+        if (end < tiles_.lines) continue;
+        for (int r = 0; r < rows; ++r) {
+          write(strip + r * wide, Rows * wide, channels, gradients_ + (first + s * Rows + r) * step_ + channel * 9);
+        }
+      }
+    }
+  }
+
+  static int64_t panel_step(int64_t depth) { return Columns * depth + tile::kSlack<T>; }
+
+  // Bᵀ d B: frequency f of the channels [j, j + Columns) at right[(f * wide + j) / Columns * panel_step(depth)], as a
+  // right panel over tiles.
+  void pack_inputs(int64_t channel, int64_t channels, int64_t line, int64_t end, T* right) const {
+    const int64_t depth = (end - line) * tiles_.across, wide = (channels + Columns - 1) / Columns * Columns;
+    const int64_t volume = shape_.size[1] * shape_.size[2], step = (depth + L) * Columns;
+    T* transformed = thread_workspace<T>(3, F * step);  // [F, Columns, depth + L]
+    const winograd::SplitLines<T> lines(shape_, tiles_, end - line, 8);
+    for (int64_t j = 0; j < wide; j += Columns) {
+      const int some = static_cast<int>(tile::smaller(Columns, channels - j));
+      for (int i = 0; i < some; ++i) {
+        lines.read(input_ + (channel + j + i) * volume, line, end);
+        lines.transform(end - line, transformed + i * (depth + L), step);
+      }
+      for (int f = 0; f < F; ++f) {
+        tile::pack_right(transformed + f * step, depth + L, 1, some, depth,
+                         right + (f * wide + j) / Columns * panel_step(depth));
+      }
+    }
+  }
+
+  // A c Aᵀ: frequency f of these rows at left[f * (Rows * depth + L)], as a left panel over tiles.
+  void pack_cotangents(const Summed<T>& cotangents, int64_t row, int rows, int64_t line, int64_t end, T* positions,
+                       T* left) const {
+    const int64_t across = shape_.positions[2], down = std::min(2 * end, shape_.positions[1]) - 2 * line;
+    const int64_t step = (end - line) * tiles_.across * Rows + L;
+    cotangents.pack_left(positions, row, rows, 2 * line * across, down * across);
+    T* zeros = positions + down * across * Rows;  // for positions beyond an odd edge
+    std::fill(zeros, zeros + Rows + tile::kSlack<T>, T(0));
+    for (int64_t y = 0; y < down; y += 2) {
+      for (int64_t x = 0; x < across; x += 2, left += Rows) {
+        const T* c00 = positions + (y * across + x) * Rows;
+        const T* c01 = x + 1 < across ? c00 + Rows : zeros;
+        const T* c10 = y + 1 < down ? c00 + across * Rows : zeros;
+        const T* c11 = x + 1 < across && y + 1 < down ? c00 + (across + 1) * Rows : zeros;
+        // From left to right: what a vector writes past Rows is overwritten by the next tile.
+        for (int i = 0; i < Rows; i += L) {
+          const simd::Vec<T> a0 = simd::load(c00 + i), a3 = simd::load(c10 + i);
+          const simd::Vec<T> b0 = simd::load(c01 + i), b3 = simd::load(c11 + i);
+          frequencies(a0, b0, left + i, step);
+          frequencies(a0 + a3, b0 + b3, left + 4 * step + i, step);
+          frequencies(a0 - a3, b0 - b3, left + 8 * step + i, step);
+          frequencies(a3, b3, left + 12 * step + i, step);
+        }
+      }
+    }
+  }
+
+  static void frequencies(simd::Vec<T> first, simd::Vec<T> second, T* to, int64_t step) {
+    simd::store(to, first);
+    simd::store(to + step, first + second);
+    simd::store(to + 2 * step, first - second);
+    simd::store(to + 3 * step, second);
+  }
+
+  // Gᵀ [frequencies] G of one row and its channels, as [channels, 9]. Frequency f stands at from[f * step].
+  static void write(const T* from, int64_t step, int64_t channels, T* to) {
+    const simd::Vec<T> half = simd::broadcast(T(0.5));
+    for (int64_t i = 0; i < channels; i += L) {
+      simd::Vec<T> t[3][4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const T* at = from + j * step + i;
+        const simd::Vec<T> m0 = simd::load(at), m1 = simd::load(at + 4 * step);
+        const simd::Vec<T> m2 = simd::load(at + 8 * step), m3 = simd::load(at + 12 * step), middle = half * (m1 + m2);
+        t[0][j] = m0 + middle, t[1][j] = half * (m1 - m2), t[2][j] = middle + m3;
+      }
+      T taps[9][L];
+#pragma GCC unroll 3
+      for (int k = 0; k < 3; ++k) {
+        const simd::Vec<T> middle = half * (t[k][1] + t[k][2]);
+        simd::store(taps[3 * k], t[k][0] + middle);
+        simd::store(taps[3 * k + 1], half * (t[k][1] - t[k][2]));
+        simd::store(taps[3 * k + 2], middle + t[k][3]);
+      }
+      const int some = static_cast<int>(tile::smaller(L, channels - i));
+      for (int lane = 0; lane < some; ++lane) {
+        for (int tap = 0; tap < 9; ++tap) *to++ = taps[tap][lane];
+      }
+    }
+  }
+
+  const Convolution& shape_;
+  winograd::Tiles tiles_;
+  const Summed<T>& cotangents_;
+  const T* input_;
+  T* gradients_;
+  int64_t step_, lines_;
+};
+
+template <class T>
+void winograd_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta,
+                        int64_t delta_row, int64_t delta_output, bool bias, T* gradients) {
+  const int64_t filters = shape.channels_out, rows = O * filters, width = shape.channels_in * 9;
+  const int64_t positions = shape.positions[1] * shape.positions[2], step = width + (bias ? 1 : 0);
+  over_examples<T>(N, rows, [&](int64_t n, int64_t first, int64_t count) {
+    T* of_example = gradients + n * rows * step;
+    const Summed<T> cotangents{
+        {delta + n * delta_row, filters, delta_output, positions}, bias ? of_example + width : nullptr, step};
+    const T* image = input + n * shape.channels_in * shape.size[1] * shape.size[2];
+    WinogradGradients<T>(shape, cotangents, image, of_example, step).run(first, count);
+  });
+}
+
+template void winograd_gradients<float>(int64_t, int64_t, const Convolution&, const float*, const float*, int64_t,
+                                        int64_t, bool, float*);
+template void winograd_gradients<double>(int64_t, int64_t, const Convolution&, const double*, const double*, int64_t,
+                                         int64_t, bool, double*);
+
+}  // namespace finite_width::FW_ISA::ntk
