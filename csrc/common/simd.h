@@ -53,6 +53,58 @@ inline __attribute__((always_inline)) void store(T* to, Vec<T> value) {
   *reinterpret_cast<typename VecOf<T>::unaligned*>(to) = value;
 }
 
+// The lanes [low, high) of a vector, in the form that a load of them alone takes.
+template <class T>
+struct Lanes {
+#if FW_ISA_LEVEL == 2
+  uint32_t bits;
+#else
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
+  typedef Index Mask __attribute__((vector_size(kBytes)));
+  Mask mask;
+#endif
+
+  Lanes(int64_t low, int64_t high) {
+    constexpr int64_t L = kLanes<T>;
+    low = low < 0 ? 0 : low > L ? L : low;
+    high = high < low ? low : high > L ? L : high;
+#if FW_ISA_LEVEL == 2
+    bits = static_cast<uint32_t>((1u << high) - (1u << low));
+#else
+    for (int lane = 0; lane < L; ++lane) mask[lane] = low <= lane && lane < high ? -1 : 0;
+#endif
+  }
+};
+
+// Those lanes from memory, and 0 for the others, whose memory is not touched.
+inline __attribute__((always_inline)) Vec<float> load(const float* from, const Lanes<float>& lanes) {
+#if FW_ISA_LEVEL == 2
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes.bits), from);
+#elif FW_ISA_LEVEL == 1
+  return _mm256_maskload_ps(from, (__m256i)lanes.mask);
+#else
+  Vec<float> result{};
+  for (int lane = 0; lane < kLanes<float>; ++lane) {
+    if (lanes.mask[lane]) result[lane] = from[lane];
+  }
+  return result;
+#endif
+}
+
+inline __attribute__((always_inline)) Vec<double> load(const double* from, const Lanes<double>& lanes) {
+#if FW_ISA_LEVEL == 2
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes.bits), from);
+#elif FW_ISA_LEVEL == 1
+  return _mm256_maskload_pd(from, (__m256i)lanes.mask);
+#else
+  Vec<double> result{};
+  for (int lane = 0; lane < kLanes<double>; ++lane) {
+    if (lanes.mask[lane]) result[lane] = from[lane];
+  }
+  return result;
+#endif
+}
+
 template <class T>
 inline __attribute__((always_inline)) Vec<T> broadcast(T value) {
   return value - Vec<T>{};  // not `+`: 0 + -0 is 0, so an addition would stay in the code

@@ -98,14 +98,13 @@ struct WinogradConvolving {
   // Frequency f of channel k and tile t of these lines at to[f * frequency + k * step + t].
   void transform(int64_t begin, int64_t end, T* to, int64_t step, int64_t frequency) const {
     const int64_t channels = shape.channels_in, volume = shape.size[1] * shape.size[2];
-    const winograd::SplitLines<T> lines(shape, tiles, std::min(end - begin, tiles.lines), 7);
+    const winograd::TransformedInput<T> transformed(shape, tiles);
     for (int64_t k = 0; k < channels; ++k, to += step) {
       // Tiles in increasing order, since each line may write past its last one.
       for (int64_t at = begin; at < end;) {
         const int64_t image = at / tiles.lines, first = at % tiles.lines;
         const int64_t last = std::min(tiles.lines, first + end - at);
-        lines.read(input + (image * channels + k) * volume, first, last);
-        lines.transform(last - first, to + (at - begin) * tiles.across, frequency);
+        transformed(input + (image * channels + k) * volume, first, last, to + (at - begin) * tiles.across, frequency);
         at += last - first;
       }
     }

@@ -71,12 +71,11 @@ class WinogradGradients {
     const int64_t depth = (end - line) * tiles_.across, wide = (channels + Columns - 1) / Columns * Columns;
     const int64_t volume = shape_.size[1] * shape_.size[2], step = (depth + L) * Columns;
     T* transformed = thread_workspace<T>(3, F * step);  // [F, Columns, depth + L]
-    const winograd::SplitLines<T> lines(shape_, tiles_, end - line, 8);
+    const winograd::TransformedInput<T> transform(shape_, tiles_);
     for (int64_t j = 0; j < wide; j += Columns) {
       const int some = static_cast<int>(tile::smaller(Columns, channels - j));
       for (int i = 0; i < some; ++i) {
-        lines.read(input_ + (channel + j + i) * volume, line, end);
-        lines.transform(end - line, transformed + i * (depth + L), step);
+        transform(input_ + (channel + j + i) * volume, line, end, transformed + i * (depth + L), step);
       }
       for (int f = 0; f < F; ++f) {
         tile::pack_right(transformed + f * step, depth + L, 1, some, depth,

@@ -41,14 +41,12 @@ struct Pair {
   simd::Vec<T> first, second;
 };
 
-template <class T>
-using Indices = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-
 // (a0 b0 a1 b1 ..) as two vectors, and back.
 template <class T>
 inline __attribute__((always_inline)) Pair<T> interleaved(simd::Vec<T> a, simd::Vec<T> b) {
   constexpr int L = simd::kLanes<T>;
-  typedef Indices<T> Mask __attribute__((vector_size(simd::kBytes)));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
+  typedef Index Mask __attribute__((vector_size(simd::kBytes)));
   Mask low, high;
 #pragma GCC unroll 16
   for (int lane = 0; lane < L; ++lane) {
@@ -61,7 +59,8 @@ inline __attribute__((always_inline)) Pair<T> interleaved(simd::Vec<T> a, simd::
 template <class T>
 inline __attribute__((always_inline)) Pair<T> separated(simd::Vec<T> low, simd::Vec<T> high) {
   constexpr int L = simd::kLanes<T>;
-  typedef Indices<T> Mask __attribute__((vector_size(simd::kBytes)));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
+  typedef Index Mask __attribute__((vector_size(simd::kBytes)));
   Mask even, odd;
 #pragma GCC unroll 16
   for (int lane = 0; lane < L; ++lane) {
@@ -71,63 +70,22 @@ inline __attribute__((always_inline)) Pair<T> separated(simd::Vec<T> low, simd::
   return {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, odd)};
 }
 
-// Some lines of tiles of one channel: its inputs, with zeros for what lies outside of the image, each line as its even
-// and its odd columns.
+// Bᵀ d B of lines of tiles, read from one channel [H, W] where it lies; outside of it the inputs are 0.
 template <class T>
-class SplitLines {
+class TransformedInput {
  public:
-  // Scratch for `lines` lines of tiles, in a slot of the calling thread.
-  SplitLines(const Convolution& shape, const Tiles& tiles, int64_t lines, int slot)
-      : shape_(shape), across_(tiles.across), half_((tiles.across + L) / L * L) {
-    lines_ = thread_workspace<T>(slot, 2 * half_ * (2 * lines + 2) + 2 * half_ + 2 * L);
-    padded_ = lines_ + 2 * half_ * (2 * lines + 2);
-    std::fill(padded_, padded_ + 2 * half_ + 2 * L, T(0));
-    const int64_t left = shape.padding[2], wanted = 2 * across_ + 2;
-    skipped_ = std::max<int64_t>(0, -left);
-    before_ = std::min(wanted, std::max<int64_t>(0, left));
-    inside_ = std::max<int64_t>(0, std::min(shape.size[2] - skipped_, wanted - before_));
-  }
+  TransformedInput(const Convolution& shape, const Tiles& tiles) : shape_(shape), across_(tiles.across) {}
 
-  // Reads the channel [H, W] for the lines of tiles [begin, end).
-  void read(const T* channel, int64_t begin, int64_t end) const {
-    T* to = lines_;
-    for (int64_t y = 2 * begin; y < 2 * end + 2; ++y, to += 2 * half_) {
-      const int64_t line = y - shape_.padding[1];
-      if (line < 0 || line >= shape_.size[1]) {
-        std::fill(to, to + 2 * half_, T(0));
-        continue;
-      }
-      copy(channel + line * shape_.size[2] + skipped_, padded_ + before_);
-      for (int64_t x = 0; x < half_; x += L) {
-        const Pair<T> halves = separated<T>(simd::load(padded_ + 2 * x), simd::load(padded_ + 2 * x + L));
-        simd::store(to + x, halves.first);
-        simd::store(to + half_ + x, halves.second);
-      }
-    }
-  }
-
-  // Bᵀ d B of `lines` lines of tiles that were read: frequency f of tile (line, x) at to[f * step + line * across + x].
-  // Writes up to a vector past the last tile.
-  void transform(int64_t lines, T* to, int64_t step) const {
+  // Frequency f of tile (line, x) of the lines [begin, end) at to[f * step + (line - begin) * across + x]. Writes up to
+  // a vector past the last tile.
+  void operator()(const T* channel, int64_t begin, int64_t end, T* to, int64_t step) const {
     // From right to left: what the last vector of a line writes past its end is overwritten by the next line's first.
     for (int64_t x = (across_ - 1) / L * L; x >= 0; x -= L) {
-      const T* from = lines_ + x;
-      simd::Vec<T> t[4][4];
-      along(from, t[0]);
-      along(from + 2 * half_, t[1]);
-      for (int64_t line = 0; line < lines; ++line) {
-        from += 4 * half_;
-        along(from, t[2]);
-        along(from + 2 * half_, t[3]);
-        T* at = to + line * across_ + x;
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          simd::store(at + j * step, t[0][j] - t[2][j]);
-          simd::store(at + (4 + j) * step, t[1][j] + t[2][j]);
-          simd::store(at + (8 + j) * step, t[2][j] - t[1][j]);
-          simd::store(at + (12 + j) * step, t[3][j] - t[1][j]);
-          t[0][j] = t[2][j], t[1][j] = t[3][j];
-        }
+      const int64_t column = 2 * x - shape_.padding[2];
+      if (column >= 0 && column + 2 * L + 2 <= shape_.size[2]) {
+        lines(channel + column, begin, end, Inside(), to + x, step);
+      } else {
+        lines(channel + column, begin, end, Edge(-column, shape_.size[2] - column), to + x, step);
       }
     }
   }
@@ -135,29 +93,59 @@ class SplitLines {
  private:
   static constexpr int L = simd::kLanes<T>;
 
-  // Bᵀ along one line.
-  FW_STRAIGHT void along(const T* even, simd::Vec<T>* t) const {
-    const simd::Vec<T> d0 = simd::load(even), d1 = simd::load(even + half_);
-    const simd::Vec<T> d2 = simd::load(even + 1), d3 = simd::load(even + half_ + 1);
-    t[0] = d0 - d2, t[1] = d1 + d2, t[2] = d2 - d1, t[3] = d3 - d1;
+  // The inputs d0..d3 of a vector of tiles, from the place of the first one's d0: all of them inside the image, or only
+  // the columns [low, high) from there.
+  struct Inside {
+    FW_STRAIGHT Pair<T> load(const T* from) const { return separated<T>(simd::load(from), simd::load(from + L)); }
+    FW_STRAIGHT Pair<T> load_next(const T* from) const { return load(from + 2); }
+  };
+  struct Edge {
+    simd::Lanes<T> lanes[4];
+    Edge(int64_t low, int64_t high)
+        : lanes{{low, high}, {low - L, high - L}, {low - 2, high - 2}, {low - L - 2, high - L - 2}} {}
+    FW_STRAIGHT Pair<T> load(const T* from) const {
+      return separated<T>(simd::load(from, lanes[0]), simd::load(from + L, lanes[1]));
+    }
+    FW_STRAIGHT Pair<T> load_next(const T* from) const {
+      return separated<T>(simd::load(from + 2, lanes[2]), simd::load(from + L + 2, lanes[3]));
+    }
+  };
+
+  template <class From>
+  void lines(const T* channel, int64_t begin, int64_t end, const From& from, T* to, int64_t step) const {
+    const int64_t first = 2 * begin - shape_.padding[1];
+    simd::Vec<T> t[4][4];
+    along(from, channel, first, t[0]);
+    along(from, channel, first + 1, t[1]);
+    for (int64_t line = 0; line < end - begin; ++line, to += across_) {
+      along(from, channel, first + 2 * line + 2, t[2]);
+      along(from, channel, first + 2 * line + 3, t[3]);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        simd::store(to + j * step, t[0][j] - t[2][j]);
+        simd::store(to + (4 + j) * step, t[1][j] + t[2][j]);
+        simd::store(to + (8 + j) * step, t[2][j] - t[1][j]);
+        simd::store(to + (12 + j) * step, t[3][j] - t[1][j]);
+        t[0][j] = t[2][j], t[1][j] = t[3][j];
+      }
+    }
   }
 
-  // inside_ values; a call of memcpy for each line took longer than the line.
-  void copy(const T* from, T* to) const {
-    if (inside_ < L) {
-      for (int64_t i = 0; i < inside_; ++i) to[i] = from[i];
+  // Bᵀ along one line.
+  template <class From>
+  FW_STRAIGHT void along(const From& from, const T* channel, int64_t line, simd::Vec<T>* t) const {
+    if (line < 0 || line >= shape_.size[1]) {
+      t[0] = t[1] = t[2] = t[3] = simd::Vec<T>{};
       return;
     }
-    for (int64_t at = 0; at < inside_; at += L) {
-      const int64_t i = at + L <= inside_ ? at : inside_ - L;
-      simd::store(to + i, simd::load(from + i));
-    }
+    const T* at = channel + line * shape_.size[2];
+    const Pair<T> d01 = from.load(at), d23 = from.load_next(at);
+    t[0] = d01.first - d23.first, t[1] = d01.second + d23.first;
+    t[2] = d23.first - d01.second, t[3] = d23.second - d01.second;
   }
 
   const Convolution& shape_;
-  int64_t across_, half_;              // tiles of a line; floats of half a line, in whole vectors
-  int64_t skipped_, before_, inside_;  // of a line: inputs left out, zeros on the left, inputs that count
-  T *lines_, *padded_;
+  int64_t across_;
 };
 
 }  // namespace finite_width::FW_ISA::winograd
