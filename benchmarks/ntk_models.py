@@ -36,7 +36,7 @@ def dense_flops(widths: tuple[int, ...], rows: int, columns: int, compute: str) 
 
 
 def conv_flops(rows: int, columns: int, compute: str) -> float:
-    """The same for the CNN, with per-example gradients."""
+    """The same for the CNN, with per-example gradients, its convolutions counted as sums over taps."""
     layers = [(3, 30), (32, 28), (32, 26)]  # channels in and positions per side out of each convolution
     last, outputs = 32 * 26 * 26, 10
     products = outputs**2 if compute == "full" else outputs

@@ -43,8 +43,9 @@ are medians of interleaved runs, in which every implementation runs once a round
 between the quartiles. Memory is the peak beyond what the process held before, measured in a fresh process for each
 implementation. The error is relative (Frobenius), against float64. The floor is the larger of the least operations over
 the machine's best measured matrix-product rate and the least bytes over its measured copy bandwidth: what this machine
-could not beat. Aims are ratios that were set before the work; all are shown, met or not. Tables of figures without
-implementations are runs too long to repeat, made once."""
+could not beat, save where an algorithm needs fewer operations than are counted (convolutions in Winograd's form). Aims
+are ratios that were set before the work; all are shown, met or not. Tables of figures without implementations are runs
+too long to repeat, made once."""
 
 Row = dict[str, Any]
 

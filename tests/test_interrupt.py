@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import finite_width as fw
+from finite_width._library import closed_transforms
 
 
 @pytest.fixture(autouse=True)
 def grad_mode() -> Iterator[None]:
-    """Keep a failure here from failing every later test: gradients may be left off."""
-    yield
+    """Keep a failure here from failing every later test: gradients may be left off, a transform open."""
+    with closed_transforms():
+        yield
     torch.set_grad_enabled(True)
 
 
@@ -86,6 +88,23 @@ def test_empirical_ntk(method: str) -> None:
     expected, right = facts(model), fw.ntk.empirical_ntk(model, x, method=method)
     at_many_moments(lambda: fw.ntk.empirical_ntk(model, x, method=method), lambda: same(model, expected))
     assert torch.equal(fw.ntk.empirical_ntk(model, x, method=method), right)
+
+
+def test_an_interrupted_vmap_is_closed() -> None:
+    """The moment in which torch.func.vmap has begun and its block has not: every later call would be inside of it."""
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth
+
+    class Interrupted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._C._functorch._vmap_increment_nesting(2, "error")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fw.ntk.empirical_ntk(Interrupted(4, 2), torch.randn(3, 4))
+    assert depth() == 0
+    with pytest.raises(KeyboardInterrupt):
+        fw.ntk.NTKOperator(Interrupted(4, 2), torch.randn(3, 4))
+    assert depth() == 0
 
 
 def test_regressor() -> None:

@@ -219,6 +219,22 @@ def grad_mode(enabled: bool) -> Iterator[None]:
         torch.set_grad_enabled(before)
 
 
+@contextlib.contextmanager
+def closed_transforms() -> Iterator[None]:
+    """What a Ctrl-C left open of torch.func's transforms inside is closed at the end.
+
+    torch.func.vmap can be interrupted between its beginning and its block; then every later operation of the process
+    would count as one inside of it.
+    """
+    functorch = torch._C._functorch
+    depth = functorch.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        if functorch.get_dynamic_layer_stack_depth() > depth:
+            functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
 class _ReferenceMode(TorchDispatchMode):
     """Sends this library's ops to their references."""
 

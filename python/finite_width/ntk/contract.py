@@ -244,6 +244,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
             torch.autocast("cuda", enabled=False) if on_gpu else nullcontext(),
             ieee_products(on_gpu),
             _eager(),
+            _library.closed_transforms(),
         ):
             yield
     finally:

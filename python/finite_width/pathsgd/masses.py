@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _library
 from .convolution import ConvolutionMass, PathConvolution, window_of
 from .network import PathSum, Scaled, powered, two_to
 from .structure import Structure
@@ -145,4 +146,5 @@ def _second_derivative(
         return (curvature * tangent).sum()
 
     indices = torch.arange(point.numel(), device=point.device)
-    return torch.cat([torch.func.vmap(diagonal)(part) for part in indices.split(chunk)]).view_as(point)
+    with _library.closed_transforms():
+        return torch.cat([torch.func.vmap(diagonal)(part) for part in indices.split(chunk)]).view_as(point)
