@@ -38,7 +38,7 @@ def build(folder: Path, sanitize: str = "") -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     sources = [*sorted(ROOT.glob("csrc/**/*_cuda.cu")), *sorted(ROOT.glob("csrc/**/bind_cuda.cpp"))]
-    flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
+    flags = ["-std=c++20", "-O1", "-g1", "-march=native", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-sign-compare"]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
     flags += [f"-isystem {path}" for path in cpp_extension.include_paths()]
