@@ -43,6 +43,16 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kLanes = kBytes / static_cast<int>(sizeof(T));
 
+// Integers as wide as T, one for each lane: what a shuffle or a masked load is told.
+template <class T>
+struct MaskOf {
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
+  typedef Index type __attribute__((vector_size(kBytes)));
+};
+
+template <class T>
+using Mask = typename MaskOf<T>::type;
+
 template <class T>
 inline __attribute__((always_inline)) Vec<T> load(const T* from) {
   return *reinterpret_cast<const typename VecOf<T>::unaligned*>(from);
@@ -59,9 +69,7 @@ struct Lanes {
 #if FW_ISA_LEVEL == 2
   uint32_t bits;
 #else
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
-  typedef Index Mask __attribute__((vector_size(kBytes)));
-  Mask mask;
+  Mask<T> mask;
 #endif
 
   Lanes(int64_t low, int64_t high) {
@@ -77,28 +85,23 @@ struct Lanes {
 };
 
 // Those lanes from memory, and 0 for the others, whose memory is not touched.
-inline __attribute__((always_inline)) Vec<float> load(const float* from, const Lanes<float>& lanes) {
+template <class T>
+inline __attribute__((always_inline)) Vec<T> load(const T* from, const Lanes<T>& lanes) {
 #if FW_ISA_LEVEL == 2
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes.bits), from);
-#elif FW_ISA_LEVEL == 1
-  return _mm256_maskload_ps(from, (__m256i)lanes.mask);
-#else
-  Vec<float> result{};
-  for (int lane = 0; lane < kLanes<float>; ++lane) {
-    if (lanes.mask[lane]) result[lane] = from[lane];
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes.bits), from);
+  } else {
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes.bits), from);
   }
-  return result;
-#endif
-}
-
-inline __attribute__((always_inline)) Vec<double> load(const double* from, const Lanes<double>& lanes) {
-#if FW_ISA_LEVEL == 2
-  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes.bits), from);
 #elif FW_ISA_LEVEL == 1
-  return _mm256_maskload_pd(from, (__m256i)lanes.mask);
+  if constexpr (sizeof(T) == 4) {
+    return _mm256_maskload_ps(from, (__m256i)lanes.mask);
+  } else {
+    return _mm256_maskload_pd(from, (__m256i)lanes.mask);
+  }
 #else
-  Vec<double> result{};
-  for (int lane = 0; lane < kLanes<double>; ++lane) {
+  Vec<T> result{};
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
     if (lanes.mask[lane]) result[lane] = from[lane];
   }
   return result;
@@ -150,9 +153,7 @@ inline __attribute__((always_inline)) Vec<T> multiply_add(Vec<T> a, Vec<T> b, Ve
 template <class T, int Half>
 inline __attribute__((always_inline)) void interleave(Vec<T>& low, Vec<T>& high) {
   constexpr int L = kLanes<T>;
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
-  typedef Index Mask __attribute__((vector_size(kBytes)));
-  Mask first, second;
+  Mask<T> first, second;
 #pragma GCC unroll 16
   for (int lane = 0; lane < L; ++lane) {
     const int from_high = (lane / Half) % 2;

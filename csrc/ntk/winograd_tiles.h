@@ -45,9 +45,7 @@ struct Pair {
 template <class T>
 inline __attribute__((always_inline)) Pair<T> interleaved(simd::Vec<T> a, simd::Vec<T> b) {
   constexpr int L = simd::kLanes<T>;
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
-  typedef Index Mask __attribute__((vector_size(simd::kBytes)));
-  Mask low, high;
+  simd::Mask<T> low, high;
 #pragma GCC unroll 16
   for (int lane = 0; lane < L; ++lane) {
     low[lane] = lane / 2 + lane % 2 * L;
@@ -59,9 +57,7 @@ inline __attribute__((always_inline)) Pair<T> interleaved(simd::Vec<T> a, simd::
 template <class T>
 inline __attribute__((always_inline)) Pair<T> separated(simd::Vec<T> low, simd::Vec<T> high) {
   constexpr int L = simd::kLanes<T>;
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
-  typedef Index Mask __attribute__((vector_size(simd::kBytes)));
-  Mask even, odd;
+  simd::Mask<T> even, odd;
 #pragma GCC unroll 16
   for (int lane = 0; lane < L; ++lane) {
     even[lane] = 2 * lane;
