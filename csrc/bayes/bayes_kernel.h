@@ -39,10 +39,11 @@ struct Counters {
   }
 };
 
-// kWide adjacent Philox blocks from `block` on -> 4 vectors of normals, word by word (common/philox.h).
-inline FW_STRAIGHT void normals_of_blocks(const Rounds& key, uint64_t block, Floats normal[4]) {
+// kParts registers of adjacent Philox blocks from `block` on -> the normals of their 4 words (common/philox.h), both
+// Box-Muller pairs at once.
+inline FW_STRAIGHT void normals_of_blocks(const Rounds& key, uint64_t block, Floats normal[4 / kWords]) {
   Wide number;
-  FW_EACH_PART {
+  for (int p = 0; p < kParts; ++p) {
     for (int lane = 0; lane < kFloats / 2; ++lane) number.part[p][lane] = block + p * kFloats + 2 * lane;
   }
   // Blocks start at a multiple of 16, so adding 1 carries nothing into the high word.
@@ -53,41 +54,51 @@ inline FW_STRAIGHT void normals_of_blocks(const Rounds& key, uint64_t block, Flo
     even.round(key.key0[round], key.key1[round]);
     odd.round(key.key0[round], key.key1[round]);
   }
-  VectorOps::U word[4];
+  using Pairs = VectorOpsOf<2 * kParts>;
+  Pairs::U word[2];  // 0 and 2, 1 and 3
 #pragma GCC unroll 4
   for (int w = 0; w < 4; ++w) {
-    word[w] = lanes_as<uint32_t>((even.word[w] & uint64_t{0xffffffffu}) | (odd.word[w] << 32));
+    const auto merged = low_halves(even.word[w], odd.word[w]);
+    for (int p = 0; p < kParts; ++p) word[w % 2].part[w / 2 * kParts + p] = merged.part[p];
   }
-  box_muller<VectorOps>(word[0], word[1], normal[0], normal[1]);
-  box_muller<VectorOps>(word[2], word[3], normal[2], normal[3]);
+  Pairs::F made[2];
+  box_muller<Pairs>(word[0], word[1], made[0], made[1]);
+#pragma GCC unroll 4
+  for (int w = 0; w < 4; ++w) {
+    for (int p = 0; p < kParts; ++p) {
+      normal[w / kWords].part[w % kWords * kParts + p] = made[w % 2].part[w / 2 * kParts + p];
+    }
+  }
 }
 
 // Calls body(offset, normals) for each kWide elements of one full group that starts at element 64 * group.
 template <class Body>
 FW_LANE void for_group(const Rounds& key, int64_t group, const Body& body) {
+  constexpr int kStep = kParts * kFloats;
 #pragma GCC unroll 4
-  for (int first = 0; first < kNoiseLanes; first += kWide) {
-    Floats normal[4];
+  for (int first = 0; first < kNoiseLanes; first += kStep) {
+    Floats normal[4 / kWords];
     normals_of_blocks(key, static_cast<uint64_t>(group) * kNoiseLanes + first, normal);
 #pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) body(w * static_cast<int>(kNoiseLanes) + first, normal[w]);
+    for (int w = 0; w < 4; w += kWords) body(w * static_cast<int>(kNoiseLanes) + first, normal[w / kWords]);
   }
 }
 
 // A sum of float vectors in 16 lanes whose order does not depend on the vector width; doubles from every 256 terms on.
 struct LaneSum {
-  Floats sum[kNoiseLanes / kWide] = {};
+  static constexpr int kRegisters = static_cast<int>(kNoiseLanes) / kFloats;
+  simd::Vec<float> sum[kRegisters] = {};
   double lane[kNoiseLanes] = {};
 
   FW_LANE void add(int offset, const Floats& term) {
-    Floats& to = sum[offset % static_cast<int>(kNoiseLanes) / kWide];
-    to = to + term;
+#pragma GCC unroll 4
+    for (int p = 0; p < kTogether; ++p) sum[(offset / kFloats + p) % kRegisters] += term.part[p];
   }
   void flush() {
     float values[kNoiseLanes];
-    for (int first = 0; first < kNoiseLanes; first += kWide) {
-      sum[first / kWide].store(values + first);
-      sum[first / kWide] = Floats{};
+    for (int r = 0; r < kRegisters; ++r) {
+      simd::store(values + r * kFloats, sum[r]);
+      sum[r] = simd::Vec<float>{};
     }
     for (int l = 0; l < kNoiseLanes; ++l) lane[l] += static_cast<double>(values[l]);
   }

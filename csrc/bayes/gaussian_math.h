@@ -71,7 +71,7 @@ FW_MATH void box_muller(typename Ops::U x, typename Ops::U y, typename Ops::F& f
 template <class Ops>
 FW_MATH typename Ops::F exp_minus_abs(typename Ops::F rho) {
   using F = typename Ops::F;
-  const F t = Ops::from_bits(Ops::bits(rho) & 0x7fffffff) * -1.0f;
+  const F t = Ops::from_bits(Ops::bits(rho) | static_cast<int32_t>(0x80000000u));  // -|ρ|
   const F clamped = Ops::select(Ops::less(t, Ops::constant(-87.3f)), Ops::constant(-87.3f), t);
   // Adding 1.5 * 2^23 rounds to the nearest integer, which stands in the low bits of the sum.
   const F shifted = Ops::fma(clamped, Ops::constant(1.442695041e+00f), Ops::constant(0x1.8p23f));

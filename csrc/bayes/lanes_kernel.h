@@ -1,26 +1,29 @@
 // Registers that go through every operation together, with the operations of bayes/gaussian_math.h.
 //
 // A chain of fused multiply-adds takes several times as long as a register takes to issue: what one register leaves
-// idle, the other one uses. With AVX2 noise takes 1.4 ns where one register at a time takes 1.8.
+// idle, the others use. With AVX2 a sample with its KL takes 2.6 ns an element with four registers together, 3.4 with
+// two, 3.0 with eight, which no longer fit.
 #include "common/simd.h"
 
 #undef FW_LANE
 #define FW_LANE inline __attribute__((always_inline))
 #undef FW_EACH_PART
-#define FW_EACH_PART _Pragma("GCC unroll 4") for (int p = 0; p < kTogether; ++p)
+#define FW_EACH_PART _Pragma("GCC unroll 4") for (int p = 0; p < N; ++p)
 
 namespace finite_width::FW_ISA {
 
 constexpr int kFloats = simd::kLanes<float>;
-constexpr int kParts = static_cast<int>(kNoiseLanes) / kFloats;  // registers that make 16 lanes of 32 bits
-// As many go together; one where an operation is a call for each lane anyway.
-constexpr int kTogether = FW_ISA_LEVEL == 0 ? 1 : kParts;
-constexpr int kWide = kTogether * kFloats;
+// Registers that make one word of the noise, and words that go together: all 16 lanes of two words; one register where
+// an operation is a call for each lane anyway.
+constexpr int kParts = FW_ISA_LEVEL == 0 ? 1 : static_cast<int>(kNoiseLanes) / kFloats;
+constexpr int kWords = FW_ISA_LEVEL == 0 ? 1 : 2;
+constexpr int kTogether = kWords * kParts;
+constexpr int kWide = kTogether * kFloats;  // adjacent elements
 
-// T float, int32_t or uint32_t: kWide lanes; uint64_t: half as many.
-template <class T>
+// N registers. T float, int32_t or uint32_t: N kFloats lanes; uint64_t: half as many.
+template <class T, int N>
 struct Lanes {
-  simd::Vec<T> part[kTogether];
+  simd::Vec<T> part[N];
 
   static FW_LANE Lanes all(T value) {
     Lanes result;
@@ -35,20 +38,20 @@ struct Lanes {
   FW_LANE void store(T* to) const { FW_EACH_PART simd::store(to + p * simd::kLanes<T>, part[p]); }
 };
 
-#define FW_LANE_OPERATOR(OP)                                           \
-  template <class T>                                                   \
-  FW_LANE Lanes<T> operator OP(const Lanes<T>& a, const Lanes<T>& b) { \
-    Lanes<T> result;                                                   \
-    FW_EACH_PART result.part[p] = a.part[p] OP b.part[p];              \
-    return result;                                                     \
-  }                                                                    \
-  template <class T>                                                   \
-  FW_LANE Lanes<T> operator OP(const Lanes<T>& a, T b) {               \
-    return a OP Lanes<T>::all(b);                                      \
-  }                                                                    \
-  template <class T>                                                   \
-  FW_LANE Lanes<T> operator OP(T a, const Lanes<T>& b) {               \
-    return Lanes<T>::all(a) OP b;                                      \
+#define FW_LANE_OPERATOR(OP)                                                    \
+  template <class T, int N>                                                     \
+  FW_LANE Lanes<T, N> operator OP(const Lanes<T, N>& a, const Lanes<T, N>& b) { \
+    Lanes<T, N> result;                                                         \
+    FW_EACH_PART result.part[p] = a.part[p] OP b.part[p];                       \
+    return result;                                                              \
+  }                                                                             \
+  template <class T, int N>                                                     \
+  FW_LANE Lanes<T, N> operator OP(const Lanes<T, N>& a, T b) {                  \
+    return a OP Lanes<T, N>::all(b);                                            \
+  }                                                                             \
+  template <class T, int N>                                                     \
+  FW_LANE Lanes<T, N> operator OP(T a, const Lanes<T, N>& b) {                  \
+    return Lanes<T, N>::all(a) OP b;                                            \
   }
 FW_LANE_OPERATOR(+)
 FW_LANE_OPERATOR(-)
@@ -59,38 +62,39 @@ FW_LANE_OPERATOR(|)
 FW_LANE_OPERATOR(^)
 #undef FW_LANE_OPERATOR
 
-template <class T>
-FW_LANE Lanes<T> operator-(const Lanes<T>& a) {
-  Lanes<T> result;
+template <class T, int N>
+FW_LANE Lanes<T, N> operator-(const Lanes<T, N>& a) {
+  Lanes<T, N> result;
   FW_EACH_PART result.part[p] = -a.part[p];
   return result;
 }
-template <class T>
-FW_LANE Lanes<T> operator<<(const Lanes<T>& a, int bits) {
-  Lanes<T> result;
+template <class T, int N>
+FW_LANE Lanes<T, N> operator<<(const Lanes<T, N>& a, int bits) {
+  Lanes<T, N> result;
   FW_EACH_PART result.part[p] = a.part[p] << bits;
   return result;
 }
-template <class T>
-FW_LANE Lanes<T> operator>>(const Lanes<T>& a, int bits) {
-  Lanes<T> result;
+template <class T, int N>
+FW_LANE Lanes<T, N> operator>>(const Lanes<T, N>& a, int bits) {
+  Lanes<T, N> result;
   FW_EACH_PART result.part[p] = a.part[p] >> bits;
   return result;
 }
 
 // The same bits as lanes of another type.
-template <class To, class From>
-FW_LANE Lanes<To> lanes_as(const Lanes<From>& a) {
-  Lanes<To> result;
+template <class To, class From, int N>
+FW_LANE Lanes<To, N> lanes_as(const Lanes<From, N>& a) {
+  Lanes<To, N> result;
   FW_EACH_PART result.part[p] = reinterpret_cast<simd::Vec<To>>(a.part[p]);
   return result;
 }
 
 // The vectors of this instruction set, as gaussian_math.h wants them.
-struct VectorOps {
-  using F = Lanes<float>;
-  using I = Lanes<int32_t>;
-  using U = Lanes<uint32_t>;
+template <int N>
+struct VectorOpsOf {
+  using F = Lanes<float, N>;
+  using I = Lanes<int32_t, N>;
+  using U = Lanes<uint32_t, N>;
   static FW_LANE F constant(float value) { return F::all(value); }
   static FW_LANE F fma(const F& a, const F& b, const F& c) {
     F result;
@@ -146,24 +150,37 @@ struct VectorOps {
   }
 };
 
+using VectorOps = VectorOpsOf<kTogether>;
 using Floats = VectorOps::F;
-using Wide = Lanes<uint64_t>;
+using Wide = Lanes<uint64_t, kParts>;
 
 // The 64-bit products of the low 32 bits of each 64-bit lane.
-FW_LANE Wide multiply_low(const Wide& a, uint32_t b) {
+template <int N>
+FW_LANE Lanes<uint64_t, N> multiply_low(const Lanes<uint64_t, N>& a, uint32_t b) {
 #if FW_ISA_LEVEL == 2
-  Wide result;
+  Lanes<uint64_t, N> result;
   FW_EACH_PART result.part[p] = reinterpret_cast<simd::Vec<uint64_t>>(
       _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a.part[p]), _mm512_set1_epi64(b)));
   return result;
 #elif FW_ISA_LEVEL == 1
-  Wide result;
+  Lanes<uint64_t, N> result;
   FW_EACH_PART result.part[p] = reinterpret_cast<simd::Vec<uint64_t>>(
       _mm256_mul_epu32(reinterpret_cast<__m256i>(a.part[p]), _mm256_set1_epi64x(b)));
   return result;
 #else
   return (a & uint64_t{0xffffffffu}) * static_cast<uint64_t>(b);
 #endif
+}
+
+// The low halves of the 64-bit lanes of both, in turns.
+template <int N>
+FW_LANE Lanes<uint32_t, N> low_halves(const Lanes<uint64_t, N>& even, const Lanes<uint64_t, N>& odd) {
+  simd::Mask<float> from;
+  for (int lane = 0; lane < kFloats; ++lane) from[lane] = lane % 2 == 0 ? lane : kFloats + lane - 1;
+  Lanes<uint32_t, N> result;
+  FW_EACH_PART result.part[p] = __builtin_shuffle(reinterpret_cast<simd::Vec<uint32_t>>(even.part[p]),
+                                                  reinterpret_cast<simd::Vec<uint32_t>>(odd.part[p]), from);
+  return result;
 }
 
 }  // namespace finite_width::FW_ISA

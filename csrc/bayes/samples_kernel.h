@@ -43,12 +43,13 @@ template <int kRows>
 inline __attribute__((always_inline)) void rows_times_16(int64_t in, int64_t batch, int64_t width, const float* weight,
                                                          const float* columns, const float* bias, float* y,
                                                          int64_t y_row) {
-  simd::Vec<float> sum[kRows][kParts];
+  constexpr int kColumns = static_cast<int>(kNoiseLanes) / kFloats;  // registers
+  simd::Vec<float> sum[kRows][kColumns];
   for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kParts; ++p) sum[r][p] = simd::broadcast(bias ? bias[r] : 0.0f);
+    for (int p = 0; p < kColumns; ++p) sum[r][p] = simd::broadcast(bias ? bias[r] : 0.0f);
   }
   for (int64_t k = 0; k < in; ++k) {
-    for (int p = 0; p < kParts; ++p) {
+    for (int p = 0; p < kColumns; ++p) {
       const simd::Vec<float> column = simd::load(columns + k * width + p * kFloats);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
