@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from .recognise import RECOGNISED
 
@@ -36,8 +37,17 @@ class Use:
     options: dict[str, Any] = field(default_factory=dict)
 
     def signature(self) -> tuple[Any, ...]:
-        """What must agree between two row blocks for a plan made on one to hold for the other."""
-        return self.kind, self.weight, self.bias, len(self.shape), self.shape[2:], self.options
+        """What must agree between two row blocks for a plan made on one to hold for the other, beside the shape."""
+        return self.kind, self.weight, self.bias, self.options
+
+
+# Calls by which the values in a batch can decide where its rows go: an index, a sort, a branch of Python. An underscore
+# behind makes the in-place forms.
+ROUTING = {
+    *("index_select", "index_add", "index_copy", "index_put", "gather", "take", "take_along_dim", "masked_select"),
+    *("masked_scatter", "scatter", "scatter_add", "scatter_reduce", "sort", "msort", "topk", "unique", "one_hot"),
+    *("repeat_interleave", "_pack_padded_sequence", "item", "tolist", "numpy", "__bool__", "__int__", "__index__"),
+}
 
 
 class _Anchored(torch.autograd.Function):
@@ -65,6 +75,17 @@ class Capture(TorchFunctionMode):
         self.transposed: dict[int, tuple[Tensor, Tensor]] = {}
         # Results of ReLUs: id -> (the result, kept alive; its version; the input; its version).
         self.rectified: dict[int, tuple[Tensor, int, Tensor, int]] = {}
+        # Whether values may have decided where rows go: then each block must show that its rows lie as planned.
+        self.routed = False
+        # Whether the model itself differentiated through a recorded use, in whose gradient the parameter is missing.
+        self.differentiated = False
+        self._watched: list[RemovableHandle] = []
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for handle in self._watched:
+            handle.remove()
+        self._watched.clear()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -82,10 +103,12 @@ class Capture(TorchFunctionMode):
         elif (
             isinstance(func, FunctionType)
             and func.__module__ == "torch.nn.functional"
+            and func.__closure__ is None  # one that dispatches to others, which would come back here
             and self._names_any(args, kwargs)
         ):
             with self:  # the body's own calls pass through this mode, too
                 return _opened(func)(*args, **kwargs)
+        self.routed = self.routed or _routes(func, args)
         return func(*args, **kwargs)
 
     def _names_any(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -115,6 +138,7 @@ class Capture(TorchFunctionMode):
         else:
             result = _Anchored.apply(self.anchor, lambda: call(used_weight, used_bias))
         if weight_name or bias_name:
+            self._watched.append(result.grad_fn.register_prehook(self._differentiate))  # type: ignore[union-attr]
             self.uses.append(
                 Use(
                     kind,
@@ -128,6 +152,9 @@ class Capture(TorchFunctionMode):
                 )
             )
         return result
+
+    def _differentiate(self, gradients: Any) -> None:
+        self.differentiated = True
 
     def unrecognised(self, result: Tensor) -> set[str]:
         """The parameters that the graph of the result still reaches."""
@@ -158,6 +185,16 @@ def _saved_tensors_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
+def _routes(func: Any, args: tuple[Any, ...]) -> bool:
+    name = getattr(func, "__name__", "")
+    if name in ("__getitem__", "__setitem__"):
+        index = args[1] if isinstance(args[1], tuple | list) else (args[1],)
+        return any(isinstance(part, Tensor | list) for part in index)
+    if name in ("embedding", "embedding_bag"):  # rows of a tensor that the model computed
+        return any(isinstance(value, Tensor) and value.requires_grad for value in args)
+    return name in ROUTING or (name.endswith("_") and name[:-1] in ROUTING)
+
+
 _OPENED: dict[FunctionType, FunctionType] = {}
 
 
@@ -168,7 +205,8 @@ def _opened(func: FunctionType) -> FunctionType:
             name: (lambda *_: False)
             for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
         }
-        copy = FunctionType(func.__code__, {**func.__globals__, **unchecked}, func.__name__, func.__defaults__)
+        names = {**func.__globals__, **unchecked}
+        copy = FunctionType(func.__code__, names, func.__name__, func.__defaults__)
         copy.__kwdefaults__ = func.__kwdefaults__
         _OPENED[func] = copy
     return _OPENED[func]

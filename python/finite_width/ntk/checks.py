@@ -12,9 +12,9 @@ from torch import Tensor
 from . import generic
 from .capture import Capture, Use
 from .contract import Batch, Target, flatten
-from .layout import Layout, candidates, confined
+from .layout import Layout, candidates, confined, multiplied_by_rows, rows_reached
 from .plan import Entry, Plan, Planner, Sizes, block_rows, roles_of, row_axes, sweep_bytes
-from .sweep import compare, cotangents, last_use, refuse_other_bits
+from .sweep import agrees, compare, last_use, pull, refuse_other_bits, row_shapes
 
 PROBE_ROWS = 4
 
@@ -25,7 +25,7 @@ def _run(target: Target, batch: Batch, tensors: Sequence[Tensor]) -> tuple[Captu
     try:
         with capture:
             raw = target.run(batch, tensors)
-    except RuntimeError as error:  # torch's own complaint, such as two shapes that do not fit
+    except (IndexError, RuntimeError) as error:  # torch's own complaint, such as two shapes that do not fit
         raise ValueError(f"model cannot take {batch.name} with shape {shapes}: {error}") from error
     return capture, raw
 
@@ -55,28 +55,18 @@ def _unstructured(names: list[str], loop: bool) -> ValueError:
     )
 
 
-def _layout(use: Use, delta: Tensor | None, rows: int, chosen: int) -> Layout | None:
-    """The layout in which the cotangent of the chosen rows stays within these rows; None where none fits."""
-    found = candidates(use.shape, rows, row_axes(use))
-    if delta is None:
-        return found[0] if found else None
-    delta = delta.reshape(use.shape)
-    if rows == 1 and found:
-        return found[0]
-    ambiguous = len(found) > 1
-    for layout in found:
-        if confined(delta, layout, rows, chosen, ambiguous):
-            return layout
-    return None
-
-
 def _vmaps(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Sequence[str], outputs: int) -> bool:
-    """Whether torch.func.vmap takes this model, tried on one row."""
+    """Whether torch.func.vmap takes this model, and gives its gradients, tried on two rows."""
+    rows = [value[:2].clone() for value in tensors]
     try:
-        generic.vmapped(target, batch, [value[:1].clone() for value in tensors], names, outputs)
+        jacobian = generic.vmapped(target, batch, rows, names, outputs, chunk=2)
     except Exception:
         return False
-    return True
+    weights = 1 + torch.arange(1, outputs + 1, dtype=target.dtype, device=target.device).sin() / 2
+    results = [flatten(target.run(batch, [value[row : row + 1] for value in rows])) for row in range(len(jacobian))]
+    expected = torch.empty(jacobian.shape[2], dtype=target.dtype, device=target.device)
+    generic.gradient(target, torch.cat(results).sum(0) @ weights, names, expected)
+    return agrees(weights @ jacobian.sum(0), expected)
 
 
 def make_plan(
@@ -105,7 +95,6 @@ def make_plan(
             method "structured", a parameter that has no structure.
     """
     rows = min(batch.rows, PROBE_ROWS)
-    chosen = max(1, rows // 2)
     tensors = batch.take(0, rows)
     leaves = _leaves(tensors)
     state = _random_state(target.device) if check else None
@@ -127,13 +116,15 @@ def make_plan(
             "model draws random numbers in its forward (dropout, noise, sampling), so its kernel is not defined; "
             "call model.eval() or remove them (check=False skips this test)"
         )
+    if rows > 1:
+        target.row_shape = raw.shape[1:]
     flat = flatten(raw)
     if flat.shape[1] == 0:
         raise ValueError(f"the model's output must have at least one value per row, got {list(raw.shape)}")
     sizes = replace(sizes, outputs=flat.shape[1])
     uses = capture.uses
     unrecognised = capture.unrecognised(raw)
-    layouts = _probe_rows(batch, uses, leaves, flat, rows, chosen, check)
+    layouts, batches = _probe_rows(batch, uses, leaves, flat, check)
     names = list(target.parameters)
     roles = roles_of(uses, names)
     generic_names = [
@@ -142,6 +133,7 @@ def make_plan(
         if name in unrecognised
         or loop
         or method == "jacobian"
+        or capture.differentiated
         or any(layouts[index] is None or uses[index].input._version != uses[index].version for index, _ in roles[name])
     ]
     if method == "structured" and generic_names:
@@ -153,8 +145,10 @@ def make_plan(
     entries = Planner(target, uses, layouts, rows, sizes, not separate).entries(roles, last)
     entries += _generic_entries(target, batch, tensors, generic_names, sizes, separate, loop)
     structured = any(entry.roles for entry in entries)
-    if check and not (compared and structured and batch.rows > rows):
-        _check_repeats(target, batch, tensors, flat.detach(), chosen)
+    if check:
+        _check_parts(target, batch, tensors, flat.detach())
+        if not (compared and structured and batch.rows > rows):
+            refuse_other_bits(target, batch, flat.detach())
     touched = sweep_bytes(uses, sizes.outputs, rows, sizes.itemsize) if structured else 0
     kept = sum(entry.row_bytes for entry in entries if not entry.roles)
     return Plan(
@@ -162,9 +156,10 @@ def make_plan(
         entries=entries,
         signatures=[use.signature() for use in uses],
         layouts=layouts,
+        row_shapes=row_shapes(uses, layouts, rows),
         unrecognised=unrecognised,
         block=block_rows(touched + 2 * kept, target.device),
-        batched_backward=not structured or _batches(uses, flat),
+        batched_backward=batches,
         last=last,
         sweep_bytes=touched + kept,
         copies_inputs=any(copy._version for copy in copies),
@@ -172,51 +167,121 @@ def make_plan(
     )
 
 
+class _RowTest:
+    """What backward sweeps from a few rows tell of where each row lies in every tensor of a model.
+
+    Two sweeps, the second with each row's cotangent times a power of two of its own: what depends on one row alone is
+    multiplied by exactly its power. Where that fails, rows mix, or the backward does not repeat its bits (sums by
+    atomic additions on a GPU): then a sweep for each row, which may reach that row's part and nothing else, decides.
+    """
+
+    def __init__(self, flat: Tensor, uses: Sequence[Use], leaves: Sequence[Tensor]) -> None:
+        self.flat, self.rows = flat, len(flat)
+        self.edges: list[Any] = [*(use.edge for use in uses), *leaves]
+        self.shapes = [*(use.shape for use in uses), *(leaf.shape for leaf in leaves)]
+        self.factors = 2.0 ** torch.arange(self.rows, dtype=flat.dtype, device=flat.device)
+        # Values without a simple relation to each other, so that no sum of them cancels.
+        spread = torch.arange(1, flat.numel() + 1, dtype=flat.dtype, device=flat.device)
+        self.cotangent = 1 + spread.sin().reshape(flat.shape) / 2
+        self.batched = True
+        self.found = self._two_sweeps()
+        self._by_row: list[list[Tensor | None]] | None = None
+
+    def _two_sweeps(self) -> list[Tensor | None]:
+        """[2, *shape] at each edge; sets whether several cotangents can be pulled back in one sweep."""
+        both = torch.stack([self.cotangent, self.cotangent * self.factors[:, None]])
+        if self.flat.shape[1] > 1:
+            try:
+                stacked = pull(self.flat, self.edges, both, batched=True)
+            except Exception:
+                self.batched = False
+            else:
+                # The gradient of the sum: torch has batching rules that give it for the first cotangent alone.
+                single = pull(self.flat, self.edges, both.sum(0, keepdim=True), batched=False)
+                self.batched = all(
+                    one is two if one is None or two is None else agrees(two.sum(0), one[0])
+                    for one, two in zip(single, stacked, strict=True)
+                )
+                if self.batched:
+                    return stacked
+        return pull(self.flat, self.edges, both, batched=False)
+
+    def reached(self, place: int) -> bool:
+        return self.found[place] is not None
+
+    def fits(self, place: int, layout: Layout) -> bool:
+        """Whether each row's part of the tensor, by this layout, depends on that row alone."""
+        value = self.found[place]
+        if value is None:
+            return True
+        one, two = value.reshape(2, *self.shapes[place])
+        if multiplied_by_rows(one, two, layout, self.factors):
+            return True
+        if self._by_row is None:
+            unit = torch.eye(self.rows, dtype=self.flat.dtype, device=self.flat.device)
+            each = [pull(self.flat, self.edges, (self.cotangent * row[:, None])[None], batched=False) for row in unit]
+            self._by_row = each
+        return all(
+            value is None or confined(value.reshape(self.shapes[place]), layout, self.rows, row)
+            for row, value in enumerate(deltas[place] for deltas in self._by_row)
+        )
+
+    def layout(self, place: int, axes: Sequence[int]) -> Layout | None:
+        """The layout in which the rows lie in the tensor, of those with the rows on one of the axes; None: in none."""
+        shape = self.shapes[place]
+        found = candidates(shape, self.rows, axes)
+        if not found or self.rows == 1 or not self.reached(place):
+            return found[0] if found else None
+        value = self.found[place]
+        assert value is not None
+        for layout in found:
+            # Where several would do, zeros could hide that one does not.
+            clear = len(found) == 1 or rows_reached(value[0].reshape(shape), layout, self.rows) > 1
+            if clear and self.fits(place, layout):
+                return layout
+        return None
+
+
 def _probe_rows(
-    batch: Batch, uses: list[Use], leaves: list[Tensor], flat: Tensor, rows: int, chosen: int, check: bool
-) -> list[Layout | None]:
-    """Where the rows lie in every use, by one backward of a cotangent on the first rows alone."""
+    batch: Batch, uses: list[Use], leaves: list[Tensor], flat: Tensor, check: bool
+) -> tuple[list[Layout | None], bool]:
+    """Where the rows lie in every use, and whether several cotangents can be pulled back in one sweep."""
     floats = [leaf for leaf in leaves if leaf.requires_grad]
-    edges: list[Any] = [*(use.edge for use in uses), *floats]
-    if not flat.requires_grad or not edges:
-        return [None] * len(uses)
-    # Values without a simple relation to each other, so that no sum of them cancels.
-    cotangent = torch.zeros_like(flat)
-    spread = torch.arange(1, chosen * flat.shape[1] + 1, dtype=flat.dtype, device=flat.device)
-    cotangent[:chosen] = 1 + spread.sin().reshape(chosen, -1) / 2
-    found = torch.autograd.grad(flat, edges, cotangent, retain_graph=True, allow_unused=True)
-    deltas, gradients = found[: len(uses)], found[len(uses) :]
-    if check and any(value is not None and value[chosen:].any() for value in gradients):
+    if not flat.requires_grad or not (uses or floats):
+        return [None] * len(uses), True
+    test = _RowTest(flat, uses, floats)
+    if check and not all(test.fits(place, ("axis", 0)) for place in range(len(uses), len(test.edges))):
         raise _mixes(batch)
-    layouts = [_layout(use, delta, rows, chosen) for use, delta in zip(uses, deltas, strict=True)]
+    layouts = [test.layout(place, row_axes(use)) for place, use in enumerate(uses)]
     for use, layout in zip(uses, layouts, strict=True):
         if check and layout is None and use.kind == "embedding" and not floats:
             raise _mixes(batch)
-    return layouts
+    return layouts, test.batched
 
 
-def _check_repeats(target: Target, batch: Batch, tensors: Sequence[Tensor], expected: Tensor, chosen: int) -> None:
-    """Raise unless a second forward gives the same bits, and fewer rows nearly the same outputs."""
-    refuse_other_bits(target, batch, expected)
-    with torch.no_grad():
+def _check_parts(target: Target, batch: Batch, tensors: Sequence[Tensor], expected: Tensor) -> None:
+    """Raise unless fewer rows, in another order, give nearly the same outputs.
+
+    That finds what a gradient does not show, such as a scale by the largest of all values, detached.
+    """
+    rows = len(expected)
+    order = torch.arange(rows, device=target.device)
+    chosen = max(1, rows // 2)
+    # The last ones in reverse: what depends on the rows before, or on the largest of all, changes with one of them.
+    for some in (order[:chosen], order[chosen:].flip(0)):
+        if not len(some):
+            continue
         try:
-            fewer = flatten(target.run(batch, [value[:chosen].clone() for value in tensors]))
+            found = flatten(target.run(batch, [value[some] for value in tensors]))
         except Exception:
-            if chosen == 1:
-                return  # a model that squeezes its batch axis away; two rows or more are fine
+            if len(some) == 1:
+                continue  # a model for two rows or more
             raise
-    compare(fewer, expected)
-
-
-def _batches(uses: list[Use], flat: Tensor) -> bool:
-    """Whether the backward of all outputs runs as one batched sweep, tried on two of them."""
-    if flat.shape[1] == 1 or not uses:
-        return True
-    try:
-        cotangents(uses, flat[:, :2], True)
-    except Exception:
-        return False
-    return True
+        try:
+            compare(found, expected[some])
+        except ValueError:
+            refuse_other_bits(target, batch, expected)  # random numbers or a state, rather
+            raise
 
 
 def _generic_entries(

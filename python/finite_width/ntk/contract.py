@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import _check, _library
 from .precision import ieee_products
@@ -30,6 +31,8 @@ class Batch:
             named = {f"{name}[{key!r}]": value for key, value in x.items()}
         else:
             raise TypeError(f"{name} must be a tensor, or a tuple or dict of tensors, got {type(x).__name__}")
+        if isinstance(x, Mapping) and not all(isinstance(key, str) for key in x):
+            raise TypeError(f"{name} must have strings as keys, the names of forward's arguments, got {list(x)}")
         if not named:
             raise ValueError(f"{name} must hold at least one tensor, got an empty {type(x).__name__}")
         self.keys = list(x) if isinstance(x, Mapping) else None
@@ -38,6 +41,8 @@ class Batch:
         rows: int | None = None
         for label, value in named.items():
             _check.is_tensor(label, value)
+            if value.layout != torch.strided:
+                raise TypeError(f"{label} must be a dense tensor, got the layout {value.layout}")
             if value.dim() == 0:
                 raise ValueError(f"{label} must have a batch axis [N, ...], got shape []")
             if rows is not None and value.shape[0] != rows:
@@ -81,6 +86,9 @@ class Batch:
 
     def check_like(self, other: Batch) -> None:
         """Raise unless both batches have the same structure, shapes beyond the batch axis, dtypes and devices."""
+        if self.keys and other.keys and set(self.keys) == set(other.keys):  # in another order
+            labels = [f"{self.name}[{key!r}]" for key in other.keys]
+            self.keys, self.tensors = other.keys, {label: self.tensors[label] for label in labels}
         if (self.single, self.keys) != (other.single, other.keys) or len(self.tensors) != len(other.tensors):
             raise ValueError(f"{self.name} must have the structure of {other.name}")
         for (label, mine), (their_label, theirs) in zip(self.tensors.items(), other.tensors.items(), strict=True):
@@ -93,11 +101,39 @@ class Batch:
 
 
 def _check_parameter(name: str, value: Tensor) -> None:
+    if is_lazy(value):
+        raise ValueError(f"parameter {name!r} of a lazy module has no shape yet; run the model once first")
     if not (value.is_floating_point() or value.is_complex()):
         raise TypeError(
             f"parameter {name!r} has the integer dtype {value.dtype}; parameters must be floating point "
             "(keep integers in a buffer)"
         )
+
+
+def _refuse_inference_tensors(model: nn.Module) -> None:
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_inference():
+            raise ValueError(
+                f"model: {name!r} was made in inference mode, so that it cannot be differentiated; make, convert or "
+                "load the model outside of torch.inference_mode()"
+            )
+
+
+def functional_call(model: nn.Module, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """The model's result with parameters replaced, at every place where the model has them.
+
+    torch.func.functional_call replaces a module that stands in the model under two names twice, and puts the
+    replacement back as its parameter; so each place is named once here.
+    """
+    known = dict(model.named_parameters(remove_duplicate=False))
+    by_parameter = {id(known[name]): value for name, value in values.items()}
+    everywhere = {
+        f"{prefix}.{name}" if prefix else name: by_parameter[id(parameter)]
+        for prefix, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in by_parameter
+    }
+    return torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
 
 
 class Target:
@@ -112,6 +148,9 @@ class Target:
         self.own = dict(model.named_parameters())
         for name, value in self.own.items():
             _check_parameter(name, value)
+        _refuse_inference_tensors(model)
+        # Of one row's output, once several rows have run: a model that squeezes gives a single row without its axis.
+        self.row_shape: torch.Size | None = None
         # Set where `params` replaces the model's own values; then the model runs by functional_call.
         self.substitutes: dict[str, Tensor] | None = None
         if params is None:
@@ -129,6 +168,7 @@ class Target:
         if not isinstance(params, Mapping):
             raise TypeError(f"params must be a dict from parameter names to tensors, got {type(params).__name__}")
         every = dict(self.model.named_parameters(remove_duplicate=False))
+        first: dict[int, str] = {}  # id of a parameter -> the name under which it is given first
         self.substitutes, self.parameters = {}, {}
         for name, value in params.items():
             if name not in every:
@@ -139,6 +179,14 @@ class Target:
                 raise ValueError(
                     f"params[{name!r}] has shape {list(value.shape)}, but the model's has {list(every[name].shape)}"
                 )
+            given = first.setdefault(id(every[name]), name)
+            if given != name:
+                if value is not params[given]:
+                    raise ValueError(
+                        f"params[{name!r}] and params[{given!r}] are one parameter of the model, which shares it; give "
+                        "one of them, or the same tensor for both"
+                    )
+                continue
             leaf = value.detach().requires_grad_(value.requires_grad)
             self.substitutes[name] = leaf
             if value.requires_grad:
@@ -189,7 +237,7 @@ class Target:
         else:
 
             def function(*args: Any, **kwargs: Any) -> Any:
-                return torch.func.functional_call(self.model, substitutes, args, kwargs)
+                return functional_call(self.model, substitutes, args, kwargs)
 
         result = batch.call(function, tensors)
         return self.pick(result, tensors[0].shape[0], batch)
@@ -203,6 +251,8 @@ class Target:
                 f"the model's result is a {type(result).__name__}, not a tensor; pass output=, a function that picks "
                 "a tensor [N, ...] from it"
             )
+        if rows == 1 and self.row_shape is not None and result.shape == self.row_shape:
+            result = result.unsqueeze(0)
         if result.dim() == 0 or result.shape[0] != rows:
             raise ValueError(
                 f"the model's output must have a batch axis: [{rows}, ...] for {rows} rows of {batch.name} "
@@ -225,14 +275,15 @@ def flatten(raw: Tensor) -> Tensor:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Run the model with gradients on, autocast and TF32 off; put its buffers back, also after an exception or Ctrl-C.
+    """Run the model with gradients on, autocast and TF32 off; put it back as it was, also after an exception or Ctrl-C.
 
-    The kernels never write parameters, `.grad`, hooks or modes, so buffers are all that a forward can change.
+    The kernels never write parameters, `.grad` or hooks. What a forward itself may change are buffers and attributes of
+    modules, which also hold what prune and the older weight_norm make from the parameters.
     """
-    kept = [
-        (module, name, value, value.clone(), value._version)
-        for module in model.modules()
-        for name, value in module._buffers.items()
+    modules = [(module, dict(vars(module)), dict(module._buffers.items())) for module in model.modules()]
+    buffers = [
+        (value, value.clone(), value._version)
+        for value in {id(value): value for _, _, own in modules for value in own.values()}.values()
         if value is not None
     ]
     on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
@@ -248,11 +299,22 @@ def preserved(model: nn.Module) -> Iterator[None]:
         ):
             yield
     finally:
-        for module, name, value, saved, version in kept:
-            module._buffers[name] = value
-            if value._version != version:
+        for module, attributes, own in modules:
+            _put_back(vars(module), attributes)
+            _put_back(module._buffers, own)
+        for value, saved, version in buffers:
+            # `.data` writes without a new version.
+            if value._version != version or not torch.equal(value, saved):
                 with torch.no_grad():
                     value.copy_(saved)
+
+
+def _put_back(now: MutableMapping[str, Any], before: Mapping[str, Any]) -> None:
+    for name in set(now.keys()) - set(before):
+        del now[name]
+    for name, value in before.items():
+        if name not in now or now[name] is not value:
+            now[name] = value
 
 
 def _eager() -> AbstractContextManager[Any]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from . import products
 from .contract import Inputs, preserved
 from .explanation import Explanation
+from .plan import Plan
 from .problem import Problem
-from .sweep import PlanMismatchError
 from .walk import Walk
 
 
@@ -20,23 +20,18 @@ def run(problem: Problem) -> dict[str, Tensor] | Tensor:
     with preserved(problem.target.model):
         if problem.method == "products" and not problem.separate:
             return products.kernel(problem)
-        for loop in (False, True):
-            plan = problem.plan(loop)
-            held = problem.held_blocks(plan)
-            if problem.separate:
-                by_name = {name: problem.empty(plan.outputs) for name in problem.target.parameters}
-                kernels = [by_name[entry.names[0]] for entry in plan.entries]
-            else:
-                total = problem.empty(plan.outputs)
-                kernels = [total] * len(plan.entries)
-            try:
-                Walk(problem, plan, kernels).run(held)
-            except PlanMismatchError:
-                if loop:
-                    raise ValueError("model: it uses its parameters differently from call to call") from None
-                continue
-            return by_name if problem.separate else total
-    raise AssertionError("unreachable")
+        return problem.with_plan(lambda plan: _by_tiles(problem, plan))
+
+
+def _by_tiles(problem: Problem, plan: Plan) -> dict[str, Tensor] | Tensor:
+    held = problem.held_blocks(plan)
+    if problem.separate:
+        by_name = {name: problem.empty(plan.outputs) for name in problem.target.parameters}
+        Walk(problem, plan, [by_name[entry.names[0]] for entry in plan.entries]).run(held)
+        return by_name
+    total = problem.empty(plan.outputs)
+    Walk(problem, plan, [total] * len(plan.entries)).run(held)
+    return total
 
 
 def empirical_ntk(

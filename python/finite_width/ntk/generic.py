@@ -22,6 +22,8 @@ def _fill(out: Tensor, gradients: Sequence[Tensor | None], names: Sequence[str],
         if gradient is None:
             out[..., begin:end] = 0
         else:
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
             if gradient.is_complex():
                 gradient = torch.view_as_real(gradient.resolve_conj())
             out[..., begin:end] = gradient.detach().reshape(*out.shape[:-1], end - begin)
@@ -33,8 +35,15 @@ def _empty(target: Target, names: Sequence[str], rows: int, outputs: int) -> Ten
     return torch.empty((rows, outputs, width), dtype=target.dtype, device=target.device)
 
 
-def vmapped(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Sequence[str], outputs: int) -> Tensor:
-    """[n, O, P] by vmap over rows and outputs of the vector-Jacobian product, an eighth of the rows at a time."""
+def vmapped(
+    target: Target,
+    batch: Batch,
+    tensors: Sequence[Tensor],
+    names: Sequence[str],
+    outputs: int,
+    chunk: int | None = None,
+) -> Tensor:
+    """[n, O, P] by vmap over rows and outputs of the vector-Jacobian product, `chunk` rows at a time: an eighth."""
     values = {name: target.parameters[name].detach() for name in names}
     cotangents = torch.eye(outputs, dtype=target.dtype, device=target.device)
 
@@ -48,7 +57,7 @@ def vmapped(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Sequ
 
     rows = tensors[0].shape[0]
     result = _empty(target, names, rows, outputs)
-    chunk = -(-rows // CHUNK_PART)
+    chunk = chunk or -(-rows // CHUNK_PART)
     with torch.no_grad():  # the transform differentiates all the same; nothing else shall record a graph
         for begin in range(0, rows, chunk):
             part = slice(begin, begin + chunk)
@@ -60,13 +69,18 @@ def vmapped(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Sequ
 
 def looped(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Sequence[str], outputs: int) -> Tensor:
     """[n, O, P] by a loop of torch.autograd.grad over rows and outputs: the definition."""
-    parameters = [target.parameters[name] for name in names]
     jacobian = _empty(target, names, tensors[0].shape[0], outputs)
     for row in range(tensors[0].shape[0]):
         result = flatten(target.run(batch, [value[row : row + 1] for value in tensors]))
         for index in range(outputs):
-            gradients: Sequence[Tensor | None] = [None] * len(parameters)
-            if result.requires_grad:
-                gradients = torch.autograd.grad(result[0, index], parameters, retain_graph=True, allow_unused=True)
-            _fill(jacobian[row, index], gradients, names, target)
+            gradient(target, result[0, index], names, jacobian[row, index])
     return jacobian
+
+
+def gradient(target: Target, value: Tensor, names: Sequence[str], out: Tensor) -> None:
+    """The gradient of one value by the parameters, into out [P]; its graph stays."""
+    parameters = [target.parameters[name] for name in names]
+    gradients: Sequence[Tensor | None] = [None] * len(parameters)
+    if value.requires_grad:
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    _fill(out, gradients, names, target)

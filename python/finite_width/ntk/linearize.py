@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import jvp
+
+from .contract import functional_call
 
 
 class Linearized(nn.Module):

@@ -145,14 +145,13 @@ class NTKOperator:
 
     def diagonal(self) -> Tensor:
         """The main diagonal [min(N, M) O], by blocks of rows."""
-        problem, block = self._problem, self._plan.block
-        count = min(problem.left.rows, problem.right.rows)
-        parts = []
-        with preserved(problem.target.model):
-            for begin in range(0, count, block):
-                end = min(begin + block, count)
-                parts.append(Walk.pair(problem, self._plan, begin, end))
-        return torch.cat(parts).flatten()
+        with preserved(self._problem.target.model):
+            return self._problem.with_plan(self._diagonal, self._plan)
+
+    def _diagonal(self, plan: Plan) -> Tensor:
+        count, block = min(self._problem.left.rows, self._problem.right.rows), plan.block
+        cuts = [(begin, min(begin + block, count)) for begin in range(0, count, block)]
+        return torch.cat([Walk.pair(self._problem, plan, *cut) for cut in cuts]).flatten()
 
     def to_dense(self) -> Tensor:
         """The matrix [N O, M O]."""

@@ -53,6 +53,7 @@ class Plan:
     entries: list[Entry]
     signatures: list[tuple]
     layouts: list[Layout | None]
+    row_shapes: list[tuple[int, ...] | None]  # of one row's part of each use that has a layout
     unrecognised: set[str]  # parameters that the graph reaches
     block: int  # rows of a block
     batched_backward: bool  # one sweep for all outputs, or one for each
@@ -80,8 +81,7 @@ class Plan:
 
 def positions(use: Use, layout: Layout, rows: int) -> int:
     """T of a dense use or an embedding: how often each row passes through it."""
-    width = use.shape[-1]
-    return math.prod(use.shape) // (rows * width)
+    return math.prod(use.shape[:-1]) // rows
 
 
 def row_axes(use: Use) -> list[int]:
@@ -179,7 +179,7 @@ class Planner:
         ):
             return None
         bias = self.uses[own[0][0]].bias
-        same = bias is not None and roles[bias] == [(index, "bias") for index, _ in own]
+        same = bias is not None and roles.get(bias) == [(index, "bias") for index, _ in own]
         return bias if same else None
 
     def _entry(self, name: str, own: list[Role], last: int | None) -> Entry:

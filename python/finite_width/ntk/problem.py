@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from .checks import make_plan
 from .contract import Batch, Inputs, Target, refuse_training_modules
 from .ops import COMPUTE
 from .plan import METHODS, Plan, Sizes
+from .sweep import PlanMismatchError
+
+Result = TypeVar("Result")
 
 # Bytes that any machine has: below, the default budget does not look at what is free.
 SMALL = 64 << 20
@@ -68,6 +71,21 @@ class Problem:
             loop=loop,
             compared=compared,
         )
+
+    def with_plan(self, compute: Callable[[Plan], Result], plan: Plan | None = None) -> Result:
+        """compute(plan); and once more with autograd's Jacobians, where a block does not follow the plan of the probe.
+
+        Raises:
+            ValueError: the model uses its parameters differently from call to call.
+        """
+        try:
+            return compute(self.plan() if plan is None else plan)
+        except PlanMismatchError:
+            pass
+        try:
+            return compute(self.plan(loop=True))
+        except PlanMismatchError:
+            raise ValueError("model: it uses its parameters differently from call to call") from None
 
     def blocks(self, plan: Plan) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """The row blocks of both sides."""

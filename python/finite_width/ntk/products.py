@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .contract import Batch, Target, flatten
 from .problem import Problem, progress_bar
+from .sweep import agrees
 from .walk import mirror
 
 Vectors = dict[str, Tensor]  # parameter name -> [k, *its shape]
@@ -35,7 +36,7 @@ class Products:
         def single(cotangent: Tensor) -> tuple[Tensor, ...]:
             found = torch.autograd.grad(result, parameters, cotangent, retain_graph=True, allow_unused=True)
             return tuple(
-                torch.zeros_like(parameter) if value is None else value
+                torch.zeros_like(parameter) if value is None else value.to_dense() if value.is_sparse else value
                 for parameter, value in zip(parameters, found, strict=True)
             )
 
@@ -107,6 +108,7 @@ class Products:
                 found = torch.autograd.grad(result[row, output], parameters, retain_graph=True, allow_unused=True)
                 for (_, vector), gradient in zip(vectors.items(), found, strict=True):
                     if gradient is not None:
+                        gradient = gradient.to_dense() if gradient.is_sparse else gradient
                         product = gradient.conj() * vector
                         out[:, row, output] += (product.real if product.is_complex() else product).flatten(1).sum(1)
         return out.detach()
@@ -117,10 +119,13 @@ class Products:
         generator = torch.Generator(device=self.target.device).manual_seed(0)
         shape = (2, rows, self.outputs)
         cotangents = torch.randn(shape, generator=generator, dtype=self.target.dtype, device=self.target.device)
+        single = self.pull(batch, 0, rows, cotangents.sum(0, keepdim=True))
         try:
             pulled = self.pull(batch, 0, rows, cotangents)
+            self.batched_pull = all(agrees(pulled[name].sum(0), single[name][0]) for name in single)
         except Exception:
             self.batched_pull = False
+        if not self.batched_pull:
             pulled = self.pull(batch, 0, rows, cotangents)
         vectors = {
             name: torch.randn(value.shape, generator=generator, dtype=value.dtype, device=value.device)

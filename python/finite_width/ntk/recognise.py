@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._gemm import gemm
 from .contract import FLOATS
@@ -31,8 +32,9 @@ def _ordinary(*values: Tensor | None) -> bool:
     for value in values:
         if value is None:
             continue
-        # Inside the model's own torch.func transforms tensors are wrapped, and an edge of the graph is no cotangent.
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        # Inside the model's own transforms an edge of the graph is no cotangent: torch.func wraps tensors there,
+        # forward mode gives them tangents.
+        if torch._C._functorch.is_functorch_wrapped_tensor(value) or forward_ad.unpack_dual(value).tangent is not None:
             return False
         if dtype is None:
             dtype = value.dtype
@@ -274,13 +276,35 @@ def _embedding(
     if not capture.name(weight) or weight.dtype not in FLOATS:
         return NotImplemented
     if scale_grad_by_freq:
-        raise ValueError("model: an embedding has scale_grad_by_freq=True, so its gradient depends on the other rows")
+        raise _depends_on_others()
 
     def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         return torch.embedding(weight, input)
 
     return capture.record("embedding", weight, None, input, call, padding_idx=padding_idx, size=weight.shape[0])
+
+
+def _embedding_bag(
+    capture: Capture,
+    weight: Tensor,
+    input: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    *others: Any,
+    **named: Any,
+) -> Any:
+    if scale_grad_by_freq:
+        raise _depends_on_others()
+    return NotImplemented
+
+
+def _depends_on_others() -> ValueError:
+    return ValueError("model: an embedding has scale_grad_by_freq=True, so its gradient depends on the other rows")
+
+
+def _renormed(capture: Capture, *args: Any, **named: Any) -> Any:
+    raise ValueError("model: an embedding has max_norm, which rewrites its weight in every forward")
 
 
 def _getter(name: str) -> Any:
@@ -319,4 +343,6 @@ RECOGNISED: dict[Any, Callable[..., Any]] = {
     torch.group_norm: _group_norm,
     torch.batch_norm: _batch_norm,
     torch.embedding: _embedding,
+    torch.embedding_bag: _embedding_bag,
+    torch.embedding_renorm_: _renormed,
 }

@@ -13,7 +13,7 @@ from .contract import Batch, Inputs, Target, preserved
 from .plan import Plan
 from .problem import Problem, progress_bar
 from .projections import KINDS, Projection, add_outer, add_rows, add_tokens
-from .sweep import PlanMismatchError, Rows, arrange, generic_jacobians
+from .sweep import Rows, arrange, generic_jacobians
 
 # Values of a convolution's per-example gradients held at once.
 _TILE = 1 << 22
@@ -88,22 +88,18 @@ def sketch(
     )
     target = problem.target
     projection = KINDS[kind](dim, seed, target.dtype, target.device)
+
+    def sketched(plan: Plan) -> Tensor:
+        result = torch.empty(problem.left.rows, plan.outputs, dim, dtype=target.dtype, device=target.device)
+        blocks, _ = problem.blocks(plan)
+        with progress_bar(progress, len(blocks), "sketch") as advance:
+            for begin, end in blocks:
+                result[begin:end] = _block(projection, target, plan, problem.left, begin, end, check)
+                advance(1)
+        return result
+
     with preserved(model):
-        for loop in (False, True):
-            plan = problem.plan(loop)
-            result = torch.empty(problem.left.rows, plan.outputs, dim, dtype=target.dtype, device=target.device)
-            blocks, _ = problem.blocks(plan)
-            try:
-                with progress_bar(progress, len(blocks), "sketch") as advance:
-                    for begin, end in blocks:
-                        result[begin:end] = _block(projection, target, plan, problem.left, begin, end, check)
-                        advance(1)
-            except PlanMismatchError:
-                if loop:
-                    raise ValueError("model: it uses its parameters differently from call to call") from None
-                continue
-            return result
-    raise AssertionError("unreachable")
+        return problem.with_plan(sketched)
 
 
 def _block(

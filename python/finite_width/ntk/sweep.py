@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,47 +12,62 @@ from . import generic, ops
 from .capture import Capture, Use
 from .contract import Batch, Target, flatten
 from .factors import ConvInputs, Factor, Ghost, Gram, Jacobian, Last, Tiled, Tokens
-from .layout import Layout, by_rows
+from .layout import Layout, by_rows, multiplied_by_rows, row_shape
 from .plan import Entry, Plan
+
+# Relative to a row's cotangent: far above the rounding of sums in another order, far below what another row's factor
+# makes, which differs by one part in 8192 or more (blocks have 4096 rows at most).
+PLACE_TOLERANCE = 5e-5
 
 
 class PlanMismatchError(Exception):
     """A block used the parameters in another way than the rows that the plan was made from."""
 
 
-def cotangents(uses: Sequence[Use], flat: Tensor, batched: bool) -> list[Tensor]:
-    """δ [O, *output's shape] of each use: the cotangents of all outputs [n, O], in one backward sweep where batched."""
-    rows, outputs = flat.shape
-    edges = [use.edge for use in uses]
-    if not edges or flat.grad_fn is None:
-        return [flat.new_zeros(outputs, *use.shape) for use in uses]
+def pull(
+    flat: Tensor, edges: Sequence[Any], cotangents: Tensor, *, batched: bool, keep: bool = True
+) -> list[Tensor | None]:
+    """The cotangents [k, *shape] at the edges for k cotangents [k, n, O] of the outputs; None where none arrives.
 
-    def pull(cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(flat, edges, cotangent, retain_graph=True, allow_unused=True)
+    Args:
+        batched: one sweep for all.
+        keep: the graph serves again; else a single sweep frees what it has passed.
+    """
+    keep = keep or batched or len(cotangents) > 1
+
+    def single(cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(flat, edges, cotangent, retain_graph=keep, allow_unused=True)
 
     results: list[Tensor | None] = [None] * len(edges)
-    unit = torch.eye(outputs, dtype=flat.dtype, device=flat.device)[:, None, :].expand(outputs, rows, outputs)
-    if outputs == 1:
-        found = torch.autograd.grad(flat, edges, unit[0], allow_unused=True)
-        results = [None if value is None else value.unsqueeze(0) for value in found]
-    elif batched:
+    if batched:
         present: list[int] = []
 
         def reached(cotangent: Tensor) -> tuple[Tensor, ...]:
-            values = pull(cotangent)
+            values = single(cotangent)
             present[:] = [place for place, value in enumerate(values) if value is not None]
             return (cotangent, *(value for value in values if value is not None))
 
-        stacked = torch.func.vmap(reached)(unit)[1:]
+        stacked = torch.func.vmap(reached)(cotangents)[1:]
         for place, value in zip(present, stacked, strict=True):
-            results[place] = value
+            results[place] = value.detach()
     else:
-        each = [pull(unit[index]) for index in range(outputs)]
+        each = [single(cotangent) for cotangent in cotangents]
         for place, column in enumerate(zip(*each, strict=True)):
             if column[0] is not None:
-                results[place] = torch.stack([value for value in column if value is not None])
+                found = [value.detach() for value in column if value is not None]
+                results[place] = torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
+    return results
+
+
+def cotangents(uses: Sequence[Use], flat: Tensor, batched: bool, keep: bool = False) -> list[Tensor]:
+    """δ [O, *output's shape] of each use: the cotangents of all outputs [n, O], in one backward sweep where batched."""
+    rows, outputs = flat.shape
+    if not uses or flat.grad_fn is None:
+        return [flat.new_zeros(outputs, *use.shape) for use in uses]
+    unit = torch.eye(outputs, dtype=flat.dtype, device=flat.device)[:, None, :].expand(outputs, rows, outputs)
+    results = pull(flat, [use.edge for use in uses], unit, batched=batched and outputs > 1, keep=keep)
     return [
-        flat.new_zeros(outputs, *use.shape) if value is None else value.detach().reshape(outputs, *use.shape)
+        flat.new_zeros(outputs, *use.shape) if value is None else value.reshape(outputs, *use.shape)
         for use, value in zip(uses, results, strict=True)
     ]
 
@@ -84,7 +100,7 @@ class Rows:
     def dense(self) -> tuple[Tensor, Tensor]:
         """a [n, T, I] and d [n, O, T, C]."""
         a, d = self.inputs(), self.d
-        return a.reshape(self.rows, -1, a.shape[-1]), d.reshape(*d.shape[:2], -1, d.shape[-1])
+        return a.unsqueeze(1).flatten(1, -2), d.unsqueeze(2).flatten(2, -2)
 
     def conv(self) -> ConvInputs:
         a, d = self.inputs(), self.d
@@ -154,8 +170,10 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
     changed = any(use.input._version != use.version for use in uses)
     if (
         changed
+        or capture.differentiated
         or flat.shape[1] != plan.outputs
         or [use.signature() for use in uses] != plan.signatures
+        or row_shapes(uses, plan.layouts, rows) != plan.row_shapes
         or capture.unrecognised(raw) != plan.unrecognised
         or last_use(uses, raw, rows) != plan.last
     ):
@@ -166,7 +184,10 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
             refuse_other_bits(target, batch, plan.probe)
             compare(found, plan.probe)
     needed = plan.needed
-    deltas = cotangents([uses[index] for index in needed], flat, plan.batched_backward)
+    verified = capture.routed and rows > 1
+    deltas = cotangents([uses[index] for index in needed], flat, plan.batched_backward, keep=verified)
+    if verified:
+        _refuse_other_places(plan, uses, deltas, flat)
     del raw, flat
     for index in {index for entry in plan.entries for index, _ in entry.roles}:
         layout = plan.layouts[index]
@@ -174,6 +195,36 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
         delta = deltas[needed.index(index)] if index in needed else None
         arranged[index] = Rows(uses[index], layout, rows, delta)
     return arranged
+
+
+def row_shapes(uses: Sequence[Use], layouts: Sequence[Layout | None], rows: int) -> list[tuple[int, ...] | None]:
+    """The shape of one row's part of each use that has a layout, which all blocks of rows share."""
+    return [
+        None if layout is None else row_shape(use.shape, layout, rows)
+        for use, layout in zip(uses, layouts, strict=True)
+    ]
+
+
+def _refuse_other_places(plan: Plan, uses: Sequence[Use], deltas: Sequence[Tensor], flat: Tensor) -> None:
+    """Raise unless this block's rows lie where the plan's layouts say, by one more sweep.
+
+    For models whose values may decide where rows go: the rows that the plan was made from may lie in another order.
+    """
+    rows, outputs = flat.shape
+    # Outputs weighted without a simple relation, so that sums over them do not cancel; rows by factors all different.
+    weights = 1 + torch.arange(1, outputs + 1, dtype=flat.dtype, device=flat.device).sin() / 2
+    factors = 1 + torch.arange(rows, dtype=flat.dtype, device=flat.device) / rows
+    edges = [uses[index].edge for index in plan.needed]
+    second = (factors[:, None] * weights).unsqueeze(0)
+    found = pull(flat, edges, second, batched=False, keep=False) if edges and flat.requires_grad else []
+    for index, delta, value in zip(plan.needed, deltas, found, strict=False):
+        layout = plan.layouts[index]
+        assert layout is not None
+        first = torch.tensordot(weights, delta, 1)
+        if value is not None and not multiplied_by_rows(
+            first, value.reshape(first.shape), layout, factors, PLACE_TOLERANCE
+        ):
+            raise PlanMismatchError
 
 
 def collect(target: Target, plan: Plan, batch: Batch, begin: int, end: int, check: bool = False) -> list[Factor]:
@@ -232,10 +283,17 @@ def refuse_other_bits(target: Target, batch: Batch, expected: Tensor) -> None:
         )
 
 
+def agrees(found: Tensor, expected: Tensor) -> bool:
+    """Whether two computations of the same values differ by no more than roundings: what a wrong formula does not."""
+    found, expected = (torch.nan_to_num(value, 0, 0, 0) for value in (found, expected))
+    tolerance = 1e-3 if found.dtype in (torch.float32, torch.complex64) else 1e-7
+    return float((found - expected).norm()) <= tolerance * float(expected.norm())
+
+
 def compare(found: Tensor, expected: Tensor) -> None:
     """Raise where the same rows gave other outputs beside other rows: then the model mixes rows."""
     rows = min(len(found), len(expected))
-    found, expected = found[:rows], expected[:rows]
+    found, expected = found[:rows].detach(), expected[:rows]
     tolerance = 1e-3 if found.dtype == torch.float32 else 1e-7
     if torch.equal(found, expected):
         return
