@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_tensor(name: str, value: Any) -> None:
     """Raise TypeError unless value is a torch.Tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def is_module(name: str, value: Any) -> None:
+    """Raise TypeError unless value is a torch.nn.Module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def is_float(name: str, value: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64)) -> None:
@@ -48,3 +54,16 @@ def positive_int(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def number(name: str, value: Any, *, positive: bool = False) -> None:
+    """Raise unless value is a number (TypeError), finite and at least 0, or above 0 if `positive` (ValueError)."""
+    try:
+        found = None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= found < float("inf") or (positive and found == 0):
+        allowed = "positive and finite" if positive else "finite and at least 0"
+        raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import finite_width as fw
+from finite_width.ntk.inputs import row_cuts
 
 ESTIMATORS = [
     fw.ntk.NTKRegressor,
@@ -355,6 +356,10 @@ def test_several_inputs_and_an_output_to_pick(kind):
     [
         ({"ridge": -1.0}, ValueError, "ridge must be finite and at least 0, got -1"),
         ({"ridge": "large"}, TypeError, "ridge must be a number"),
+        ({"ridge": "0.1"}, TypeError, "ridge must be a number, got str"),
+        ({"jitter": -1}, ValueError, "jitter must be finite and at least 0, got -1"),
+        ({"jitter": "a"}, TypeError, "jitter must be a number, got str"),
+        ({"tol": -1}, ValueError, "tol must be positive and finite, got -1"),
         ({"compute": "sum"}, ValueError, "compute must be one of"),
         ({"solver": "lu"}, ValueError, "solver must be one of"),
         ({"model": "mlp"}, TypeError, "model must be a torch.nn.Module, got str"),
@@ -380,6 +385,8 @@ def test_bad_data():
         regressor.fit(x[:0], y[:0])
     with pytest.raises(ValueError, match=r"\[2, 4\].*fitted with \[N, 3\]"):
         regressor.fit(x, y).predict(points(2, features=4))
+    with pytest.raises(ValueError, match="x holds NaN or infinite entries"):
+        regressor.fit(x, y).predict(x / 0)
     with pytest.raises(TypeError, match="must hold numbers"):
         regressor.fit(np.array([["a", "b", "c"]] * 5), y)
     classifier = fw.ntk.NTKClassifier(mlp())
@@ -393,6 +400,101 @@ def test_bad_data():
         fw.ntk.NTKRidgeCV(mlp(), ridges=[0.0]).fit(x, y)
     with pytest.raises(ValueError, match="at least one ridge"):
         fw.ntk.NTKRidgeCV(mlp(), ridges=[]).fit(x, y)
+    for ridges in (None, 1.0):
+        with pytest.raises(TypeError, match=f"ridges must be a sequence of numbers, got {ridges}"):
+            fw.ntk.NTKRidgeCV(mlp(), ridges=ridges).fit(x, y)
+    with pytest.raises(ValueError, match="jitter must be finite and at least 0, got -1"):
+        fw.ntk.NNGPRegressor(mlp(), jitter=-1).fit(x, y)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_inputs_that_the_model_cannot_take(estimator):
+    x = points(5)
+    y = (x[:, 0] > 0).double()
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="x holds NaN or infinite entries"):
+            estimator(mlp()).fit(torch.cat([x[:4], torch.full((1, 3), bad, dtype=x.dtype)]), y)
+    with pytest.raises(ValueError, match=r"model cannot take x with shape \[5, 2\]: mat1 and mat2"):
+        estimator(mlp()).fit(x[:, :2], y)
+    with pytest.raises(ValueError, match=r"model cannot take x with shape \[5, 3\].*integers stay integers"):
+        estimator(mlp()).fit(x.long().numpy(), y.numpy())
+    with pytest.raises(TypeError, match=r"x has dtype torch.float32, but the model's parameters have torch.float64"):
+        estimator(mlp()).fit(x.float(), y)
+    with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\) is in train mode.*call model.eval\(\)"):
+        estimator(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()).fit(x, y)
+
+
+def test_an_infinite_mask_beside_the_rows_is_no_mistake():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = mlp()
+
+        def forward(self, x, mask):
+            return self.layers(x * mask.softmax(1))
+
+    inputs = (points(5), torch.zeros(5, 3, dtype=torch.float64).index_fill(1, torch.tensor([2]), -torch.inf))
+    assert fw.ntk.NTKRegressor(Masked()).fit(inputs, points(5)[:, 0]).predict(inputs).shape == (5,)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_model_that_writes_its_input_leaves_the_users_alone(estimator):
+    model = nn.Sequential(nn.ReLU(inplace=True), *mlp())
+    x, new = points(10), points(4, seed=1)
+    options = {"center": True} if "center" in estimator(model).get_params() else {}
+    fitted = estimator(model, **options).fit(x, (x[:, 0] > 0).double())
+    prediction = fitted.predict(new)
+    assert torch.equal(x, points(10))
+    assert torch.equal(new, points(4, seed=1))
+    assert torch.equal(getattr(fitted, "x_fit_", x), points(10))
+    same = estimator(mlp(), **options).fit(x.relu(), (x[:, 0] > 0).double()).predict(new.relu())
+    torch.testing.assert_close(prediction, same)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_autocast_and_inference_mode_around_the_calls_change_nothing(estimator):
+    model, x = mlp(dtype=torch.float32), points(10, dtype=torch.float32)
+    options = {"center": True} if "center" in estimator(model).get_params() else {}
+    y = (x[:, 0] > 0).float()
+    predict = "predict" if estimator in REGRESSORS else "decision_function"
+    expected = getattr(estimator(model, **options).fit(x, y), predict)(x)
+    for context in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
+        with context:
+            assert torch.equal(getattr(estimator(model, **options).fit(x, y), predict)(x), expected)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("estimator", [fw.ntk.NTKRegressor, fw.ntk.NTKRidgeCV, fw.ntk.NTKClassifier])
+def test_a_model_that_squeezes_its_output(estimator, center):
+    class Squeezed(nn.Sequential):
+        def forward(self, value):
+            return super().forward(value).squeeze()
+
+    x = points(12)
+    y = (x[:, 0] > 0).double()
+    prediction = estimator(Squeezed(*mlp()), center=center).fit(x, y).predict(x)
+    torch.testing.assert_close(prediction, estimator(mlp(), center=center).fit(x, y).predict(x))
+    with pytest.raises(ValueError, match="must have a batch axis"):
+        fw.ntk.NTKRegressor(Squeezed(*mlp())).fit(x[:1], y[:1])
+
+
+def test_no_block_of_one_row_is_left_over():
+    assert list(row_cuts(5, 2)) == [(0, 2), (2, 5)]
+    assert list(row_cuts(4, 2)) == [(0, 2), (2, 4)]
+    assert list(row_cuts(1, 2)) == [(0, 1)]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_rows_that_mix_are_refused(estimator):
+    class Mixing(nn.Sequential):
+        def forward(self, value):
+            return super().forward(value - value.mean(0))
+
+    x = points(8)
+    y = (x[:, 0] > 0).double()
+    with pytest.raises(ValueError, match="rows"):
+        estimator(Mixing(*mlp())).fit(x, y)
+    estimator(Mixing(*mlp()), check=False).fit(x, y)
 
 
 def test_a_system_that_is_not_positive_definite_names_the_way_out():

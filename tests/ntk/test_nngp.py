@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import finite_width as fw
@@ -75,7 +76,7 @@ def test_the_model_comes_back_as_it_was_after_an_exception():
             raise RuntimeError("broken")
 
     model = Broken(nn.Linear(4, 2)).double()
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(ValueError, match=r"model cannot take x1 with shape \[6, 4\]: broken"):
         fw.ntk.nngp_kernel(model, x())
     assert not model[0]._forward_pre_hooks
 
@@ -89,10 +90,20 @@ def test_refusals():
         fw.ntk.nngp_kernel(nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 1)).double(), x())
     with pytest.raises(ValueError, match="several positions per row"):
         fw.ntk.nngp_kernel(mlp(), x(6, 12).reshape(6, 3, 4))
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match=r"x1 must have at least one row, got shape \[0, 4\]"):
         fw.ntk.nngp_kernel(mlp(), x(0))
     with pytest.raises(TypeError, match="x1 must be a tensor"):
         fw.ntk.nngp_kernel(mlp(), "x")
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got NoneType"):
+        fw.ntk.nngp_kernel(None, x())
+    with pytest.raises(ValueError, match=r"model cannot take x2 with shape \[6, 3\]: mat1 and mat2"):
+        fw.ntk.nngp_kernel(mlp(), x(), x(features=3))
+    with pytest.raises(TypeError, match=r"x1 has dtype torch.float32, but the model's parameters have torch.float64"):
+        fw.ntk.nngp_kernel(mlp(), x().float())
+    with pytest.raises(ValueError, match=r"model cannot take x1.*integers stay integers"):
+        fw.ntk.nngp_kernel(mlp(), x().long())
+    with pytest.raises(TypeError, match="the inputs of layer '4' must be float32 or float64, got bfloat16"):
+        fw.ntk.nngp_kernel(mlp().bfloat16(), x().bfloat16())
     shared = nn.Linear(4, 4).double()
     with pytest.raises(ValueError, match="called more than once"):
         fw.ntk.nngp_kernel(nn.Sequential(shared, nn.ReLU(), shared), x())
@@ -107,3 +118,81 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="did not call layer 'unused'"):
         fw.ntk.nngp_kernel(Unused().double(), x(), layer="unused")
+
+
+class Between(nn.Module):
+    """Two layers, with one function before and one between them."""
+
+    def __init__(self, before=lambda value: value, between=torch.tanh):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.between = before, between
+        self.first, self.last = nn.Linear(4, 6).double(), nn.Linear(6, 1).double()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, value):
+        self.calls += 1
+        return self.last(self.between(self.first(self.before(value))))
+
+
+class BatchAttention(nn.Module):
+    """Rows taken for positions: batch_first was forgotten."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(4, 2).double(), nn.Linear(4, 1).double()
+
+    def forward(self, value):
+        return self.last(self.attention(value, value, value)[0])
+
+
+class Counter(Between):
+    """Every call gives other features, without random numbers."""
+
+    def forward(self, value):
+        return super().forward(value * (1 + self.calls))
+
+
+NOT_ROW_BY_ROW = {
+    "batch statistics": (lambda: Between(lambda value: value - value.mean(0)), "the model mixes rows"),
+    "rows before": (lambda: Between(lambda value: value.cumsum(0)), "the model mixes rows"),
+    "norm of all rows": (lambda: Between(between=lambda h: h / h.norm()), "the model mixes rows"),
+    "attention over rows": (BatchAttention, "the model mixes rows"),
+    "functional dropout": (lambda: Between(between=F.dropout), "model draws random numbers"),
+    "state": (Counter, "two forwards of the same rows differ"),
+}
+
+
+@pytest.mark.parametrize("rows", [2, 3, 6])
+@pytest.mark.parametrize("name", NOT_ROW_BY_ROW)
+def test_rows_that_mix_and_random_numbers_are_refused(name, rows):
+    make, message = NOT_ROW_BY_ROW[name]
+    model, generator = make(), torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        fw.ntk.nngp_kernel(model, x(rows))
+    assert torch.equal(generator, torch.get_rng_state())
+    assert fw.ntk.nngp_kernel(model, x(rows), check=False).shape == (rows, rows)
+
+
+def test_a_model_that_takes_no_single_row_is_accepted_from_two_rows_on():
+    model = Between(lambda value: value.squeeze())
+    torch.testing.assert_close(fw.ntk.nngp_kernel(model, x(2)), fw.ntk.nngp_kernel(Between(), x(2)))
+
+
+def test_the_input_and_the_buffers_stay_as_they_are():
+    x1, x2 = x(), x(3, seed=1)
+    model = Between(lambda value: value.relu_())
+    K = fw.ntk.nngp_kernel(model, x1, x2)
+    assert torch.equal(x1, x())
+    assert torch.equal(x2, x(3, seed=1))
+    assert model.calls == 0
+    torch.testing.assert_close(K, fw.ntk.nngp_kernel(Between(), x().relu(), x2.relu()))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_autocast_around_the_call_changes_nothing(reference):
+    model = mlp().float()
+    with fw.reference_only() if reference else torch.enable_grad():
+        expected = fw.ntk.nngp_kernel(model, x().float())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(fw.ntk.nngp_kernel(model, x().float()), expected)

@@ -146,6 +146,8 @@ def test_jitter_only_when_asked():
         ({"ridge": float("nan")}, ValueError, "ridge must be finite"),
         ({"method": "lu"}, ValueError, "method must be one of"),
         ({"tol": 0.0}, ValueError, "tol must be positive"),
+        ({"tol": "small"}, TypeError, "tol must be a number, got str"),
+        ({"jitter": -1.0}, ValueError, "jitter must be finite and at least 0, got -1"),
         ({"K_or_operator": torch.full((3, 3), torch.nan)}, ValueError, "K holds NaN"),
     ],
 )

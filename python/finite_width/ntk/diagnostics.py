@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .solve import check_ridge
 
 
 def spectrum(K: Tensor) -> Tensor:
@@ -55,9 +54,7 @@ def effective_dimension(K: Tensor, ridge: float) -> float:
         >>> fw.ntk.effective_dimension(torch.eye(4), ridge=1.0)
         2.0
     """
-    check_ridge("ridge", ridge)
-    if ridge == 0:
-        raise ValueError("ridge must be positive, got 0")
+    _check.number("ridge", ridge, positive=True)
     values = spectrum(K).clamp_min(0)
     return float((values / (values + ridge)).sum())
 

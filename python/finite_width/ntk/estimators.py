@@ -14,7 +14,9 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
 from sklearn.metrics import accuracy_score, r2_score
 from torch import Tensor, nn
 
-from .inputs import from_user, model_kind, row_blocks, row_count, targets_from_user, tensors_of, to_user
+from .. import _check
+from .contract import refuse_training_modules
+from .inputs import from_user, model_kind, refuse_nan, row_blocks, row_count, targets_from_user, tensors_of, to_user
 
 # Entries of a block of the kernel between new and training points: bounds the memory of a prediction.
 _BLOCK_ENTRIES = 1 << 25
@@ -61,12 +63,14 @@ class KernelEstimator(BaseEstimator):
 
     def _begin(self, x: Any) -> Any:
         """Check the parameters, copy the model, and take x in as tensors."""
-        if not isinstance(self.model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(self.model).__name__}")
+        _check.is_module("model", self.model)
+        refuse_training_modules(self.model)
         self._check_parameters()
         x, _ = from_user(x, self.model)
         row_count(x)
-        self.model_ = copy.deepcopy(self.model)
+        refuse_nan(x)
+        with torch.inference_mode(False):  # the copy has to be differentiable
+            self.model_ = copy.deepcopy(self.model)
         first = tensors_of(x)[0]
         if isinstance(x, Tensor) and first.dim() == 2:
             self.n_features_in_ = first.shape[1]
@@ -78,6 +82,7 @@ class KernelEstimator(BaseEstimator):
         rows = max(16, _BLOCK_ENTRIES // max(self._fitted_entries(), 1))
         x, as_torch = from_user(x, self.model_)
         row_count(x)
+        refuse_nan(x)
         first = tensors_of(x)[0]
         features = getattr(self, "n_features_in_", None)
         if features is not None and (first.dim() != 2 or first.shape[1] != features):
@@ -124,8 +129,10 @@ class RegressorProtocol(RegressorMixin, KernelEstimator):
             self.
 
         Raises:
-            ValueError: shapes that do not fit, a system that is not positive definite.
-            TypeError: a model that is not a module, targets that are not real numbers.
+            ValueError: shapes that do not fit, NaN or infinite entries, parameters out of range, a model in train
+                mode with batch norm or dropout, a system that is not positive definite.
+            TypeError: a model that is not a module, parameters or targets that are not real numbers, another dtype
+                than the model's.
         """
         with self._all_or_nothing():
             x = self._begin(x)
@@ -147,6 +154,11 @@ class RegressorProtocol(RegressorMixin, KernelEstimator):
         Returns:
             [M] or [M, C] like y in `fit`, in the model's dtype; a tensor for tensors, a numpy array for arrays. With
             `return_std`, a pair of those.
+
+        Raises:
+            ValueError: shapes that do not fit, NaN or infinite entries.
+            TypeError: another dtype than the model's.
+            NotFittedError: before `fit`.
         """
         mean, std, as_torch = self._predict_all(x, return_std)
         _, dtype = model_kind(self.model_)
@@ -180,7 +192,8 @@ class ClassifierProtocol(ClassifierMixin, KernelEstimator):
             self; `classes_` holds the sorted labels.
 
         Raises:
-            ValueError: labels that are not [N], fewer than two classes, shapes that do not fit.
+            ValueError: labels that are not [N], fewer than two classes; the others as for the regressors.
+            TypeError: as for the regressors.
         """
         with self._all_or_nothing():
             x = self._begin(x)

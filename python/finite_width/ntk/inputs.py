@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from .contract import Batch, Target, flatten
 
 
 def tensors_of(x: Any, name: str = "x") -> list[Tensor]:
@@ -47,25 +46,23 @@ def row_count(x: Any, name: str = "x") -> int:
     return rows.pop()
 
 
+def refuse_nan(x: Any) -> None:
+    """Raise ValueError on NaN; on infinities in a single tensor only, since several may hold a mask of -inf."""
+    for each in tensors_of(x):
+        bad = torch.isnan(each) if each is not x else ~torch.isfinite(each)
+        if bool(bad.any()):
+            raise ValueError("x holds NaN or infinite entries")
+
+
+def row_cuts(rows: int, size: int) -> Iterable[tuple[int, int]]:
+    """(begin, end) of blocks of `size` rows; one row left over joins the last, as a model may squeeze its axis away."""
+    return pairwise([*range(0, max(rows - 1, 1), size), rows])
+
+
 def row_blocks(x: Any, size: int) -> Iterator[Any]:
-    """The input cut into blocks of `size` rows, the last one shorter."""
-    for start in range(0, row_count(x), size):
-        yield map_tensors(x, lambda each, start=start: each[start : start + size])
-
-
-def call_model(model: nn.Module, x: Any) -> Any:
-    """The model's result on a tensor, a tuple (positional arguments) or a dict (keywords)."""
-    if isinstance(x, dict):
-        return model(**x)
-    return model(*x) if isinstance(x, tuple | list) else model(x)
-
-
-def model_outputs(model: nn.Module, x: Any, output: Callable[[Any], Tensor] | None, rows: int = 1024) -> Tensor:
-    """The model's outputs [N, O] without gradient, `rows` rows at a time."""
-    target, batch = Target(model, None, output), Batch("x", x)
-    with torch.no_grad():
-        starts = range(0, batch.rows, rows)
-        return torch.cat([flatten(target.run(batch, batch.take(start, start + rows))) for start in starts])
+    """The input cut into blocks of `size` rows, the last one shorter or longer by one."""
+    for begin, end in row_cuts(row_count(x), size):
+        yield map_tensors(x, lambda each, begin=begin, end=end: each[begin:end])
 
 
 def model_kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .. import _check
 from .._gemm import gemm
-from .contract import refuse_training_modules
-from .inputs import call_model, row_blocks, row_count
-
-# Rows of one forward pass: bounds the activations, whatever the number of inputs.
-_ROWS = 1024
+from .contract import Batch, Target, preserved, refuse_training_modules
+from .forwards import outputs
+from .inputs import model_kind
 
 
 def nngp_kernel(
@@ -24,6 +22,7 @@ def nngp_kernel(
     *,
     layer: str | None = None,
     normalize: bool = False,
+    check: bool = True,
 ) -> Tensor:
     """The conjugate kernel of the last hidden layer: K = h(x1) h(x2)ᵀ.
 
@@ -38,13 +37,16 @@ def nngp_kernel(
         layer: the qualified name of the layer whose inputs are the features, such as "encoder.2". Its first input
             is flattened to [N, width].
         normalize: divide by the width (neural-tangents' convention).
+        check: test on a few rows that rows do not mix and that nothing is random.
 
     Returns:
         [N, M], in the features' dtype; no gradient flows through it.
 
     Raises:
         ValueError: no such layer, a layer that the forward pass does not call or calls more than once, features
-            that do not have one row per row of the input.
+            that do not have one row per row of the input; empty batches, inputs that the model cannot take, train
+            mode with batch norm or dropout, random or row-mixing models.
+        TypeError: no module, no tensors, another dtype than the model's, features of lower precision than float32.
 
     Source:
         Lee et al., "Deep neural networks as Gaussian processes", ICLR 2018, equation 5 (its Monte Carlo form).
@@ -55,52 +57,71 @@ def nngp_kernel(
         >>> fw.ntk.nngp_kernel(model, torch.randn(5, 3), torch.randn(4, 3)).shape
         torch.Size([5, 4])
     """
-    h1 = features(model, x1, layer=layer, name="x1")
-    h2 = h1 if x2 is None else features(model, x2, layer=layer, name="x2")
+    h1 = features(model, x1, layer=layer, name="x1", check=check)
+    h2 = h1 if x2 is None else features(model, x2, layer=layer, name="x2", check=check)
     if h2.shape[1] != h1.shape[1]:
         raise ValueError(f"x1 gives features of width {h1.shape[1]}, but x2 of width {h2.shape[1]}; they must agree")
-    K = gemm(h1, h2.mT)
+    with preserved(model):  # neither autocast nor TF32
+        K = gemm(h1, h2.mT)
     return K / h1.shape[1] if normalize else K
 
 
-def features(model: nn.Module, x: Any, *, layer: str | None = None, name: str = "x") -> Tensor:
+def features(model: nn.Module, x: Any, *, layer: str | None = None, name: str = "x", check: bool = True) -> Tensor:
     """The inputs [N, width] of the last linear layer, or of the layer with that qualified name, without gradient."""
-    row_count(x, name)
+    target, batch = _Features(model, layer), Batch(name, x)
     refuse_training_modules(model)
-    if layer is None:
-        watched: dict[str, nn.Module] = {k: each for k, each in model.named_modules() if isinstance(each, nn.Linear)}
-        if not watched:
+    return outputs(target, batch, check=check)
+
+
+class _Features(Target):
+    """The features in the place of the model's outputs; no parameter counts, so none has to be trainable."""
+
+    def __init__(self, model: Any, layer: str | None) -> None:
+        _check.is_module("model", model)
+        self.model, self.layer, self.parameters = model, layer, {}
+        self.device, self.dtype = model_kind(model)
+        if layer is None:
+            self.watched: dict[str, nn.Module] = {
+                key: each for key, each in model.named_modules() if isinstance(each, nn.Linear)
+            }
+            if not self.watched:
+                raise ValueError(
+                    f"{type(model).__name__} has no nn.Linear; name the layer whose inputs to use by layer=..."
+                )
+        else:
+            modules = dict(model.named_modules(remove_duplicate=False))
+            if layer not in modules or layer == "":
+                known = ", ".join(key for key in modules if key)
+                raise ValueError(f"layer {layer!r} is not a layer of {type(model).__name__}; it has {known or 'none'}")
+            self.watched = {layer: modules[layer]}
+
+    def run(self, batch: Batch, tensors: Sequence[Tensor], values: Mapping[str, Tensor] | None = None) -> Tensor:
+        calls: list[tuple[str, Tensor]] = []
+        with _watch(self.watched, calls):
+            batch.call(self.model, tensors)
+        if not calls:
+            found = f"layer {self.layer!r}" if self.layer else "any of its nn.Linear modules"
             raise ValueError(
-                f"{type(model).__name__} has no nn.Linear; name the layer whose inputs to use by layer=..."
+                f"the forward pass of {type(self.model).__name__} did not call {found}; name another by layer=..."
             )
-    else:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        if layer not in modules or layer == "":
-            known = ", ".join(key for key in modules if key)
-            raise ValueError(f"layer {layer!r} is not a layer of {type(model).__name__}; it has {known or 'none'}")
-        watched = {layer: modules[layer]}
-    return torch.cat([_block_features(model, block, watched, layer, name) for block in row_blocks(x, _ROWS)])
-
-
-def _block_features(model: nn.Module, x: Any, watched: dict[str, nn.Module], layer: str | None, name: str) -> Tensor:
-    calls: list[tuple[str, Tensor]] = []
-    with _watch(watched, calls), torch.no_grad():
-        call_model(model, x)
-    if not calls:
-        found = f"layer {layer!r}" if layer else "any of its nn.Linear modules"
-        raise ValueError(f"the forward pass of {type(model).__name__} did not call {found}; name another by layer=...")
-    used, h = calls[-1]
-    if sum(key == used for key, _ in calls) > 1:
-        raise ValueError(f"layer {used!r} is called more than once in a forward pass; its inputs are not one matrix")
-    rows = row_count(x)
-    if h.dim() < 2 or h.shape[0] != rows:
-        raise ValueError(f"the inputs of layer {used!r} have shape {list(h.shape)}, but {name} has {rows} rows")
-    if layer is None and h.dim() > 2:
-        raise ValueError(
-            f"the last linear layer {used!r} acts on several positions per row (its inputs are {list(h.shape)}); "
-            "name the layer whose flattened inputs to use by layer=..."
-        )
-    return h.flatten(1)
+        used, h = calls[-1]
+        if sum(key == used for key, _ in calls) > 1:
+            raise ValueError(
+                f"layer {used!r} is called more than once in a forward pass; its inputs are not one matrix"
+            )
+        rows = tensors[0].shape[0]
+        if h.dim() < 2 or h.shape[0] != rows:
+            raise ValueError(
+                f"the inputs of layer {used!r} have shape {list(h.shape)} for {rows} rows of {batch.name} "
+                f"(shape {batch.describe()}); they must be [{rows}, ...]"
+            )
+        if self.layer is None and h.dim() > 2:
+            raise ValueError(
+                f"the last linear layer {used!r} acts on several positions per row (its inputs are {list(h.shape)}); "
+                "name the layer whose flattened inputs to use by layer=..."
+            )
+        _check.is_float(f"the inputs of layer {used!r}", h)
+        return h.flatten(1)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from .. import _check
 from .estimators import ClassifierProtocol, KernelEstimator, RegressorProtocol
 from .inputs import row_count
 from .nngp import features
-from .solve import check_ridge, cholesky
+from .solve import cholesky
 
 
 class NNGPEstimator(KernelEstimator):
@@ -25,15 +26,18 @@ class NNGPEstimator(KernelEstimator):
         layer: str | None = None,
         normalize: bool = False,
         jitter: float = 0.0,
+        check: bool = True,
     ) -> None:
         self.model = model
         self.ridge = ridge
         self.layer = layer
         self.normalize = normalize
         self.jitter = jitter
+        self.check = check
 
     def _check_parameters(self) -> None:
-        check_ridge("ridge", self.ridge)
+        _check.number("ridge", self.ridge)
+        _check.number("jitter", self.jitter)
 
     def _output_count(self, x: Any) -> int:
         return 1  # the last layer is replaced: its outputs do not count
@@ -43,7 +47,7 @@ class NNGPEstimator(KernelEstimator):
         return sum(self.coef_.shape) + self._factor.shape[0]
 
     def _features(self, x: Any) -> Tensor:
-        h = features(self.model_, x, layer=self.layer).double()
+        h = features(self.model_, x, layer=self.layer, check=self.check).double()
         return h / h.shape[1] ** 0.5 if self.normalize else h
 
     def _fit_targets(self, x: Any, y: Tensor) -> None:
@@ -83,6 +87,7 @@ class NNGPRegressor(RegressorProtocol, NNGPEstimator):
         layer: the qualified name of the layer whose inputs are the features; default the last `nn.Linear` called.
         normalize: divide the kernel by the width, as neural-tangents does (ρ then means width times as much).
         jitter: what a failed Cholesky factorisation may add to the diagonal, relative to its mean; 0: nothing.
+        check: as in `nngp_kernel`.
 
     Attributes:
         model_: the copy of the model that predictions use.
@@ -109,7 +114,7 @@ class NNGPClassifier(ClassifierProtocol, NNGPEstimator):
     Two classes are fitted as targets 0/1 with the threshold 0.5; more as one-hot targets, and the largest wins.
 
     Args:
-        model, ridge, layer, normalize, jitter: as in `NNGPRegressor`.
+        model, ridge, layer, normalize, jitter, check: as in `NNGPRegressor`.
 
     Attributes:
         classes_: the sorted labels; the others as in `NNGPRegressor`.

@@ -9,11 +9,13 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from .. import _check
+from .contract import Batch, Target
 from .empirical import empirical_ntk
 from .estimators import ClassifierProtocol, KernelEstimator, RegressorProtocol
-from .inputs import map_tensors, model_outputs, row_count
+from .forwards import outputs
+from .inputs import row_count
 from .operator import NTKOperator
-from .solve import Operator, check_ridge, cholesky, fits_dense, solve
+from .solve import Operator, cholesky, fits_dense, solve
 
 
 class NTKEstimator(KernelEstimator):
@@ -53,12 +55,14 @@ class NTKEstimator(KernelEstimator):
         self.progress = progress
 
     def _check_parameters(self) -> None:
-        check_ridge("ridge", self.ridge)
+        _check.number("ridge", self.ridge)
+        _check.number("tol", self.tol, positive=True)
+        _check.number("jitter", self.jitter)
         _check.one_of("compute", self.compute, ("trace", "diagonal", "full"))
         _check.one_of("solver", self.solver, ("auto", "cholesky", "cg"))
 
     def _output_count(self, x: Any) -> int:
-        return model_outputs(self.model_, map_tensors(x, lambda each: each[:1]), self.output).shape[1]
+        return self._outputs(x, rows=2).shape[1]  # of one row, a model may squeeze its axis away
 
     def _fitted_entries(self) -> int:
         check_is_fitted(self, "dual_coef_")
@@ -111,7 +115,10 @@ class NTKEstimator(KernelEstimator):
 
     def _initial(self, x: Any) -> Tensor:
         """f₀ [N, O], the model's own outputs."""
-        return model_outputs(self.model_, x, self.output).double()
+        return self._outputs(x).double()
+
+    def _outputs(self, x: Any, rows: int | None = None) -> Tensor:
+        return outputs(Target(self.model_, None, self.output), Batch("x", x), rows=rows)
 
     def _explained(self, cross: Tensor) -> Tensor:
         """diag(k (K + ρI)⁻¹ kᵀ) [B, m] for rows k [B, m, n] of the kernel."""

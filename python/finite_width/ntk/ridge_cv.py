@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .. import _check
 from .estimators import RegressorProtocol
 from .regression import NTKEstimator
-from .solve import check_ridge
 
 
 class NTKRidgeCV(RegressorProtocol, NTKEstimator):
@@ -72,12 +71,12 @@ class NTKRidgeCV(RegressorProtocol, NTKEstimator):
 
     def _check_parameters(self) -> None:
         _check.one_of("compute", self.compute, ("trace", "diagonal", "full"))
+        if np.ndim(self.ridges) != 1:
+            raise TypeError(f"ridges must be a sequence of numbers, got {self.ridges!r}")
         if len(self.ridges) == 0:
             raise ValueError("ridges must hold at least one ridge, got none")
-        for ridge in self.ridges:
-            check_ridge("ridges", ridge)
-            if ridge == 0:
-                raise ValueError("ridges must be positive, got 0: a leave-one-out error needs a ridge")
+        for ridge in self.ridges:  # a leave-one-out error needs a ridge above 0
+            _check.number("ridges", ridge, positive=True)
 
     def _fit_system(self, x: Any, y: Tensor) -> None:
         # Negative eigenvalues of a kernel are rounding.

@@ -122,9 +122,9 @@ def solve(
         raise ValueError(f"y must have shape [{size}] or [{size}, C], as K has {size} rows, got {list(y.shape)}")
     if y.device != K_or_operator.device:
         raise ValueError(f"y is on {y.device}, but K is on {K_or_operator.device}; move one of them")
-    check_ridge("ridge", ridge)
-    if not tol > 0:
-        raise ValueError(f"tol must be positive, got {tol}")
+    _check.number("ridge", ridge)
+    _check.number("tol", tol, positive=True)
+    _check.number("jitter", jitter)
     columns = y.double().reshape(size, -1)
     if method == "auto":
         method = "cholesky" if fits_dense(size, y.device, memory_budget) else "cg"
@@ -187,17 +187,6 @@ def fits_dense(size: int, device: torch.device, memory_budget: int | None) -> bo
     """Whether a float64 matrix [size, size] and its factor fit in the budget (default: a quarter of what is free)."""
     budget = free_memory(device) // 4 if memory_budget is None else memory_budget
     return 2 * 8 * size * size <= budget
-
-
-def check_ridge(name: str, ridge: Any) -> None:
-    """Raise unless ridge is a finite number ≥ 0."""
-    if isinstance(ridge, bool) or not isinstance(ridge, int | float):
-        try:
-            ridge = float(ridge)
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must be a number, got {type(ridge).__name__}") from None
-    if not 0 <= ridge < float("inf"):
-        raise ValueError(f"{name} must be finite and at least 0, got {ridge}")
 
 
 def _check_square(K: Tensor | Operator) -> int:

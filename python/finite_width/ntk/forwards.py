@@ -1,0 +1,73 @@
+"""Forwards without gradient: on copies of the rows, block by block, and the test that rows do not mix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import PROBE_ROWS, _random_state
+from .contract import Batch, Target, flatten, preserved
+from .inputs import row_cuts
+from .sweep import compare, refuse_other_bits
+
+# Rows of one forward pass: bounds the activations, whatever the number of inputs.
+_ROWS = 1024
+
+
+def outputs(target: Target, batch: Batch, *, rows: int | None = None, check: bool = False) -> Tensor:
+    """The target's outputs [N, O] without gradient; the model and the batch stay as they are.
+
+    Args:
+        rows: only the first so many rows.
+        check: test on a few rows that rows do not mix and that nothing is random.
+
+    Raises:
+        ValueError: the model cannot take the batch; with `check`, it mixes rows or draws random numbers.
+        TypeError: the batch has another dtype than the model's parameters.
+    """
+    with preserved(target.model), torch.no_grad():
+        if check:
+            _refuse_mixed_rows(target, batch)
+        cuts = row_cuts(batch.rows if rows is None else min(rows, batch.rows), _ROWS)
+        return torch.cat([_run(target, batch, begin, end) for begin, end in cuts])
+
+
+def _run(target: Target, batch: Batch, begin: int, end: int) -> Tensor:
+    try:
+        return flatten(target.run(batch, batch.take(begin, end, copy=True)))
+    except RuntimeError as error:  # torch's own complaint, such as two shapes that do not fit
+        target.check_batch(batch)  # says it better where dtype or device is the reason
+        hint = ""
+        if not any(value.is_floating_point() for value in batch.tensors.values()):
+            hint = " (integers stay integers, for tokens and categories; convert what is neither to floating point)"
+        raise ValueError(f"model cannot take {batch.name} with shape {batch.describe()}: {error}{hint}") from error
+
+
+def _refuse_mixed_rows(target: Target, batch: Batch) -> None:
+    """Raise where the first rows give other outputs a second time, without the rows behind them, or in reverse order.
+
+    The reverse order is for models whose rows depend on the rows before them alone.
+    """
+    rows = min(batch.rows, PROBE_ROWS)
+    state = _random_state(target.device)
+    expected = _run(target, batch, 0, rows)
+    if not all(map(torch.equal, state, _random_state(target.device))):
+        torch.set_rng_state(state[0])
+        if state[1:]:
+            torch.cuda.set_rng_state(state[1], target.device)
+        raise ValueError(
+            "model draws random numbers in its forward (dropout, noise, sampling), so its kernel is not defined; "
+            "call model.eval() or remove them (check=False skips this test)"
+        )
+    refuse_other_bits(target, batch, expected)
+    if rows == 1:
+        return
+    reverse = [value.flip(0) for value in batch.take(0, rows)]
+    compare(flatten(target.run(batch, reverse)).flip(0), expected)
+    try:
+        fewer = _run(target, batch, 0, min(2, rows - 1))
+    except ValueError:
+        if rows == 2:
+            return  # a model that squeezes the axis of a single row away; two rows or more are fine
+        raise
+    compare(fewer, expected)
