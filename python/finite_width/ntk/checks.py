@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,21 @@ def _run(target: Target, batch: Batch, tensors: Sequence[Tensor]) -> tuple[Captu
 def _random_state(device: torch.device) -> list[Tensor]:
     """Of torch's generators that a model on the device draws from, the CPU's first."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+@contextmanager
+def refusing_random_numbers(device: torch.device) -> Iterator[None]:
+    """Raise if what runs inside draws random numbers; torch's generators are as before then."""
+    state = _random_state(device)
+    yield
+    if not all(map(torch.equal, state, _random_state(device))):
+        torch.set_rng_state(state[0])
+        if state[1:]:
+            torch.cuda.set_rng_state(state[1], device)
+        raise ValueError(
+            "model draws random numbers in its forward (dropout, noise, sampling), so its kernel is not defined; "
+            "call model.eval() or remove them (check=False skips this test)"
+        )
 
 
 def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -97,25 +113,17 @@ def make_plan(
     rows = min(batch.rows, PROBE_ROWS)
     tensors = batch.take(0, rows)
     leaves = _leaves(tensors)
-    state = _random_state(target.device) if check else None
-    copies = [leaf.clone() for leaf in leaves]
-    try:
-        capture, raw = _run(target, batch, copies)
-    except ValueError as error:
-        if "out=" not in str(error):
-            raise
-        # A model that writes into a given tensor cannot have an input that requires a gradient.
-        leaves = [value.clone() for value in tensors]
+    with refusing_random_numbers(target.device) if check else nullcontext():
         copies = [leaf.clone() for leaf in leaves]
-        capture, raw = _run(target, batch, copies)
-    if state is not None and not all(map(torch.equal, state, _random_state(target.device))):
-        torch.set_rng_state(state[0])
-        if state[1:]:
-            torch.cuda.set_rng_state(state[1], target.device)
-        raise ValueError(
-            "model draws random numbers in its forward (dropout, noise, sampling), so its kernel is not defined; "
-            "call model.eval() or remove them (check=False skips this test)"
-        )
+        try:
+            capture, raw = _run(target, batch, copies)
+        except ValueError as error:
+            if "out=" not in str(error):
+                raise
+            # A model that writes into a given tensor cannot have an input that requires a gradient.
+            leaves = [value.clone() for value in tensors]
+            copies = [leaf.clone() for leaf in leaves]
+            capture, raw = _run(target, batch, copies)
     if rows > 1:
         target.row_shape = raw.shape[1:]
     flat = flatten(raw)
@@ -146,7 +154,7 @@ def make_plan(
     entries += _generic_entries(target, batch, tensors, generic_names, sizes, separate, loop)
     structured = any(entry.roles for entry in entries)
     if check:
-        _check_parts(target, batch, tensors, flat.detach())
+        refuse_mixed_rows(target, batch, tensors, flat.detach())
         if not (compared and structured and batch.rows > rows):
             refuse_other_bits(target, batch, flat.detach())
     touched = sweep_bytes(uses, sizes.outputs, rows, sizes.itemsize) if structured else 0
@@ -259,8 +267,8 @@ def _probe_rows(
     return layouts, test.batched
 
 
-def _check_parts(target: Target, batch: Batch, tensors: Sequence[Tensor], expected: Tensor) -> None:
-    """Raise unless fewer rows, in another order, give nearly the same outputs.
+def refuse_mixed_rows(target: Target, batch: Batch, tensors: Sequence[Tensor], expected: Tensor) -> None:
+    """Raise unless fewer rows, in another order, give nearly the outputs that they gave together.
 
     That finds what a gradient does not show, such as a scale by the largest of all values, detached.
     """

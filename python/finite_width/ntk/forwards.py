@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import PROBE_ROWS, _random_state
+from .checks import PROBE_ROWS, refuse_mixed_rows, refusing_random_numbers
 from .contract import Batch, Target, flatten, preserved
 from .inputs import row_cuts
-from .sweep import compare, refuse_other_bits
+from .sweep import refuse_other_bits
 
 # Rows of one forward pass: bounds the activations, whatever the number of inputs.
 _ROWS = 1024
@@ -27,7 +27,7 @@ def outputs(target: Target, batch: Batch, *, rows: int | None = None, check: boo
     """
     with preserved(target.model), torch.no_grad():
         if check:
-            _refuse_mixed_rows(target, batch)
+            _check_rows(target, batch)
         cuts = row_cuts(batch.rows if rows is None else min(rows, batch.rows), _ROWS)
         return torch.cat([_run(target, batch, begin, end) for begin, end in cuts])
 
@@ -43,31 +43,9 @@ def _run(target: Target, batch: Batch, begin: int, end: int) -> Tensor:
         raise ValueError(f"model cannot take {batch.name} with shape {batch.describe()}: {error}{hint}") from error
 
 
-def _refuse_mixed_rows(target: Target, batch: Batch) -> None:
-    """Raise where the first rows give other outputs a second time, without the rows behind them, or in reverse order.
-
-    The reverse order is for models whose rows depend on the rows before them alone.
-    """
+def _check_rows(target: Target, batch: Batch) -> None:
     rows = min(batch.rows, PROBE_ROWS)
-    state = _random_state(target.device)
-    expected = _run(target, batch, 0, rows)
-    if not all(map(torch.equal, state, _random_state(target.device))):
-        torch.set_rng_state(state[0])
-        if state[1:]:
-            torch.cuda.set_rng_state(state[1], target.device)
-        raise ValueError(
-            "model draws random numbers in its forward (dropout, noise, sampling), so its kernel is not defined; "
-            "call model.eval() or remove them (check=False skips this test)"
-        )
+    with refusing_random_numbers(target.device):
+        expected = _run(target, batch, 0, rows)
     refuse_other_bits(target, batch, expected)
-    if rows == 1:
-        return
-    reverse = [value.flip(0) for value in batch.take(0, rows)]
-    compare(flatten(target.run(batch, reverse)).flip(0), expected)
-    try:
-        fewer = _run(target, batch, 0, min(2, rows - 1))
-    except ValueError:
-        if rows == 2:
-            return  # a model that squeezes the axis of a single row away; two rows or more are fine
-        raise
-    compare(fewer, expected)
+    refuse_mixed_rows(target, batch, batch.take(0, rows), expected)
