@@ -45,7 +45,8 @@ class Use:
 # behind makes the in-place forms.
 ROUTING = {
     *("index_select", "index_add", "index_copy", "index_put", "gather", "take", "take_along_dim", "masked_select"),
-    *("masked_scatter", "scatter", "scatter_add", "scatter_reduce", "sort", "msort", "topk", "unique", "one_hot"),
+    *("masked_scatter", "scatter", "scatter_add", "scatter_reduce", "sort", "msort", "topk", "nonzero", "argwhere"),
+    *("unique", "unique_consecutive", "one_hot"),
     *("repeat_interleave", "_pack_padded_sequence", "item", "tolist", "numpy", "__bool__", "__int__", "__index__"),
 }
 

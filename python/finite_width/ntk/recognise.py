@@ -43,6 +43,11 @@ def _ordinary(*values: Tensor | None) -> bool:
     return dtype in FLOATS
 
 
+def _counts(capture: Capture, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether weight or bias is a counting parameter, used on tensors whose cotangents can be recorded."""
+    return bool(capture.name(weight) or capture.name(bias)) and _ordinary(input, weight, bias)
+
+
 def _linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     flipped = False
     if id(weight) in capture.transposed:  # F.linear(x, W.T)
@@ -139,7 +144,7 @@ def _conv(convolve: Callable[..., Tensor], spatial: int) -> Callable[..., Any]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
-        if not (capture.name(weight) or capture.name(bias)) or not _ordinary(input, weight, bias):
+        if not _counts(capture, input, weight, bias):
             return NotImplemented
         if input.dim() != spatial + 2:
             return NotImplemented
@@ -190,7 +195,7 @@ def _conv_transpose(convolve: Callable[..., Tensor], spatial: int) -> Callable[.
         groups: int = 1,
         dilation: Any = 1,
     ) -> Any:
-        if not (capture.name(weight) or capture.name(bias)) or not _ordinary(input, weight, bias):
+        if not _counts(capture, input, weight, bias):
             return NotImplemented
         if input.dim() != spatial + 2 or any(_tuple(output_padding, spatial)):
             return NotImplemented
@@ -226,7 +231,7 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Any:
-    if not (capture.name(weight) or capture.name(bias)) or not _ordinary(input, weight, bias):
+    if not _counts(capture, input, weight, bias):
         return NotImplemented
     normal = torch.layer_norm(input, normalized_shape, None, None, eps, cudnn_enable)
     return _scaled(capture, normal, weight, bias, (input.dim() - len(normalized_shape), input.dim()))
@@ -241,7 +246,7 @@ def _group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Any:
-    if not (capture.name(weight) or capture.name(bias)) or not _ordinary(input, weight, bias):
+    if not _counts(capture, input, weight, bias):
         return NotImplemented
     normal = torch.group_norm(input, num_groups, None, None, eps, cudnn_enabled)
     return _scaled(capture, normal, weight, bias, (1, 2))
@@ -259,7 +264,7 @@ def _batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Any:
-    if not (capture.name(weight) or capture.name(bias)) or not _ordinary(input, weight, bias) or training:
+    if not _counts(capture, input, weight, bias) or training:
         return NotImplemented
     normal = torch.batch_norm(input, None, None, running_mean, running_var, False, momentum, eps, cudnn_enabled)
     return _scaled(capture, normal, weight, bias, (1, 2))
