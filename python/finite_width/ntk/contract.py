@@ -110,13 +110,12 @@ def _check_parameter(name: str, value: Tensor) -> None:
         )
 
 
-def _refuse_inference_tensors(model: nn.Module) -> None:
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.is_inference():
-            raise ValueError(
-                f"model: {name!r} was made in inference mode, so that it cannot be differentiated; make, convert or "
-                "load the model outside of torch.inference_mode()"
-            )
+def _refuse_inference_tensor(name: str, value: Tensor) -> None:
+    if value.is_inference():
+        raise ValueError(
+            f"model: {name!r} was made in inference mode, so that it cannot be differentiated; make, convert or load the "
+            "model outside of torch.inference_mode()"
+        )
 
 
 def functional_call(model: nn.Module, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
@@ -146,9 +145,10 @@ class Target:
             raise TypeError(f"output must be a function of the model's result, got {type(output).__name__}")
         self.model, self.output = model, output
         self.own = dict(model.named_parameters())
+        for name, value in (*self.own.items(), *model.named_buffers()):
+            _refuse_inference_tensor(name, value)
         for name, value in self.own.items():
             _check_parameter(name, value)
-        _refuse_inference_tensors(model)
         # Of one row's output, once several rows have run: a model that squeezes gives a single row without its axis.
         self.row_shape: torch.Size | None = None
         # Set where `params` replaces the model's own values; then the model runs by functional_call.
@@ -286,7 +286,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for value in {id(value): value for _, _, own in modules for value in own.values()}.values()
         if value is not None
     ]
-    on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
+    held = [value for module, _, own in modules for value in (*module._parameters.values(), *own.values())]
+    on_gpu = any(value.is_cuda for value in held if value is not None)
     try:
         with (
             torch.inference_mode(False),
