@@ -113,8 +113,8 @@ def _check_parameter(name: str, value: Tensor) -> None:
 def _refuse_inference_tensor(name: str, value: Tensor) -> None:
     if value.is_inference():
         raise ValueError(
-            f"model: {name!r} was made in inference mode, so that it cannot be differentiated; make, convert or load the "
-            "model outside of torch.inference_mode()"
+            f"model: {name!r} was made in inference mode, so that it cannot be differentiated; make, convert or load "
+            "the model outside of torch.inference_mode()"
         )
 
 
@@ -145,10 +145,10 @@ class Target:
             raise TypeError(f"output must be a function of the model's result, got {type(output).__name__}")
         self.model, self.output = model, output
         self.own = dict(model.named_parameters())
-        for name, value in (*self.own.items(), *model.named_buffers()):
-            _refuse_inference_tensor(name, value)
         for name, value in self.own.items():
             _check_parameter(name, value)
+        for name, value in (*self.own.items(), *model.named_buffers()):
+            _refuse_inference_tensor(name, value)
         # Of one row's output, once several rows have run: a model that squeezes gives a single row without its axis.
         self.row_shape: torch.Size | None = None
         # Set where `params` replaces the model's own values; then the model runs by functional_call.
