@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -176,10 +176,14 @@ class _IncomingNorms(Walk):
     def protocol(self, x: Any, module: nn.Module) -> Any:
         raise ValueError(f"max_norm has no incoming weights per unit for a {type(module).__name__}")
 
+    def reshape(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return (
+            function(*args, **kwargs) if isinstance(args[0], Tensor) else None
+        )  # a view of a weight, or an activation
+
     def _through(self, *args: Any) -> Any:
         return None
 
-    reshape: Any = _through
     add: Any = _through
     cat: Any = _through
     reduce: Any = _through

@@ -130,6 +130,10 @@ class PathSGD(Optimizer):
         self._vectors = None if self._stages is None else PathVectors(self._stages, self._p)
         if self._vectors is not None:
             self._vectors.stored = self._target
+            with_paths = {each for stage in self._vectors.stages for each in (stage.weight, stage.bias)}
+        else:  # a structure that cannot run fails here, by name
+            with_paths = {*masses(self._structure, self._p, self._probe(), shared).of}
+        self._pathless = self._names.keys() - with_paths
         self._seen: list[tuple[int, int]] = []  # the parameters' addresses and versions after the last step
         self._chain: DenseChain | LayeredChain | None = None
         self._warned = 0
@@ -144,8 +148,6 @@ class PathSGD(Optimizer):
             "maximize": maximize,
         }
         super().__init__(self._structure.module.parameters() if params is None else params, defaults)
-        if self._vectors is None:
-            masses(self._structure, self._p, self._probe(), shared)  # a structure that cannot run fails here, by name
         self._batches = BatchDeviations(
             [m for m in self._structure.module.modules() if isinstance(m, BATCHNORMS)] if batchnorm == "batch" else [],
             distributed=isinstance(model, nn.parallel.DistributedDataParallel),
@@ -214,6 +216,7 @@ class PathSGD(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient; a BatchNorm in training mode that saw no batch since the last step.
+            ValueError: a gradient of a parameter that no path passes.
         """
         with _library.grad_mode(False):
             return self._step(closure)
@@ -341,6 +344,11 @@ class PathSGD(Optimizer):
         for _, _, parameter in rows:
             if parameter.grad.layout != torch.strided:
                 raise RuntimeError(f"PathSGD does not support sparse gradients; {self._names[parameter]} has one")
+            if self._pathless and parameter in self._pathless and bool(parameter.grad.any()):
+                raise ValueError(
+                    f"{self._names[parameter]} has a gradient, but no path through model passes it; leave it out of "
+                    "params, or check input_shape (an RNN's recurrent weights need more than one step)"
+                )
         given: dict[Tensor, Given] = {}
         for group, (lr, keep, now), parameter in rows:
             state, grad = self.state[parameter], parameter.grad

@@ -12,12 +12,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .operations import (
     ADD_FUNCTIONS,
     CONVOLUTION_FUNCTIONS,
     CONVOLUTIONS,
+    COPY_METHODS,
     HOMOGENEOUS,
     IDENTITY_FUNCTIONS,
     IDENTITY_METHODS,
@@ -27,9 +28,18 @@ from .operations import (
     REASONS,
     SHAPE_FUNCTIONS,
     SHAPE_METHODS,
+    SIZE_ATTRIBUTES,
+    SIZE_METHODS,
+    VIEW_ATTRIBUTES,
+    edge_names,
     module_kind,
-    path_weights,
     takes_part,
+)
+
+# Said of a parameter's name.
+_COMPUTED = (
+    "it is computed from other tensors (a parametrization, pruning, weight norm), and paths need parameters; make it "
+    "one first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove)"
 )
 
 
@@ -111,8 +121,14 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
 
 def _check_node(structure: Structure, node: fx.Node) -> None:
     """Raise unless the node's operation has paths."""
-    if node.op in ("placeholder", "output", "get_attr"):
+    if node.op in ("placeholder", "output"):
         return
+    if node.op == "get_attr":
+        value = attribute(structure.module, str(node.target))
+        if isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter):
+            raise ValueError(f"{node.target}: {_COMPUTED}")
+        return
+    _check_weights(node)
     if node.op == "call_module":
         module = structure.module.get_submodule(str(node.target))
         if isinstance(module, (nn.SyncBatchNorm,)) or module_kind(module) is None:
@@ -128,9 +144,14 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
         if isinstance(module, MAX_POOLS) and module.dilation not in (1, (1, 1), (1, 1, 1)):
             raise ValueError(f"{node.target}: a dilated max pool is not supported")
         try:
-            path_weights(module)
+            names = edge_names(module)
         except ValueError as error:
             raise ValueError(f"{node.target}: {error}") from error
+        for name in names:
+            owner, _, last = name.rpartition(".")
+            part = module.get_submodule(owner)
+            if last not in part._parameters and last not in part._buffers:
+                raise ValueError(f"{node.target}: {name}: {_COMPUTED}")
         return
     if node.op == "call_function":
         target = node.target
@@ -148,21 +169,59 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
         )
         if target not in known:
             raise _no_paths(_place(node), target, structure)
-        if target is operator.mul and any(_is_value(structure, arg) for arg in node.args):
-            raise ValueError(f"{_place(node)}: a product of activations has no paths: {HOMOGENEOUS}")
+        if target in (operator.mul, operator.floordiv) and any(_is_value(structure, arg) for arg in node.args):
+            raise ValueError(f"{_place(node)}: a product or quotient of activations has no paths: {HOMOGENEOUS}")
+        if target is getattr and node.args[1] not in (*VIEW_ATTRIBUTES, *SIZE_ATTRIBUTES):
+            raise _no_paths(_place(node), node.args[1], structure)
         return
     if node.target not in (*IDENTITY_METHODS, *SHAPE_METHODS, "mean", "sum", "add", "add_"):
         raise _no_paths(_place(node), node.target, structure)
+
+
+def is_weight(node: Any) -> bool:
+    """Whether a node is a parameter, or a view of one: what a linear map can have as its weight or bias."""
+    while isinstance(node, fx.Node) and node.op != "get_attr":
+        if node.op == "call_function" and node.target is getattr:
+            is_view = node.args[1] in VIEW_ATTRIBUTES
+        elif node.op == "call_function":
+            is_view = node.target in SHAPE_FUNCTIONS
+        else:
+            is_view = node.target in (*SHAPE_METHODS, *COPY_METHODS) and node.target not in SIZE_METHODS
+        if not is_view:
+            return False
+        node = node.args[0]
+    return isinstance(node, fx.Node)
+
+
+def _check_weights(node: fx.Node) -> None:
+    """Raise where a parameter is anything but the weight or bias of a linear map, or an activation is one."""
+    if node.target is F.linear or node.target in CONVOLUTION_FUNCTIONS:
+        given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+        weights = [given[name] for name in ("weight", "bias") if given.get(name) is not None]
+        if is_weight(given["input"]) or not all(map(is_weight, weights)):
+            raise ValueError(
+                f"{_place(node)}: {node.name} needs an activation as its input, and parameters, or views of them, as "
+                "its weight and bias"
+            )
+        return
+    is_size = node.target in SIZE_METHODS or node.target is getattr
+    if not (is_size or is_weight(node)) and any(map(is_weight, node.all_input_nodes)):
+        raise ValueError(
+            f"{_place(node)}: {node.name} takes a parameter, which has paths only as the weight or bias of a linear "
+            "map, directly or through a view (transpose, view, ...)"
+        )
 
 
 def _is_value(structure: Structure, arg: Any) -> bool:
     """Whether an argument is an activation or a parameter, not a size."""
     if not isinstance(arg, fx.Node):
         return False
-    if arg.op == "call_method" and arg.target in ("size", "dim"):
+    if arg.op == "call_method" and arg.target in SIZE_METHODS:
         return False
-    if arg.op == "call_function" and arg.target in (getattr, operator.getitem, operator.mul, operator.floordiv):
-        return arg.target is not getattr and _is_value(structure, arg.args[0])
+    if arg.op == "call_function" and arg.target is getattr:
+        return arg.args[1] in VIEW_ATTRIBUTES
+    if arg.op == "call_function" and arg.target in (operator.getitem, operator.mul, operator.floordiv):
+        return _is_value(structure, arg.args[0])
     return True
 
 
@@ -195,8 +254,10 @@ def _inferred_shape(structure: Structure) -> tuple[int, ...] | None:
             if not isinstance(module, (*IDENTITY_MODULES, nn.Flatten)):
                 return None
         elif node.op == "call_function" and node.target is F.linear:
-            weight = node.args[1]
-            return (attribute(structure.module, str(weight.target)).shape[1],) if isinstance(weight, fx.Node) else None
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+            if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
+                return None
+            return (attribute(structure.module, str(weight.target)).shape[1],)
         elif node.op == "output" or (
             node.op == "call_function" and node.target not in (*IDENTITY_FUNCTIONS, torch.flatten, torch.reshape)
         ):
