@@ -88,7 +88,9 @@ def find_chain(structure: Structure) -> list[Dense | Norm] | None:
         module = structure.module.get_submodule(target) if node.op == "call_module" else None
         auxiliary = target in ("size", "dim", getattr) or (target is operator.getitem and node.args[0] is not last)
         before_first = not stages and (
-            isinstance(module, nn.Flatten) or target in (torch.flatten, torch.reshape, "flatten", "view", "reshape")
+            target in (torch.flatten, torch.reshape, "flatten", "view", "reshape")
+            if module is None
+            else isinstance(module, nn.Flatten)
         )
         if auxiliary:
             continue

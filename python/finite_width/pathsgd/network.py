@@ -235,8 +235,6 @@ class PathSum(Walk):
 
     def max_pool(self, x: Scaled, module: Any) -> Scaled:
         self._finite("pooling")
-        if module.return_indices:
-            raise ValueError("a max pool that returns its indices is not supported")
         return Scaled(self._pool(x.value, module), x.exponent)
 
     def average_pool(self, x: Scaled, module: Any) -> Scaled:
@@ -262,6 +260,7 @@ class PathSum(Walk):
 
     def rnn(self, x: Scaled, module: nn.RNN) -> tuple[Scaled, Scaled]:
         self._finite("an RNN")
+        self.check_batch_axis(x.value.shape, module)
         batch_axis = 0 if module.batch_first else 1
         sequence = [Scaled(step, x.exponent) for step in x.value.unbind(1 - batch_axis)]
         finals = []

@@ -109,6 +109,17 @@ def module_kind(module: nn.Module) -> str | None:
     return next((name for types, name in kinds if isinstance(module, types)), None)
 
 
+def check_pool(place: str, module: nn.Module) -> None:
+    """Raise for a max pool that is dilated or returns indices."""
+    if not isinstance(module, (*MAX_POOLS, *ADAPTIVE_MAXIMA)):
+        return
+    dilation = getattr(module, "dilation", 1)
+    if any(each != 1 for each in (dilation if isinstance(dilation, Sequence) else (dilation,))):
+        raise ValueError(f"{place}: a dilated max pool is not supported, got dilation={dilation}")
+    if module.return_indices:
+        raise ValueError(f"{place}: a max pool that returns its indices is not supported")
+
+
 def edge_names(module: nn.Module) -> Sequence[str]:
     """The names of the parameters that a layer's edges are; through the protocol, where it takes part so."""
     if takes_part(module):

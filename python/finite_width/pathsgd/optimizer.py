@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import _check, _library
-from .arguments import DTYPES
+from .arguments import DTYPES, number, path_power
 from .batches import BatchDeviations
 from .chain import UNSCALED, Given, PathVectors, Scaling, find_chain, nothing
 from .convolution import ConvolutionMass
@@ -92,16 +92,13 @@ class PathSGD(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        if not p >= 1:
-            raise ValueError(f"p must be at least 1, got {p}")
+        p = path_power(p)
         _check.positive_int("update_every", update_every)
         _check.one_of("shared", shared, ("kappa1", "kappa"))
         _check.one_of("batchnorm", batchnorm, ("batch", "running"))
         for name, value in (("differentiable", differentiable), ("foreach", foreach)):
             if value:
                 raise ValueError(f"{name}=True is not supported by PathSGD; leave it out (the step is always fused)")
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}")
         self._structure = trace(model, input_shape)
         named = self._structure.module.named_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
@@ -118,7 +115,7 @@ class PathSGD(Optimizer):
         if capturable and update_every > 1:
             raise ValueError("capturable=True needs update_every=1: a replay does not count steps")
         self._capturable = capturable
-        self._p, self._update_every, self._shared = float(p), update_every, shared
+        self._p, self._update_every, self._shared = p, update_every, shared
         self._batchnorm, self._master_weights = batchnorm, master_weights
         self._stages = find_chain(self._structure)
         if self._stages is None and math.isinf(p):
@@ -173,7 +170,7 @@ class PathSGD(Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
+        lr, momentum, decay = (number(name, group[name]) for name in ("lr", "momentum", "weight_decay"))
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr must be at least 0 and finite, got {lr}")
         if not 0 <= momentum < math.inf:

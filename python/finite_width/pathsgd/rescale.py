@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import finite_power
 from .chain import Dense, find_chain
 from .structure import Structure, trace
 from .walk import Walk
@@ -132,6 +133,7 @@ class Units(Walk):
     max_pool = average_pool = adaptive_average = adaptive_max = _pooled
 
     def rnn(self, x: Tensor, module: nn.RNN) -> tuple[Tensor, Tensor]:
+        self.check_batch_axis(x.shape, module)
         steps = x.shape[1] if module.batch_first else x.shape[0]
         into, finals = self._along(x, -1), []
         for layer in range(module.num_layers):
@@ -264,8 +266,7 @@ def balance_(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | Non
         >>> torch.allclose(mu**2, fw.pathsgd.path_norm(model), rtol=1e-5)
         True
     """
-    if not 1 <= p < math.inf:
-        raise ValueError(f"p must be at least 1 and finite, got {p}")
+    p = finite_power(p)
     structure = trace(model, input_shape)
     stages = find_chain(structure)
     dense = [stage for stage in stages or [] if isinstance(stage, Dense)]

@@ -23,7 +23,6 @@ from .operations import (
     IDENTITY_FUNCTIONS,
     IDENTITY_METHODS,
     IDENTITY_MODULES,
-    MAX_POOLS,
     POOL_FUNCTIONS,
     REASONS,
     SHAPE_FUNCTIONS,
@@ -31,6 +30,7 @@ from .operations import (
     SIZE_ATTRIBUTES,
     SIZE_METHODS,
     VIEW_ATTRIBUTES,
+    check_pool,
     edge_names,
     module_kind,
     takes_part,
@@ -87,12 +87,22 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
         input_shape: one input's shape, without the batch axis; inferred where the first layer is a Linear.
 
     Raises:
-        TypeError: not a module.
-        ValueError: an operation without paths, by its qualified name, and why.
+        TypeError: not a module, an input_shape that holds no ints.
+        ValueError: parameters that are not initialised yet, an operation without paths, by its qualified name, and why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrapped(model)
+    for name, each in model.named_parameters():
+        if nn.parameter.is_lazy(each):
+            raise ValueError(f"{name} is not initialised yet: run the model once on an input")
+    if input_shape is not None:
+        try:
+            input_shape = tuple(operator.index(size) for size in input_shape)
+        except TypeError:
+            raise TypeError(f"input_shape must be a tuple of ints such as (3, 32, 32), got {input_shape!r}") from None
+        if not input_shape or min(input_shape) < 1:
+            raise ValueError(f"input_shape must hold sizes of at least 1, without the batch axis, got {input_shape}")
     root = nn.Sequential(model) if _Tracer().is_leaf_module(model, "") else model
     tracer = _Tracer()
     try:
@@ -105,18 +115,22 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
         raise ValueError(f"model must have one input, got {len(inputs)}: {[node.name for node in inputs]}")
-    if input_shape is not None:
-        input_shape = tuple(int(size) for size in input_shape)
-        if not input_shape or min(input_shape) < 1:
-            raise ValueError(f"input_shape must hold sizes of at least 1, without the batch axis, got {input_shape}")
     structure = Structure(root, graph, input_shape)
     for node in graph.nodes:
+        _input_first(node)
         _check_node(structure, node)
     if structure.input_shape is None:
         structure.input_shape = _inferred_shape(structure)
     if not any(parameter is not None for parameter in root.parameters()):
         raise ValueError(f"model {type(model).__name__} has no parameters, hence no paths")
     return structure
+
+
+def _input_first(node: fx.Node) -> None:
+    """Give a call's input by position where it was given by keyword."""
+    if not node.args and (len(node.kwargs) == 1 or "input" in node.kwargs):
+        name = "input" if "input" in node.kwargs else next(iter(node.kwargs))
+        node.args, node.kwargs = (node.kwargs[name],), {key: each for key, each in node.kwargs.items() if key != name}
 
 
 def _check_node(structure: Structure, node: fx.Node) -> None:
@@ -141,8 +155,12 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
             raise ValueError(f"{node.target}: an RNN with proj_size is not supported")
         if isinstance(module, (*CONVOLUTIONS,)) and module.padding_mode != "zeros":
             raise ValueError(f"{node.target}: padding_mode={module.padding_mode!r} is not supported, use 'zeros'")
-        if isinstance(module, MAX_POOLS) and module.dilation not in (1, (1, 1), (1, 1, 1)):
-            raise ValueError(f"{node.target}: a dilated max pool is not supported")
+        check_pool(str(node.target), module)
+        if isinstance(module, nn.RNN) and len(node.args) + len(node.kwargs) > 1:
+            raise ValueError(f"{node.target}: an RNN with a given initial state is not supported")
+        if len(node.args) != 1 or node.kwargs:
+            given = len(node.args) + len(node.kwargs)
+            raise ValueError(f"{node.target}: a layer takes its input alone here, and is called with {given} arguments")
         try:
             names = edge_names(module)
         except ValueError as error:
@@ -153,6 +171,8 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
             if last not in part._parameters and last not in part._buffers:
                 raise ValueError(f"{node.target}: {name}: {_COMPUTED}")
         return
+    if node.target in (*ADD_FUNCTIONS, "add", "add_") and (len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1):
+        raise ValueError(f"{place(node)}: {node.name} must add two activations, given by position and without alpha")
     if node.op == "call_function":
         target = node.target
         known = (
@@ -168,14 +188,14 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
             torch.sum,
         )
         if target not in known:
-            raise _no_paths(_place(node), target, structure)
+            raise _no_paths(place(node), target, structure)
         if target in (operator.mul, operator.floordiv) and any(_is_value(structure, arg) for arg in node.args):
-            raise ValueError(f"{_place(node)}: a product or quotient of activations has no paths: {HOMOGENEOUS}")
+            raise ValueError(f"{place(node)}: a product or quotient of activations has no paths: {HOMOGENEOUS}")
         if target is getattr and node.args[1] not in (*VIEW_ATTRIBUTES, *SIZE_ATTRIBUTES):
-            raise _no_paths(_place(node), node.args[1], structure)
+            raise _no_paths(place(node), node.args[1], structure)
         return
     if node.target not in (*IDENTITY_METHODS, *SHAPE_METHODS, "mean", "sum", "add", "add_"):
-        raise _no_paths(_place(node), node.target, structure)
+        raise _no_paths(place(node), node.target, structure)
 
 
 def is_weight(node: Any) -> bool:
@@ -185,8 +205,10 @@ def is_weight(node: Any) -> bool:
             is_view = node.args[1] in VIEW_ATTRIBUTES
         elif node.op == "call_function":
             is_view = node.target in SHAPE_FUNCTIONS
-        else:
+        elif node.op == "call_method":
             is_view = node.target in (*SHAPE_METHODS, *COPY_METHODS) and node.target not in SIZE_METHODS
+        else:
+            is_view = False
         if not is_view:
             return False
         node = node.args[0]
@@ -200,14 +222,14 @@ def _check_weights(node: fx.Node) -> None:
         weights = [given[name] for name in ("weight", "bias") if given.get(name) is not None]
         if is_weight(given["input"]) or not all(map(is_weight, weights)):
             raise ValueError(
-                f"{_place(node)}: {node.name} needs an activation as its input, and parameters, or views of them, as "
+                f"{place(node)}: {node.name} needs an activation as its input, and parameters, or views of them, as "
                 "its weight and bias"
             )
         return
-    is_size = node.target in SIZE_METHODS or node.target is getattr
-    if not (is_size or is_weight(node)) and any(map(is_weight, node.all_input_nodes)):
+    is_size = node.op == "call_method" and node.target in SIZE_METHODS
+    if not (is_size or node.target is getattr or is_weight(node)) and any(map(is_weight, node.all_input_nodes)):
         raise ValueError(
-            f"{_place(node)}: {node.name} takes a parameter, which has paths only as the weight or bias of a linear "
+            f"{place(node)}: {node.name} takes a parameter, which has paths only as the weight or bias of a linear "
             "map, directly or through a view (transpose, view, ...)"
         )
 
@@ -225,7 +247,7 @@ def _is_value(structure: Structure, arg: Any) -> bool:
     return True
 
 
-def _place(node: fx.Node) -> str:
+def place(node: fx.Node) -> str:
     """The qualified name of the module in whose forward a node stands."""
     stack = node.meta.get("nn_module_stack")
     return (list(stack.values())[-1][0] or "the model's forward") if stack else "the model's forward"
