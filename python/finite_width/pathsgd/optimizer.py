@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import _check, _library
 from .arguments import DTYPES, number, path_power
 from .batches import BatchDeviations
-from .chain import UNSCALED, Given, PathVectors, Scaling, find_chain, nothing
+from .chain import UNSCALED, Given, Norm, PathVectors, Scaling, find_chain, nothing
 from .convolution import ConvolutionMass
 from .dense_chain import KNOWS_BACKWARD, KNOWS_FORWARD, DenseChain, fits, is_remote
 from .interruption import uninterrupted
@@ -124,14 +124,16 @@ class PathSGD(Optimizer):
             raise ValueError(
                 "input_shape is needed for this model: one input's shape without the batch axis, such as (3, 32, 32)"
             )
+        self._norms: list[Any] = []  # BatchNorms whose running statistics stand in F and B
         self._vectors = None if self._stages is None else PathVectors(self._stages, self._p)
         if self._vectors is not None:
             self._vectors.stored = self._target
+            self._norms += [stage.module for stage in self._vectors.stages if isinstance(stage, Norm)]
             with_paths = {each for stage in self._vectors.stages for each in (stage.weight, stage.bias)}
         else:  # a structure that cannot run fails here, by name
             with_paths = {*masses(self._structure, self._p, self._probe(), shared).of}
         self._pathless = self._names.keys() - with_paths
-        self._seen: list[tuple[int, int]] = []  # the parameters' addresses and versions after the last step
+        self._seen: list[tuple[int, int]] = []  # `_versions` after the last step
         self._chain: DenseChain | LayeredChain | None = None
         self._warned = 0
         self._lrs: dict[int, Tensor] = {}  # parameter group -> lr and keep on the device
@@ -201,6 +203,11 @@ class PathSGD(Optimizer):
         self._seen = []
         self._kept: Kept | None = None  # with update_every > 1: what γ is computed from
         self._age = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim.Optimizer.zero_grad; the batches that made the gradients no longer feed a step."""
+        self._batches.gradients_dropped()
+        super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step.
@@ -386,7 +393,11 @@ class PathSGD(Optimizer):
                 self.state[parameter]["master_weight"].copy_(parameter)
 
     def _versions(self) -> list[tuple[int, int]]:
-        return [(parameter.data_ptr(), parameter._version) for parameter in self._names]
+        """The addresses and versions of what F and B are made of: parameters, and running statistics in a chain."""
+        seen = [(parameter.data_ptr(), parameter._version) for parameter in self._names]
+        for norm in self._norms:  # a forward in training mode leaves a trace in num_batches_tracked alone
+            seen += [(each.data_ptr(), each._version) for each in norm._buffers.values() if each is not None]
+        return seen
 
     def _publish(self, given: dict[Tensor, Given]) -> None:
         """Tell autograd that the parameters changed, and remember them as they are."""
