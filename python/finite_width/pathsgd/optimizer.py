@@ -162,6 +162,12 @@ class PathSGD(Optimizer):
         text = super().__repr__()
         return f"{text[:-2]}\n    p: {self._p:g}, update_every: {self._update_every}, structure: {how}\n)"
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a PathSGD cannot be copied or pickled; make one for the copied or loaded model, and pass state_dict() of "
+            "this one to its load_state_dict"
+        )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, whose parameters must be inside the model."""
         super().add_param_group(param_group)
@@ -190,13 +196,16 @@ class PathSGD(Optimizer):
     def refresh(self) -> None:
         """Rebuild F and B from the weights as they are now, after edits that the optimizer cannot see.
 
+        Copies kept by master_weights take over what was written into the parameters.
+
         On a GPU that is done at once, since a captured step that is replayed next would not know of it.
         """
         self._forget()
-        if self._chain is not None and self._on_device:
-            with _library.grad_mode(False):
+        with _library.grad_mode(False):
+            self._renew_masters()
+            if self._chain is not None and self._on_device:
                 self._chain.step(nothing, UNSCALED, KNOWS_BACKWARD)
-            self._ready, self._seen = True, self._versions()
+                self._ready, self._seen = True, self._versions()
 
     def _forget(self) -> None:
         self._ready = False  # whether the vectors that the next sweep needs are of the weights as they are
@@ -385,12 +394,14 @@ class PathSGD(Optimizer):
         return 0.0, 1.0, now
 
     def _renew_masters(self) -> None:
-        """Copy parameters that were changed outside into their float32 copies."""
-        if not (self._master_weights and self._seen):
+        """Take over into the float32 copies what was changed outside in the parameters: what they do not round to."""
+        if not self._master_weights or (self._seen and self._seen == self._versions()):
             return
-        for (parameter, now), before in zip(zip(self._names, self._versions(), strict=True), self._seen, strict=True):
-            if now != before and "master_weight" in self.state.get(parameter, {}):
-                self.state[parameter]["master_weight"].copy_(parameter)
+        for parameter in self._names:
+            master = self.state.get(parameter, {}).get("master_weight")
+            if master is not None:
+                kept = master.to(parameter.dtype) == parameter
+                master.copy_(torch.where(kept, master, parameter))
 
     def _versions(self) -> list[tuple[int, int]]:
         """The addresses and versions of what F and B are made of: parameters, and running statistics in a chain."""
