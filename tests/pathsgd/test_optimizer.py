@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -508,6 +509,39 @@ def test_bfloat16_with_master_weights() -> None:
             optimizer.step()
         moved.append((model[0].weight - start).abs().sum().item())
     assert moved[0] > moved[1]
+
+
+@pytest.mark.parametrize("edit", ["in place", "through data", "before the first step after loading"])
+def test_master_weights_take_over_what_was_written(edit) -> None:
+    """The edited elements begin where they were set; the others keep the digits that bfloat16 has no room for."""
+    torch.manual_seed(0)
+    model = mlp(6, 8, 2).bfloat16()
+    optimizer = PathSGD(model, 1e-5, master_weights=True)
+    for seed in range(3):
+        backward(model, seed, dtype=torch.bfloat16)
+        optimizer.step()
+    if edit == "before the first step after loading":
+        optimizer.load_state_dict(optimizer.state_dict())
+    kept = optimizer.state[model[0].weight]["master_weight"].clone()
+    weight = model[0].weight.data if edit == "through data" else model[0].weight
+    with torch.no_grad():
+        weight[2].fill_(5.0)
+    if edit != "before the first step after loading":
+        optimizer.refresh()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    backward(model, 3, dtype=torch.bfloat16)
+    optimizer.step()
+    kept[2] = 5.0
+    assert torch.equal(optimizer.state[model[0].weight]["master_weight"], kept)
+    assert torch.equal(model[0].weight, kept.bfloat16())
+
+
+def test_copies_and_pickles_are_refused() -> None:
+    optimizer = PathSGD(mlp(6, 8, 2), 1e-3)
+    for call in (copy.deepcopy, copy.copy, pickle.dumps, lambda each: torch.save(each, io.BytesIO())):
+        with pytest.raises(TypeError, match="PathSGD cannot be copied or pickled"):
+            call(optimizer)
 
 
 def test_optimizer_marks_the_weights_as_changed() -> None:

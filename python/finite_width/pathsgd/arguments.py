@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,11 +86,29 @@ def device_exponent(exponent: float | Tensor, like: Tensor) -> Tensor:
     return exponent
 
 
+def number(name: str, value: Any) -> float:
+    """The value as a float."""
+    if not isinstance(value, (numbers.Real, Tensor)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a tensor of one element, got shape {list(value.shape)}")
+    return float(value)
+
+
+def path_power(p: Any) -> float:
+    """p of the path norm, which may be ∞."""
+    power = number("p", p)
+    if not power >= 1:
+        raise ValueError(f"p must be at least 1, got {power:g}")
+    return power
+
+
 def finite_power(p: float) -> float:
     """p, where p = ∞ is not defined."""
-    if not 1 <= p < float("inf"):
-        raise ValueError(f"p must be at least 1 and finite, got {p}")
-    return float(p)
+    power = number("p", p)
+    if not 1 <= power < float("inf"):
+        raise ValueError(f"p must be at least 1 and finite, got {power:g}")
+    return power
 
 
 def dense_or_none(value: Tensor | None) -> Tensor | None:

@@ -88,7 +88,9 @@ def find_chain(structure: Structure) -> list[Dense | Norm] | None:
         module = structure.module.get_submodule(target) if node.op == "call_module" else None
         auxiliary = target in ("size", "dim", getattr) or (target is operator.getitem and node.args[0] is not last)
         before_first = not stages and (
-            isinstance(module, nn.Flatten) or target in (torch.flatten, torch.reshape, "flatten", "view", "reshape")
+            target in (torch.flatten, torch.reshape, "flatten", "view", "reshape")
+            if module is None
+            else isinstance(module, nn.Flatten)
         )
         if auxiliary:
             continue
@@ -99,8 +101,11 @@ def find_chain(structure: Structure) -> list[Dense | Norm] | None:
         elif isinstance(module, nn.BatchNorm1d):
             stages.append(Norm(module))
         elif target is F.linear:
-            tensors = [attribute(structure.module, str(arg.target)) for arg in node.all_input_nodes[1:]]
-            if not all(isinstance(tensor, nn.Parameter) for tensor in tensors) or node.kwargs.get("weight") is not None:
+            nodes = node.all_input_nodes[1:]
+            if not all(each.op == "get_attr" for each in nodes) or node.kwargs.get("weight") is not None:
+                return None
+            tensors = [attribute(structure.module, str(each.target)) for each in nodes]
+            if not all(isinstance(tensor, nn.Parameter) for tensor in tensors):
                 return None
             stages.append(Dense(tensors[0], tensors[1] if len(tensors) > 1 else None))
         elif not (isinstance(module, IDENTITY_MODULES) or target in IDENTITY_FUNCTIONS

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import _library
 from .convolution import ConvolutionMass, PathConvolution, window_of
-from .network import PathSum, Scaled, powered, two_to
-from .structure import Structure
+from .network import Edges, PathSum, Scaled, powered, two_to
+from .structure import Structure, attribute, is_weight
 
 
 class Masses(NamedTuple):
@@ -48,11 +48,11 @@ class _Masses(PathSum):
         return self.leaves[param]
 
     def convolution(
-        self, x: Scaled, weight: Tensor, bias: Tensor | None, function: Any, settings: dict[str, Any]
+        self, x: Scaled, weight: Tensor | Edges, bias: Tensor | Edges | None, function: Any, settings: dict[str, Any]
     ) -> Scaled:
         self._finite("a convolution")
-        window = window_of(x.value, weight, settings) if self.fused else None
-        if window is None:
+        window = window_of(x.value, weight, settings) if self.fused and isinstance(weight, Tensor) else None
+        if window is None or isinstance(weight, Edges):
             return super().convolution(x, weight, bias, function, settings)
         found = self.convolutions.setdefault(weight, []).append
 
@@ -85,8 +85,9 @@ def masses(
             raise ValueError("model has no parameter between its input and its output, hence no paths")
         found = torch.autograd.grad(total.value, [*leaves.values(), network.anchor], allow_unused=True)
     gradients: dict[Tensor, Tensor] = {}
-    for (param, leaf), gradient in zip(leaves.items(), found, strict=False):
-        gradients[param] = torch.zeros_like(leaf) if gradient is None else gradient
+    for param, gradient in zip(leaves, found, strict=False):
+        if gradient is not None:  # else: read, but by nothing that the output depends on
+            gradients[param] = gradient
     fused_masses: dict[Tensor, ConvolutionMass] = {}
     for param, parts in network.convolutions.items():
         if len(parts) == 1 and param not in gradients:
@@ -113,9 +114,14 @@ def _recurs(structure: Structure, param: Tensor) -> bool:
         if node.op == "call_module":
             module = structure.module.get_submodule(str(node.target))
             calls += any(param is each for each in module.parameters())
-        elif node.op == "get_attr":
-            calls += len(node.users) if structure.module.get_parameter(str(node.target)) is param else 0
+        elif node.op == "get_attr" and attribute(structure.module, str(node.target)) is param:
+            calls += _uses(node)
     return calls > 1
+
+
+def _uses(node: fx.Node) -> int:
+    """How many operations take a parameter or its views."""
+    return sum(_uses(user) if is_weight(user) else 1 for user in node.users)
 
 
 def _second_derivative(

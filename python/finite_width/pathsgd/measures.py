@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
+from .arguments import path_power
 from .chain import Dense, Norm, PathVectors, find_chain, nothing
 from .masses import masses
 from .network import PathSum, Scaled, powered
 from .structure import Structure, trace
 from .walk import Walk
-
-
-def _check_p(p: float) -> float:
-    if not p >= 1:
-        raise ValueError(f"p must be at least 1, got {p}")
-    return float(p)
 
 
 def path_norm(
@@ -58,7 +53,7 @@ def path_norm(
         >>> float(fw.pathsgd.path_norm(layer, p=1))
         6.0
     """
-    p = _check_p(p)
+    p = path_power(p)
     total = PathSum(trace(model, input_shape), p, lambda param: powered(param, p)).total()
     root = 1.0 if power or math.isinf(p) else 1 / p
     if log:
@@ -93,7 +88,7 @@ def path_gamma(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | N
         >>> fw.pathsgd.path_gamma(torch.nn.Linear(2, 1, bias=False))
         {'weight': tensor([[1., 1.]], dtype=torch.float64)}
     """
-    p = _check_p(p)
+    p = path_power(p)
     structure = trace(model, input_shape)
     stages = find_chain(structure)
     by_tensor: dict[Tensor, Tensor] = {}
@@ -176,10 +171,14 @@ class _IncomingNorms(Walk):
     def protocol(self, x: Any, module: nn.Module) -> Any:
         raise ValueError(f"max_norm has no incoming weights per unit for a {type(module).__name__}")
 
+    def reshape(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return (
+            function(*args, **kwargs) if isinstance(args[0], Tensor) else None
+        )  # a view of a weight, or an activation
+
     def _through(self, *args: Any) -> Any:
         return None
 
-    reshape: Any = _through
     add: Any = _through
     cat: Any = _through
     reduce: Any = _through
@@ -213,7 +212,7 @@ def max_norm(model: nn.Module, p: float = 2) -> Tensor:
         >>> float(fw.pathsgd.max_norm(layer, p=1))
         6.0
     """
-    walk = _IncomingNorms(trace(model), _check_p(p))
+    walk = _IncomingNorms(trace(model), path_power(p))
     walk.run(None)
     if not walk.found:
         raise ValueError("model has no layer with incoming weights, hence no max norm")

@@ -40,6 +40,12 @@ class Scaled(NamedTuple):
         return self.value * math.ldexp(1.0, max(self.exponent - exponent, -1074))
 
 
+class Edges(NamedTuple):
+    """|w|^p of a view of a parameter, as the view of |w|^p: the parameter's paths are those of its views."""
+
+    value: Tensor
+
+
 def larger(one: int | Tensor, other: int | Tensor) -> int | Tensor:
     """The larger of two exponents."""
     if isinstance(one, Tensor):
@@ -120,21 +126,30 @@ class PathSum(Walk):
         if math.isinf(self.p):
             raise ValueError(f"p = ∞ is defined here for Linear layers alone, and the model has {what}")
 
-    def _affine(self, x: Scaled, bias: Tensor | None, apply: Callable[[Tensor, Tensor | None], Tensor]) -> Scaled:
+    def _affine(
+        self, x: Scaled, bias: Tensor | Edges | None, apply: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> Scaled:
         """A map that is linear in (x, bias): the bias enters at the exponent of x."""
         if bias is None:
             return self._in_range(Scaled(apply(x.value, None), x.exponent))
         exponent = larger(x.exponent, 0)
-        edge = Scaled(self.power(bias)).to_exponent(exponent)
+        edge = Scaled(self.edges(bias)).to_exponent(exponent)
         return self._in_range(Scaled(apply(x.to_exponent(exponent), edge), exponent))
 
     def reshape(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if isinstance(args[0], Scaled):
-            if function is getattr:
-                return getattr(args[0].value, args[1])
-            result = function(args[0].value, *args[1:], **kwargs)
-            return Scaled(result, args[0].exponent) if isinstance(result, Tensor) else result
-        return function(*args, **kwargs)
+        first, *rest = args
+        if not isinstance(first, (Scaled, Edges, Tensor)):
+            return function(*args, **kwargs)
+        result = function(first if isinstance(first, Tensor) else first.value, *rest, **kwargs)
+        if not isinstance(result, Tensor):  # a size
+            return result
+        if isinstance(first, Scaled):
+            return Scaled(result, first.exponent)
+        return Edges(function(self.edges(first), *rest, **kwargs))
+
+    def edges(self, weight: Tensor | Edges) -> Tensor:
+        """|w|^p of a parameter, or of a view of one."""
+        return weight.value if isinstance(weight, Edges) else self.power(weight)
 
     def add(self, x: Scaled, y: Scaled) -> Scaled:
         if not (isinstance(x, Scaled) and isinstance(y, Scaled)):
@@ -152,8 +167,8 @@ class PathSum(Walk):
         count = math.prod(x.value.shape[dim] for dim in dims) if how == "mean" else 1
         return Scaled(x.value.sum(dims, keepdim) * float(count) ** -self.p, x.exponent)
 
-    def linear(self, x: Scaled, weight: Tensor, bias: Tensor | None) -> Scaled:
-        edges = self.power(weight)
+    def linear(self, x: Scaled, weight: Tensor | Edges, bias: Tensor | Edges | None) -> Scaled:
+        edges = self.edges(weight)
         if not math.isinf(self.p):
             return self._affine(x, bias, lambda value, edge: F.linear(value, edges, edge))
 
@@ -164,10 +179,10 @@ class PathSum(Walk):
         return self._affine(x, bias, largest)
 
     def convolution(
-        self, x: Scaled, weight: Tensor, bias: Tensor | None, function: Any, settings: dict[str, Any]
+        self, x: Scaled, weight: Tensor | Edges, bias: Tensor | Edges | None, function: Any, settings: dict[str, Any]
     ) -> Scaled:
         self._finite("a convolution")
-        edges = self.power(weight)
+        edges = self.edges(weight)
         return self._affine(x, bias, lambda value, edge: function(value, edges, edge, **settings))
 
     def batchnorm(self, x: Scaled, module: Any) -> Scaled:
@@ -220,8 +235,6 @@ class PathSum(Walk):
 
     def max_pool(self, x: Scaled, module: Any) -> Scaled:
         self._finite("pooling")
-        if module.return_indices:
-            raise ValueError("a max pool that returns its indices is not supported")
         return Scaled(self._pool(x.value, module), x.exponent)
 
     def average_pool(self, x: Scaled, module: Any) -> Scaled:
@@ -247,6 +260,7 @@ class PathSum(Walk):
 
     def rnn(self, x: Scaled, module: nn.RNN) -> tuple[Scaled, Scaled]:
         self._finite("an RNN")
+        self.check_batch_axis(x.value.shape, module)
         batch_axis = 0 if module.batch_first else 1
         sequence = [Scaled(step, x.exponent) for step in x.value.unbind(1 - batch_axis)]
         finals = []

@@ -34,6 +34,7 @@ SHAPE_FUNCTIONS = (
     torch.reshape,
     torch.permute,
     torch.transpose,
+    torch.t,
     torch.squeeze,
     torch.unsqueeze,
     torch.movedim,
@@ -59,20 +60,23 @@ POOL_FUNCTIONS = {
     F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
     F.adaptive_avg_pool3d: nn.AdaptiveAvgPool3d,
 }
-IDENTITY_METHODS = ("relu", "relu_", "contiguous", "clone", "detach")
+COPY_METHODS = ("contiguous", "clone", "detach")
+IDENTITY_METHODS = ("relu", "relu_", *COPY_METHODS)
+SIZE_METHODS = ("size", "dim")
+VIEW_ATTRIBUTES = ("T", "mT")
+SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
 SHAPE_METHODS = (
     "flatten",
     "view",
     "reshape",
     "permute",
     "transpose",
+    "t",
     "squeeze",
     "unsqueeze",
-    "size",
-    "dim",
+    *SIZE_METHODS,
     "movedim",
     "unflatten",
-    "mT",
     "select",
     "narrow",
 )
@@ -103,6 +107,26 @@ def module_kind(module: nn.Module) -> str | None:
     if takes_part(module):
         return "protocol"
     return next((name for types, name in kinds if isinstance(module, types)), None)
+
+
+def check_pool(place: str, module: nn.Module) -> None:
+    """Raise for a max pool that is dilated or returns indices."""
+    if not isinstance(module, (*MAX_POOLS, *ADAPTIVE_MAXIMA)):
+        return
+    dilation = getattr(module, "dilation", 1)
+    if any(each != 1 for each in (dilation if isinstance(dilation, Sequence) else (dilation,))):
+        raise ValueError(f"{place}: a dilated max pool is not supported, got dilation={dilation}")
+    if module.return_indices:
+        raise ValueError(f"{place}: a max pool that returns its indices is not supported")
+
+
+def edge_names(module: nn.Module) -> Sequence[str]:
+    """The names of the parameters that a layer's edges are; through the protocol, where it takes part so."""
+    if takes_part(module):
+        return path_weights(module) or ()
+    if isinstance(module, nn.RNN):
+        return module._flat_weights_names
+    return ("weight", "bias") if isinstance(module, (nn.Linear, *CONVOLUTIONS, *BATCHNORMS)) else ()
 
 
 def path_weights(module: nn.Module) -> Sequence[str] | None:

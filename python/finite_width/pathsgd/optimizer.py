@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import _check, _library
-from .arguments import DTYPES
+from .arguments import DTYPES, number, path_power
 from .batches import BatchDeviations
-from .chain import UNSCALED, Given, PathVectors, Scaling, find_chain, nothing
+from .chain import UNSCALED, Given, Norm, PathVectors, Scaling, find_chain, nothing
 from .convolution import ConvolutionMass
 from .dense_chain import KNOWS_BACKWARD, KNOWS_FORWARD, DenseChain, fits, is_remote
 from .interruption import uninterrupted
@@ -92,16 +92,13 @@ class PathSGD(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        if not p >= 1:
-            raise ValueError(f"p must be at least 1, got {p}")
+        p = path_power(p)
         _check.positive_int("update_every", update_every)
         _check.one_of("shared", shared, ("kappa1", "kappa"))
         _check.one_of("batchnorm", batchnorm, ("batch", "running"))
         for name, value in (("differentiable", differentiable), ("foreach", foreach)):
             if value:
                 raise ValueError(f"{name}=True is not supported by PathSGD; leave it out (the step is always fused)")
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}")
         self._structure = trace(model, input_shape)
         named = self._structure.module.named_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
@@ -118,7 +115,7 @@ class PathSGD(Optimizer):
         if capturable and update_every > 1:
             raise ValueError("capturable=True needs update_every=1: a replay does not count steps")
         self._capturable = capturable
-        self._p, self._update_every, self._shared = float(p), update_every, shared
+        self._p, self._update_every, self._shared = p, update_every, shared
         self._batchnorm, self._master_weights = batchnorm, master_weights
         self._stages = find_chain(self._structure)
         if self._stages is None and math.isinf(p):
@@ -127,10 +124,16 @@ class PathSGD(Optimizer):
             raise ValueError(
                 "input_shape is needed for this model: one input's shape without the batch axis, such as (3, 32, 32)"
             )
+        self._norms: list[Any] = []  # BatchNorms whose running statistics stand in F and B
         self._vectors = None if self._stages is None else PathVectors(self._stages, self._p)
         if self._vectors is not None:
             self._vectors.stored = self._target
-        self._seen: list[tuple[int, int]] = []  # the parameters' addresses and versions after the last step
+            self._norms += [stage.module for stage in self._vectors.stages if isinstance(stage, Norm)]
+            with_paths = {each for stage in self._vectors.stages for each in (stage.weight, stage.bias)}
+        else:  # a structure that cannot run fails here, by name
+            with_paths = {*masses(self._structure, self._p, self._probe(), shared).of}
+        self._pathless = self._names.keys() - with_paths
+        self._seen: list[tuple[int, int]] = []  # `_versions` after the last step
         self._chain: DenseChain | LayeredChain | None = None
         self._warned = 0
         self._lrs: dict[int, Tensor] = {}  # parameter group -> lr and keep on the device
@@ -144,8 +147,6 @@ class PathSGD(Optimizer):
             "maximize": maximize,
         }
         super().__init__(self._structure.module.parameters() if params is None else params, defaults)
-        if self._vectors is None:
-            masses(self._structure, self._p, self._probe(), shared)  # a structure that cannot run fails here, by name
         self._batches = BatchDeviations(
             [m for m in self._structure.module.modules() if isinstance(m, BATCHNORMS)] if batchnorm == "batch" else [],
             distributed=isinstance(model, nn.parallel.DistributedDataParallel),
@@ -161,6 +162,12 @@ class PathSGD(Optimizer):
         text = super().__repr__()
         return f"{text[:-2]}\n    p: {self._p:g}, update_every: {self._update_every}, structure: {how}\n)"
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a PathSGD cannot be copied or pickled; make one for the copied or loaded model, and pass state_dict() of "
+            "this one to its load_state_dict"
+        )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, whose parameters must be inside the model."""
         super().add_param_group(param_group)
@@ -171,7 +178,7 @@ class PathSGD(Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
+        lr, momentum, decay = (number(name, group[name]) for name in ("lr", "momentum", "weight_decay"))
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr must be at least 0 and finite, got {lr}")
         if not 0 <= momentum < math.inf:
@@ -189,19 +196,27 @@ class PathSGD(Optimizer):
     def refresh(self) -> None:
         """Rebuild F and B from the weights as they are now, after edits that the optimizer cannot see.
 
+        Copies kept by master_weights take over what was written into the parameters.
+
         On a GPU that is done at once, since a captured step that is replayed next would not know of it.
         """
         self._forget()
-        if self._chain is not None and self._on_device:
-            with _library.grad_mode(False):
+        with _library.grad_mode(False):
+            self._renew_masters()
+            if self._chain is not None and self._on_device:
                 self._chain.step(nothing, UNSCALED, KNOWS_BACKWARD)
-            self._ready, self._seen = True, self._versions()
+                self._ready, self._seen = True, self._versions()
 
     def _forget(self) -> None:
         self._ready = False  # whether the vectors that the next sweep needs are of the weights as they are
         self._seen = []
         self._kept: Kept | None = None  # with update_every > 1: what γ is computed from
         self._age = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim.Optimizer.zero_grad; the batches that made the gradients no longer feed a step."""
+        self._batches.gradients_dropped()
+        super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step.
@@ -214,6 +229,7 @@ class PathSGD(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient; a BatchNorm in training mode that saw no batch since the last step.
+            ValueError: a gradient of a parameter that no path passes.
         """
         with _library.grad_mode(False):
             return self._step(closure)
@@ -341,6 +357,11 @@ class PathSGD(Optimizer):
         for _, _, parameter in rows:
             if parameter.grad.layout != torch.strided:
                 raise RuntimeError(f"PathSGD does not support sparse gradients; {self._names[parameter]} has one")
+            if self._pathless and parameter in self._pathless and bool(parameter.grad.any()):
+                raise ValueError(
+                    f"{self._names[parameter]} has a gradient, but no path through model passes it; leave it out of "
+                    "params, or check input_shape (an RNN's recurrent weights need more than one step)"
+                )
         given: dict[Tensor, Given] = {}
         for group, (lr, keep, now), parameter in rows:
             state, grad = self.state[parameter], parameter.grad
@@ -373,15 +394,21 @@ class PathSGD(Optimizer):
         return 0.0, 1.0, now
 
     def _renew_masters(self) -> None:
-        """Copy parameters that were changed outside into their float32 copies."""
-        if not (self._master_weights and self._seen):
+        """Take over into the float32 copies what was changed outside in the parameters: what they do not round to."""
+        if not self._master_weights or (self._seen and self._seen == self._versions()):
             return
-        for (parameter, now), before in zip(zip(self._names, self._versions(), strict=True), self._seen, strict=True):
-            if now != before and "master_weight" in self.state.get(parameter, {}):
-                self.state[parameter]["master_weight"].copy_(parameter)
+        for parameter in self._names:
+            master = self.state.get(parameter, {}).get("master_weight")
+            if master is not None:
+                kept = master.to(parameter.dtype) == parameter
+                master.copy_(torch.where(kept, master, parameter))
 
     def _versions(self) -> list[tuple[int, int]]:
-        return [(parameter.data_ptr(), parameter._version) for parameter in self._names]
+        """The addresses and versions of what F and B are made of: parameters, and running statistics in a chain."""
+        seen = [(parameter.data_ptr(), parameter._version) for parameter in self._names]
+        for norm in self._norms:  # a forward in training mode leaves a trace in num_batches_tracked alone
+            seen += [(each.data_ptr(), each._version) for each in norm._buffers.values() if each is not None]
+        return seen
 
     def _publish(self, given: dict[Tensor, Given]) -> None:
         """Tell autograd that the parameters changed, and remember them as they are."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import finite_power
 from .chain import Dense, find_chain
 from .structure import Structure, trace
 from .walk import Walk
@@ -79,7 +80,10 @@ class Units(Walk):
         return rows[0]
 
     def reshape(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            raise ValueError("a parameter that is read through a view (transpose, view, ...) cannot be rescaled")
+        return result
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         self._merge(*torch.broadcast_tensors(x, y))
@@ -129,6 +133,7 @@ class Units(Walk):
     max_pool = average_pool = adaptive_average = adaptive_max = _pooled
 
     def rnn(self, x: Tensor, module: nn.RNN) -> tuple[Tensor, Tensor]:
+        self.check_batch_axis(x.shape, module)
         steps = x.shape[1] if module.batch_first else x.shape[0]
         into, finals = self._along(x, -1), []
         for layer in range(module.num_layers):
@@ -151,19 +156,27 @@ class Units(Walk):
         return self.new(math.prod(shape), fixed=True).view(shape)
 
     def apply(self, table: Tensor, factors: Tensor) -> None:
-        """Multiply a unit's incoming edges by its factor, and divide its outgoing edges by it."""
+        """Multiply a unit's incoming edges by its factor, and divide its outgoing edges by it; all of them or none."""
         # A fixed unit has factor 1: it stands behind the others.
         of = torch.cat([factors.to(torch.float64), torch.ones(1, dtype=torch.float64)])
-        done: set[int] = set()
+        names: dict[Tensor, str] = {each: name for name, each in self.structure.module.named_parameters()}
+        scaled: dict[Tensor, Tensor] = {}
         with torch.no_grad():
             for parameter, out, into in self.scales:
-                if id(parameter) in done:
-                    raise ValueError("a layer that is called more than once cannot be rescaled per call")
-                done.add(id(parameter))
+                name = names.get(parameter, "a buffer")
+                if parameter in scaled:
+                    raise ValueError(f"{name}: a layer that is called more than once cannot be rescaled per call")
                 scale = of[table[out]] if out is not None else torch.ones(())
                 if into is not None:
                     scale = scale / of[table[into]]
-                parameter.mul_(scale.to(parameter.device, parameter.dtype))
+                product = parameter * scale.to(parameter.device, parameter.dtype)
+                tiny = torch.finfo(parameter.dtype).tiny
+                lost = (product.abs() < tiny) & (parameter.abs() >= tiny) | ~product.isfinite() & parameter.isfinite()
+                if bool(lost.any()):
+                    raise ValueError(f"factors would take {name} out of the range of {parameter.dtype}")
+                scaled[parameter] = product
+            for parameter, product in scaled.items():
+                parameter.copy_(product)
 
 
 def rescale_(
@@ -190,7 +203,8 @@ def rescale_(
         The factors, float64 [units].
 
     Raises:
-        ValueError: no hidden units, a wrong number of factors, factors that are not positive; nothing is changed then.
+        ValueError: no hidden units, a wrong number of factors, factors that are not positive or that leave the range
+            of a parameter's dtype, a layer that is called twice or reads a view; nothing is changed then.
 
     Example:
         >>> import torch, finite_width as fw
@@ -238,7 +252,9 @@ def balance_(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | Non
         μ, a float64 scalar.
 
     Raises:
-        ValueError: another structure, p < 1; nothing is changed then.
+        ValueError: another structure, p < 1, weights that are not finite, no path of which all weights are live (a
+            zero-initialised last layer): μ then has no minimum, since rescaling brings it as near to 0 as one likes;
+            nothing is changed then.
 
     Source: Neyshabur, Tomioka, Srebro, "Norm-Based Capacity Control in Neural Networks" (2015), theorem 5.
 
@@ -250,8 +266,7 @@ def balance_(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | Non
         >>> torch.allclose(mu**2, fw.pathsgd.path_norm(model), rtol=1e-5)
         True
     """
-    if not 1 <= p < math.inf:
-        raise ValueError(f"p must be at least 1 and finite, got {p}")
+    p = finite_power(p)
     structure = trace(model, input_shape)
     stages = find_chain(structure)
     dense = [stage for stage in stages or [] if isinstance(stage, Dense)]
@@ -273,15 +288,25 @@ def balance_(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | Non
             found.append(values)
         return found
 
+    def fits(scale: float) -> bool:  # NaN, from 0 · ∞ where the scale is too small, does not
+        return bool(inverse_factors(scale)[-1].max() <= 1)
+
+    live = torch.ones(powers[0][0].shape[1], dtype=torch.bool)
+    for weight, bias in powers:
+        live = ((weight > 0) & live).any(1) | (torch.zeros(()) if bias is None else bias).bool()
+    if not bool(live.any()):
+        raise ValueError("model has no path of which all weights are live: μ then has no minimum, only the limit 0")
     # The output units keep factor 1: the least scale is where the largest of theirs comes out as 1. Falls with scale.
     low, high = 1e-300, 1.0
-    while float(inverse_factors(high)[-1].max()) > 1:
+    while not fits(high):
         high *= 16
+        if math.isinf(high):
+            raise ValueError(f"model has weights of which |w|^{p:g} is not finite")
     for _ in range(2100):
         middle = math.sqrt(low) * math.sqrt(high)
         if not low < middle < high:
             break
-        low, high = (middle, high) if float(inverse_factors(middle)[-1].max()) > 1 else (low, middle)
+        low, high = (low, middle) if fits(middle) else (middle, high)
     hidden = inverse_factors(high)[:-1]
     if hidden:
         inverse = torch.cat(hidden)

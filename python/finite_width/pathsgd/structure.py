@@ -12,24 +12,34 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .operations import (
     ADD_FUNCTIONS,
     CONVOLUTION_FUNCTIONS,
     CONVOLUTIONS,
+    COPY_METHODS,
     HOMOGENEOUS,
     IDENTITY_FUNCTIONS,
     IDENTITY_METHODS,
     IDENTITY_MODULES,
-    MAX_POOLS,
     POOL_FUNCTIONS,
     REASONS,
     SHAPE_FUNCTIONS,
     SHAPE_METHODS,
+    SIZE_ATTRIBUTES,
+    SIZE_METHODS,
+    VIEW_ATTRIBUTES,
+    check_pool,
+    edge_names,
     module_kind,
-    path_weights,
     takes_part,
+)
+
+# Said of a parameter's name.
+_COMPUTED = (
+    "it is computed from other tensors (a parametrization, pruning, weight norm), and paths need parameters; make it "
+    "one first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove)"
 )
 
 
@@ -77,12 +87,22 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
         input_shape: one input's shape, without the batch axis; inferred where the first layer is a Linear.
 
     Raises:
-        TypeError: not a module.
-        ValueError: an operation without paths, by its qualified name, and why.
+        TypeError: not a module, an input_shape that holds no ints.
+        ValueError: parameters that are not initialised yet, an operation without paths, by its qualified name, and why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrapped(model)
+    for name, each in model.named_parameters():
+        if nn.parameter.is_lazy(each):
+            raise ValueError(f"{name} is not initialised yet: run the model once on an input")
+    if input_shape is not None:
+        try:
+            input_shape = tuple(operator.index(size) for size in input_shape)
+        except TypeError:
+            raise TypeError(f"input_shape must be a tuple of ints such as (3, 32, 32), got {input_shape!r}") from None
+        if not input_shape or min(input_shape) < 1:
+            raise ValueError(f"input_shape must hold sizes of at least 1, without the batch axis, got {input_shape}")
     root = nn.Sequential(model) if _Tracer().is_leaf_module(model, "") else model
     tracer = _Tracer()
     try:
@@ -95,12 +115,9 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
         raise ValueError(f"model must have one input, got {len(inputs)}: {[node.name for node in inputs]}")
-    if input_shape is not None:
-        input_shape = tuple(int(size) for size in input_shape)
-        if not input_shape or min(input_shape) < 1:
-            raise ValueError(f"input_shape must hold sizes of at least 1, without the batch axis, got {input_shape}")
     structure = Structure(root, graph, input_shape)
     for node in graph.nodes:
+        _input_first(node)
         _check_node(structure, node)
     if structure.input_shape is None:
         structure.input_shape = _inferred_shape(structure)
@@ -109,10 +126,23 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
     return structure
 
 
+def _input_first(node: fx.Node) -> None:
+    """Give a call's input by position where it was given by keyword."""
+    if not node.args and (len(node.kwargs) == 1 or "input" in node.kwargs):
+        name = "input" if "input" in node.kwargs else next(iter(node.kwargs))
+        node.args, node.kwargs = (node.kwargs[name],), {key: each for key, each in node.kwargs.items() if key != name}
+
+
 def _check_node(structure: Structure, node: fx.Node) -> None:
     """Raise unless the node's operation has paths."""
-    if node.op in ("placeholder", "output", "get_attr"):
+    if node.op in ("placeholder", "output"):
         return
+    if node.op == "get_attr":
+        value = attribute(structure.module, str(node.target))
+        if isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter):
+            raise ValueError(f"{node.target}: {_COMPUTED}")
+        return
+    _check_weights(node)
     if node.op == "call_module":
         module = structure.module.get_submodule(str(node.target))
         if isinstance(module, (nn.SyncBatchNorm,)) or module_kind(module) is None:
@@ -125,13 +155,24 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
             raise ValueError(f"{node.target}: an RNN with proj_size is not supported")
         if isinstance(module, (*CONVOLUTIONS,)) and module.padding_mode != "zeros":
             raise ValueError(f"{node.target}: padding_mode={module.padding_mode!r} is not supported, use 'zeros'")
-        if isinstance(module, MAX_POOLS) and module.dilation not in (1, (1, 1), (1, 1, 1)):
-            raise ValueError(f"{node.target}: a dilated max pool is not supported")
+        check_pool(str(node.target), module)
+        if isinstance(module, nn.RNN) and len(node.args) + len(node.kwargs) > 1:
+            raise ValueError(f"{node.target}: an RNN with a given initial state is not supported")
+        if len(node.args) != 1 or node.kwargs:
+            given = len(node.args) + len(node.kwargs)
+            raise ValueError(f"{node.target}: a layer takes its input alone here, and is called with {given} arguments")
         try:
-            path_weights(module)
+            names = edge_names(module)
         except ValueError as error:
             raise ValueError(f"{node.target}: {error}") from error
+        for name in names:
+            owner, _, last = name.rpartition(".")
+            part = module.get_submodule(owner)
+            if last not in part._parameters and last not in part._buffers:
+                raise ValueError(f"{node.target}: {name}: {_COMPUTED}")
         return
+    if node.target in (*ADD_FUNCTIONS, "add", "add_") and (len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1):
+        raise ValueError(f"{place(node)}: {node.name} must add two activations, given by position and without alpha")
     if node.op == "call_function":
         target = node.target
         known = (
@@ -147,26 +188,66 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
             torch.sum,
         )
         if target not in known:
-            raise _no_paths(_place(node), target, structure)
-        if target is operator.mul and any(_is_value(structure, arg) for arg in node.args):
-            raise ValueError(f"{_place(node)}: a product of activations has no paths: {HOMOGENEOUS}")
+            raise _no_paths(place(node), target, structure)
+        if target in (operator.mul, operator.floordiv) and any(_is_value(structure, arg) for arg in node.args):
+            raise ValueError(f"{place(node)}: a product or quotient of activations has no paths: {HOMOGENEOUS}")
+        if target is getattr and node.args[1] not in (*VIEW_ATTRIBUTES, *SIZE_ATTRIBUTES):
+            raise _no_paths(place(node), node.args[1], structure)
         return
     if node.target not in (*IDENTITY_METHODS, *SHAPE_METHODS, "mean", "sum", "add", "add_"):
-        raise _no_paths(_place(node), node.target, structure)
+        raise _no_paths(place(node), node.target, structure)
+
+
+def is_weight(node: Any) -> bool:
+    """Whether a node is a parameter, or a view of one: what a linear map can have as its weight or bias."""
+    while isinstance(node, fx.Node) and node.op != "get_attr":
+        if node.op == "call_function" and node.target is getattr:
+            is_view = node.args[1] in VIEW_ATTRIBUTES
+        elif node.op == "call_function":
+            is_view = node.target in SHAPE_FUNCTIONS
+        elif node.op == "call_method":
+            is_view = node.target in (*SHAPE_METHODS, *COPY_METHODS) and node.target not in SIZE_METHODS
+        else:
+            is_view = False
+        if not is_view:
+            return False
+        node = node.args[0]
+    return isinstance(node, fx.Node)
+
+
+def _check_weights(node: fx.Node) -> None:
+    """Raise where a parameter is anything but the weight or bias of a linear map, or an activation is one."""
+    if node.target is F.linear or node.target in CONVOLUTION_FUNCTIONS:
+        given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+        weights = [given[name] for name in ("weight", "bias") if given.get(name) is not None]
+        if is_weight(given["input"]) or not all(map(is_weight, weights)):
+            raise ValueError(
+                f"{place(node)}: {node.name} needs an activation as its input, and parameters, or views of them, as "
+                "its weight and bias"
+            )
+        return
+    is_size = node.op == "call_method" and node.target in SIZE_METHODS
+    if not (is_size or node.target is getattr or is_weight(node)) and any(map(is_weight, node.all_input_nodes)):
+        raise ValueError(
+            f"{place(node)}: {node.name} takes a parameter, which has paths only as the weight or bias of a linear "
+            "map, directly or through a view (transpose, view, ...)"
+        )
 
 
 def _is_value(structure: Structure, arg: Any) -> bool:
     """Whether an argument is an activation or a parameter, not a size."""
     if not isinstance(arg, fx.Node):
         return False
-    if arg.op == "call_method" and arg.target in ("size", "dim"):
+    if arg.op == "call_method" and arg.target in SIZE_METHODS:
         return False
-    if arg.op == "call_function" and arg.target in (getattr, operator.getitem, operator.mul, operator.floordiv):
-        return arg.target is not getattr and _is_value(structure, arg.args[0])
+    if arg.op == "call_function" and arg.target is getattr:
+        return arg.args[1] in VIEW_ATTRIBUTES
+    if arg.op == "call_function" and arg.target in (operator.getitem, operator.mul, operator.floordiv):
+        return _is_value(structure, arg.args[0])
     return True
 
 
-def _place(node: fx.Node) -> str:
+def place(node: fx.Node) -> str:
     """The qualified name of the module in whose forward a node stands."""
     stack = node.meta.get("nn_module_stack")
     return (list(stack.values())[-1][0] or "the model's forward") if stack else "the model's forward"
@@ -195,8 +276,10 @@ def _inferred_shape(structure: Structure) -> tuple[int, ...] | None:
             if not isinstance(module, (*IDENTITY_MODULES, nn.Flatten)):
                 return None
         elif node.op == "call_function" and node.target is F.linear:
-            weight = node.args[1]
-            return (attribute(structure.module, str(weight.target)).shape[1],) if isinstance(weight, fx.Node) else None
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+            if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
+                return None
+            return (attribute(structure.module, str(weight.target)).shape[1],)
         elif node.op == "output" or (
             node.op == "call_function" and node.target not in (*IDENTITY_FUNCTIONS, torch.flatten, torch.reshape)
         ):

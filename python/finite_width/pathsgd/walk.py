@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,16 @@ from .operations import (
     CONVOLUTIONS,
     IDENTITY_FUNCTIONS,
     IDENTITY_METHODS,
+    MAX_POOLS,
     POOL_FUNCTIONS,
+    check_pool,
     module_kind,
 )
-from .structure import Structure, attribute
+from .structure import Structure, attribute, place
+
+CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+# As F.max_pool2d has them; nn.MaxPool2d has the last two in the other order.
+MAX_POOL_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
 class Walk:
@@ -47,8 +53,6 @@ class Walk:
             return attribute(self.structure.module, target)
         if node.op == "call_module":
             module = self.structure.module.get_submodule(target)
-            if isinstance(module, nn.RNN) and len(args) + len(kwargs) > 1:
-                raise ValueError(f"{target}: an RNN with a given initial state is not supported")
             return getattr(self, str(module_kind(module)))(args[0], module)
         if node.op == "call_method":
             if target in IDENTITY_METHODS:
@@ -59,9 +63,9 @@ class Walk:
                 return self.add(args[0], args[1])
             return self.reshape(lambda first, *rest, **named: getattr(first, target)(*rest, **named), args, kwargs)
         if target in IDENTITY_FUNCTIONS:
-            return args[0] if args else kwargs["input"]
+            return args[0]
         if target in ADD_FUNCTIONS:
-            if all(isinstance(arg, int) for arg in args[:2]):
+            if all(isinstance(arg, int) for arg in args):
                 return target(*args)
             return self.add(args[0], args[1])
         if target in (torch.cat, torch.concat):
@@ -73,22 +77,35 @@ class Walk:
             weight, bias, x = _named(("input", "weight", "bias"), args, kwargs, "weight", "bias", "input")
             return self.linear(x, weight, bias)
         if target in CONVOLUTION_FUNCTIONS:
-            names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-            given = dict(zip(names, args, strict=False)) | kwargs
+            given = dict(zip(CONVOLUTION_ARGUMENTS, args, strict=False)) | kwargs
             x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
             return self.convolution(x, weight, bias, target, given)
         if target in POOL_FUNCTIONS:
             kind: Any = POOL_FUNCTIONS[target]
-            given = {key: value for key, value in kwargs.items() if key != "input"}
-            module = kind(*args[1:], **given)
-            return getattr(self, str(module_kind(module)))(args[0] if args else kwargs["input"], module)
+            named = dict(zip(MAX_POOL_ARGUMENTS, args[1:], strict=False)) | kwargs
+            module = kind(**named) if kind in MAX_POOLS else kind(*args[1:], **kwargs)
+            check_pool(place(node), module)
+            return getattr(self, str(module_kind(module)))(args[0], module)
         return self.reshape(target, args, kwargs)
 
+    def check_batch_axis(self, shape: Sequence[int], module: nn.RNN) -> None:
+        """Raise unless an RNN's input, whose batch is 1, has its batch axis where the RNN has it."""
+        axis = 0 if module.batch_first else 1
+        if len(shape) == 3 and shape[axis] == 1:
+            return
+        name = next(name for name, each in self.structure.module.named_modules() if each is module)
+        raise ValueError(
+            f"{name}: an RNN with batch_first={module.batch_first} has its batch on axis {axis}, but its input for one "
+            f"sample has shape {list(shape)}. The batch is axis 0 of the model's input: use batch_first=True, or "
+            "transpose the input before the RNN"
+        )
+
     def _reduce(self, how: str, x: Any, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
-        if set(named) - {"axis"} or (dim is None and "axis" not in named):
+        dims = named.get("axis") if dim is None else dim
+        dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
+        if set(named) - {"axis"} or not dims:
             raise ValueError(f"{how} needs its dimensions given")
-        dims = dim if dim is not None else named["axis"]
-        return self.reduce(how, x, (dims,) if isinstance(dims, int) else tuple(dims), keepdim)
+        return self.reduce(how, x, dims, keepdim)
 
     def identity(self, x: Any, module: nn.Module) -> Any:
         return x
