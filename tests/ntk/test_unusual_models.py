@@ -224,6 +224,80 @@ def test_structure_is_kept_where_an_index_is_the_same_for_all_rows() -> None:
     assert_exact(model, data(8, 4))
 
 
+# --- rows that lie otherwise than the rows that are probed ---------------------------------------------------------
+
+
+class Views(nn.Module):
+    """Two views of each token, merged with the rows between them; the class token alone reaches the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = linear(3, 8), linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, tokens, _ = x.shape
+        both = torch.stack([x, x.flip(2)]).reshape(2 * rows * tokens, 3)
+        hidden = torch.tanh(self.first(both)).reshape(2, rows, tokens, 8)
+        return self.out(hidden[:, :, 0].mean(0))
+
+
+@pytest.mark.parametrize("tokens", [5, 9, 17])
+def test_rows_merged_between_other_axes(tokens: int) -> None:
+    for rows in (4, 6, 9):
+        assert_exact(Views(), data(rows, tokens, 3))
+
+
+def test_an_order_that_depends_on_the_number_of_rows() -> None:
+    def function(self: Any, x: Tensor) -> Tensor:
+        rows = len(x)
+        if rows % 4:
+            return self.out(torch.tanh(self.first(x)))
+        hidden = torch.tanh(self.first(x.view(4, -1, 5).transpose(0, 1).reshape(rows, 5)))
+        return self.out(hidden.view(-1, 4, 8).transpose(0, 1).reshape(rows, 8))
+
+    assert_exact(Model(function, first=linear(5, 8), out=linear(8, 2)), data(8, 5))
+
+
+class Windows(nn.Module):
+    """Attention within windows, which torch turns to time first: rows and windows share the second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64)
+        self.out = linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.unflatten(1, (3, 5)).flatten(0, 1)
+        mixed = self.attention(windows, windows, windows, need_weights=False)[0]
+        return self.out(mixed.reshape(len(x), 15, 4).mean(1))
+
+
+def test_rows_merged_on_the_second_axis() -> None:
+    methods = {row.method for row in fw.ntk.explain(Windows(), data(8, 15, 4)).rows}
+    assert not methods & {"vmap", "loop"}
+    assert_exact(Windows(), data(8, 15, 4))
+
+
+@pytest.mark.parametrize("rows", [3, 4, 8])
+def test_zeros_where_two_layouts_fit(rows: int) -> None:
+    """Nothing is reached behind a zero-initialised head, and there are as many tokens as rows are probed."""
+    head = linear(8 * 4, 2)
+    nn.init.zeros_(head.weight)
+    model = nn.Sequential(nn.Embedding(50, 8, dtype=torch.float64), nn.Flatten(), head)
+    assert_exact(model, torch.randint(50, (rows, 4)))
+
+
+def test_position_embeddings_are_shared_by_all_rows() -> None:
+    def function(self: Any, tokens: Tensor) -> Tensor:
+        hidden = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        return self.out(torch.tanh(hidden).mean(1))
+
+    parts = {"tokens": nn.Embedding(50, 8), "positions": nn.Embedding(16, 8)}
+    model = Model(function, **{name: part.double() for name, part in parts.items()}, out=linear(8, 2))
+    for length in (5, 4):
+        assert_exact(model, torch.randint(50, (6, length)))
+
+
 # --- rows that mix -------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +337,27 @@ def test_mixing_behind_a_frozen_embedding_is_found(rows: int) -> None:
     model = Model(lambda self, x: self.layer(self.tokens(x).cumsum(0)), tokens=tokens, layer=nn.Linear(4, 2))
     with pytest.raises(ValueError, match="rows"):
         fw.ntk.empirical_ntk(model, torch.randint(9, (rows,)))
+
+
+@pytest.mark.parametrize("rows", [2, 6])
+def test_mixing_before_a_head_of_zeros_is_found(rows: int) -> None:
+    head = linear(5, 2)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    model = Model(lambda self, x: self.head(torch.tanh(self.first(x - x.mean(0)))), first=linear(4, 5), head=head)
+    with pytest.raises(ValueError, match="rows"):
+        fw.ntk.empirical_ntk(model, data(rows, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [3, 8])
+def test_a_difference_of_equal_networks_does_not_mix(rows: int, dtype: torch.dtype) -> None:
+    """f(x; θ) - f(x; θ₀) is rounding noise at θ = θ₀; its kernel is that of f."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 1)).to(dtype)
+    frozen = copy.deepcopy(net).requires_grad_(False)
+    model = Model(lambda self, x: self.net(x) - self.frozen(x), net=net, frozen=frozen)
+    x = torch.randn(rows, 3, 8, 8, dtype=dtype)
+    torch.testing.assert_close(fw.ntk.empirical_ntk(model, x), fw.ntk.empirical_ntk(net, x))
 
 
 # --- operations that autograd or vmap get wrong or refuse ----------------------------------------------------------
@@ -355,6 +450,23 @@ def test_buffers_and_attributes() -> None:
     assert not hasattr(model, "last")
     assert model.cache is None
     assert not model.mean.any()
+
+
+def test_lists_that_a_forward_fills() -> None:
+    def function(self: Any, x: Tensor) -> Tensor:
+        self.seen.append(self.scale * x)
+        return self.layer(self.seen[-1])
+
+    model = Model(function, layer=linear(4, 2), scale=nn.Parameter(data(1)))
+    model.seen = []
+    fw.ntk.empirical_ntk(model, data(6, 4))
+    assert model.seen == []
+
+
+def test_a_sparse_buffer() -> None:
+    model = Model(lambda self, x: self.layer((self.graph @ x.mT).mT), layer=linear(5, 2))
+    model.register_buffer("graph", torch.eye(5, dtype=torch.float64).to_sparse())
+    assert_exact(model, data(6, 5))
 
 
 # --- clear errors --------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +17,7 @@ from .. import _check, _library
 from .precision import ieee_products
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+PLAIN_CONTAINERS = (dict, OrderedDict, list, set)
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -147,8 +150,8 @@ class Target:
         self.own = dict(model.named_parameters())
         for name, value in self.own.items():
             _check_parameter(name, value)
-        for name, value in (*self.own.items(), *model.named_buffers()):
-            _refuse_inference_tensor(name, value)
+        for name, tensor in (*self.own.items(), *model.named_buffers()):
+            _refuse_inference_tensor(name, tensor)
         # Of one row's output, once several rows have run: a model that squeezes gives a single row without its axis.
         self.row_shape: torch.Size | None = None
         # Set where `params` replaces the model's own values; then the model runs by functional_call.
@@ -278,16 +281,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Run the model with gradients on, autocast and TF32 off; put it back as it was, also after an exception or Ctrl-C.
 
     The kernels never write parameters, `.grad` or hooks. What a forward itself may change are buffers and attributes of
-    modules, which also hold what prune and the older weight_norm make from the parameters.
+    modules, their lists and dicts as well: these also hold hooks, and what prune and the older weight_norm make from
+    parameters.
     """
-    modules = [(module, dict(vars(module)), dict(module._buffers.items())) for module in model.modules()]
-    buffers = [
-        (value, value.clone(), value._version)
-        for value in {id(value): value for _, _, own in modules for value in own.values()}.values()
-        if value is not None
-    ]
-    held = [value for module, _, own in modules for value in (*module._parameters.values(), *own.values())]
-    on_gpu = any(value.is_cuda for value in held if value is not None)
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    plain = [value for _, own in attributes for value in own.values() if type(value) in PLAIN_CONTAINERS]
+    containers = [(value, copy.copy(value)) for value in plain]
+    buffers = [(value, value.clone(), value._version) for value in model.buffers()]
+    on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
     try:
         with (
             torch.inference_mode(False),
@@ -300,22 +301,30 @@ def preserved(model: nn.Module) -> Iterator[None]:
         ):
             yield
     finally:
-        for module, attributes, own in modules:
-            _put_back(vars(module), attributes)
-            _put_back(module._buffers, own)
+        for now, before in (*attributes, *containers):
+            _put_back(now, before)
         for value, saved, version in buffers:
             # `.data` writes without a new version.
-            if value._version != version or not torch.equal(value, saved):
+            dense = value.layout == torch.strided and not value.is_meta and not value.is_nested
+            if value._version != version or (dense and not torch.equal(value, saved)):
                 with torch.no_grad():
                     value.copy_(saved)
 
 
-def _put_back(now: MutableMapping[str, Any], before: Mapping[str, Any]) -> None:
-    for name in set(now.keys()) - set(before):
-        del now[name]
-    for name, value in before.items():
-        if name not in now or now[name] is not value:
-            now[name] = value
+def _put_back(now: Any, before: Any) -> None:
+    """A dict, list or set, to the very same objects as before."""
+    if isinstance(now, dict):
+        for name in [name for name in now if name not in before]:
+            del now[name]
+        for name, value in before.items():
+            if name not in now or now[name] is not value:
+                now[name] = value
+    elif isinstance(now, list):
+        if len(now) != len(before) or any(one is not two for one, two in zip(now, before, strict=True)):
+            now[:] = before
+    elif now != before:
+        now.clear()
+        now.update(before)
 
 
 def _eager() -> AbstractContextManager[Any]:

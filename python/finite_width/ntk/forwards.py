@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import PROBE_ROWS, refuse_mixed_rows, refusing_random_numbers
+from .agreement import refuse_other_bits, refusing_random_numbers
 from .contract import Batch, Target, flatten, preserved
 from .inputs import row_cuts
-from .sweep import refuse_other_bits
+from .probing import PROBE_ROWS, Seen, refuse_mixed_rows
 
 # Rows of one forward pass: bounds the activations, whatever the number of inputs.
 _ROWS = 1024
@@ -48,4 +48,4 @@ def _check_rows(target: Target, batch: Batch) -> None:
     with refusing_random_numbers(target.device):
         expected = _run(target, batch, 0, rows)
     refuse_other_bits(target, batch, expected)
-    refuse_mixed_rows(target, batch, batch.take(0, rows), expected)
+    refuse_mixed_rows(target, batch, batch.take(0, rows, copy=True), Seen(expected, []))

@@ -3,42 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# ("axis", k): axis k has one entry per row. ("outer", 0) and ("inner", 0): axis 0 has T entries per row, the entries
-# of one row adjacent (outer) or `rows` apart (inner).
-Layout = tuple[str, int]
+
+class Layout(NamedTuple):
+    """The rows lie on one axis, [before, rows, after] flattened: alone there, or merged with other axes."""
+
+    axis: int
+    before: int = 1
+    after: int = 1
+
+    @property
+    def merged(self) -> bool:
+        return self.before * self.after > 1
 
 
 def candidates(shape: Sequence[int], rows: int, axes: Sequence[int]) -> list[Layout]:
     """The layouts that the shape admits, the likeliest first; `axes` may hold the rows."""
-    found: list[Layout] = [("axis", axis) for axis in axes if shape[axis] == rows]
-    if 0 in axes and shape[0] != rows and shape[0] and shape[0] % rows == 0:
-        found += [("outer", 0), ("inner", 0)]
-    return found
+    alone = [Layout(axis) for axis in axes if shape[axis] == rows]
+    merged = []
+    for axis in axes:
+        times, rest = divmod(shape[axis], rows)
+        if times > 1 and rest == 0:
+            divisors = [number for number in range(2, times) if times % number == 0]
+            merged += [Layout(axis, before, times // before) for before in (1, times, *divisors)]
+    return alone + merged
 
 
 def by_rows(value: Tensor, layout: Layout, rows: int, first: int = 0) -> Tensor:
-    """The tensor, whose own shape begins at axis `first`, with the rows as axis `first` and T entries merged behind.
+    """The tensor, whose own shape begins at axis `first`, with the rows as axis `first`.
 
-    An axis of the rows alone moves to the front; a merged axis becomes [rows, T].
+    An axis of the rows alone moves to the front; of a merged one the other entries, before and after, stay in place.
     """
-    kind, axis = layout
-    if kind == "axis":
-        return value.movedim(first + axis, first) if axis else value
-    if kind == "outer":
-        return value.unflatten(first, (rows, -1))
-    return value.unflatten(first, (-1, rows)).transpose(first, first + 1)
+    axis, before, after = layout
+    axis += first
+    if layout.merged:
+        value = value.unflatten(axis, (before, rows, after)).movedim(axis + 1, first)
+        return value.flatten(axis + 1, axis + 2)
+    return value.movedim(axis, first) if axis != first else value
 
 
 def row_shape(shape: Sequence[int], layout: Layout, rows: int) -> tuple[int, ...] | None:
     """The shape of what the layout gives one row; None where the tensor does not hold `rows` of them."""
-    kind, axis = layout
-    if kind == "axis":
-        return (*shape[:axis], *shape[axis + 1 :]) if shape[axis] == rows else None
-    return (shape[0] // rows, *shape[1:]) if shape[0] % rows == 0 else None
+    axis, before, after = layout
+    if shape[axis] != before * rows * after:
+        return None
+    return (*shape[:axis], *([before * after] if layout.merged else []), *shape[axis + 1 :])
 
 
 def multiplied_by_rows(first: Tensor, second: Tensor, layout: Layout, factors: Tensor, tolerance: float = 0.0) -> bool:
@@ -61,9 +74,10 @@ def multiplied_by_rows(first: Tensor, second: Tensor, layout: Layout, factors: T
 
 
 def confined(delta: Tensor, layout: Layout, rows: int, row: int) -> bool:
-    """Whether a cotangent on one row of the output reached that row's part alone."""
+    """Whether a cotangent on one row of the output reached that row's part alone (0 times infinity is no reach)."""
     arranged = by_rows(delta, layout, rows).reshape(rows, -1)
-    return not any(reached for other, reached in enumerate((arranged != 0).any(1).tolist()) if other != row)
+    reached = ((arranged != 0) & ~arranged.isnan()).any(1).tolist()
+    return not any(value for other, value in enumerate(reached) if other != row)
 
 
 def rows_reached(delta: Tensor, layout: Layout, rows: int) -> int:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from .capture import Use
 from .contract import Target
 from .layout import Layout
+from .probing import Seen
 
 # Rows of one block: a power of two such that what a block's sweep touches stays near this many bytes. It depends on
 # shapes alone, so that the result has the same bits for any memory budget.
@@ -60,7 +60,9 @@ class Plan:
     last: int | None  # the use whose output is the model's
     sweep_bytes: int  # working memory of one block's forward and backward, per row
     copies_inputs: bool  # the model writes its input in place
-    probe: Tensor | None = None  # the outputs of the first rows of the first batch, for comparison
+    sure: bool  # whether rows lie by the layouts in any number; else, and with the checks, each number of rows is tried
+    placed: set[int]  # the numbers of rows that were tried
+    probe: Seen | None = None  # what the first rows of the first batch gave, for comparison
 
     @property
     def generic(self) -> list[str]:

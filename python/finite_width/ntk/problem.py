@@ -60,7 +60,7 @@ class Problem:
         itemsize = torch.empty((), dtype=self.target.dtype).element_size()
         self.sizes = Sizes(self.left.rows, self.right.rows, 0, compute, itemsize, self.symmetric)
 
-    def plan(self, loop: bool = False, compared: bool = True) -> Plan:
+    def plan(self, structured: bool = True, compared: bool = True) -> Plan:
         return make_plan(
             self.target,
             self.probed,
@@ -68,7 +68,7 @@ class Problem:
             method=self.method,
             check=self.check,
             separate=self.separate,
-            loop=loop,
+            structured=structured,
             compared=compared,
         )
 
@@ -83,7 +83,7 @@ class Problem:
         except PlanMismatchError:
             pass
         try:
-            return compute(self.plan(loop=True))
+            return compute(self.plan(structured=False))
         except PlanMismatchError:
             raise ValueError("model: it uses its parameters differently from call to call") from None
 

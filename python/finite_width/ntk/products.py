@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .agreement import agrees
 from .contract import Batch, Target, flatten
 from .problem import Problem, progress_bar
-from .sweep import agrees
 from .walk import mirror
 
 Vectors = dict[str, Tensor]  # parameter name -> [k, *its shape]

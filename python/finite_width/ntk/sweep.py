@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import generic, ops
+from .backward import cotangents, output_weights, pull
 from .capture import Capture, Use
 from .contract import Batch, Target, flatten
 from .factors import ConvInputs, Factor, Ghost, Gram, Jacobian, Last, Tiled, Tokens
 from .layout import Layout, by_rows, multiplied_by_rows, row_shape
 from .plan import Entry, Plan
+from .probing import Seen, compare
 
 # Relative to a row's cotangent: far above the rounding of sums in another order, far below what another row's factor
 # makes, which differs by one part in 8192 or more (blocks have 4096 rows at most).
@@ -22,54 +23,6 @@ PLACE_TOLERANCE = 5e-5
 
 class PlanMismatchError(Exception):
     """A block used the parameters in another way than the rows that the plan was made from."""
-
-
-def pull(
-    flat: Tensor, edges: Sequence[Any], cotangents: Tensor, *, batched: bool, keep: bool = True
-) -> list[Tensor | None]:
-    """The cotangents [k, *shape] at the edges for k cotangents [k, n, O] of the outputs; None where none arrives.
-
-    Args:
-        batched: one sweep for all.
-        keep: the graph serves again; else a single sweep frees what it has passed.
-    """
-    keep = keep or batched or len(cotangents) > 1
-
-    def single(cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(flat, edges, cotangent, retain_graph=keep, allow_unused=True)
-
-    results: list[Tensor | None] = [None] * len(edges)
-    if batched:
-        present: list[int] = []
-
-        def reached(cotangent: Tensor) -> tuple[Tensor, ...]:
-            values = single(cotangent)
-            present[:] = [place for place, value in enumerate(values) if value is not None]
-            return (cotangent, *(value for value in values if value is not None))
-
-        stacked = torch.func.vmap(reached)(cotangents)[1:]
-        for place, value in zip(present, stacked, strict=True):
-            results[place] = value.detach()
-    else:
-        each = [single(cotangent) for cotangent in cotangents]
-        for place, column in enumerate(zip(*each, strict=True)):
-            if column[0] is not None:
-                found = [value.detach() for value in column if value is not None]
-                results[place] = torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
-    return results
-
-
-def cotangents(uses: Sequence[Use], flat: Tensor, batched: bool, keep: bool = False) -> list[Tensor]:
-    """δ [O, *output's shape] of each use: the cotangents of all outputs [n, O], in one backward sweep where batched."""
-    rows, outputs = flat.shape
-    if not uses or flat.grad_fn is None:
-        return [flat.new_zeros(outputs, *use.shape) for use in uses]
-    unit = torch.eye(outputs, dtype=flat.dtype, device=flat.device)[:, None, :].expand(outputs, rows, outputs)
-    results = pull(flat, [use.edge for use in uses], unit, batched=batched and outputs > 1, keep=keep)
-    return [
-        flat.new_zeros(outputs, *use.shape) if value is None else value.reshape(outputs, *use.shape)
-        for use, value in zip(uses, results, strict=True)
-    ]
 
 
 def last_use(uses: Sequence[Use], raw: Tensor, rows: int) -> int | None:
@@ -104,7 +57,7 @@ class Rows:
 
     def conv(self) -> ConvInputs:
         a, d = self.inputs(), self.d
-        if self.layout[0] == "axis":
+        if not self.layout.merged:
             a, d = a.unsqueeze(1), d.unsqueeze(2)
         return ConvInputs(a, d, self.use.options["geometry"], self.use.kind == "conv_transpose")
 
@@ -129,8 +82,8 @@ class Rows:
             return self._embedding()
         # A scale: behind the rows and the outputs stand the other axes in their order; those of the weight stay.
         begin, end = self.use.options["axes"]
-        where, row_axis = self.layout
-        kept = {axis + 2 - (1 if where == "axis" and axis > row_axis else 0) for axis in range(begin, end)}
+        alone, row_axis = not self.layout.merged, self.layout.axis
+        kept = {axis + 2 - (1 if alone and axis > row_axis else 0) for axis in range(begin, end)}
         product = d if role == "bias" else d * self.inputs().unsqueeze(1)
         summed = [axis for axis in range(2, d.dim()) if axis not in kept]
         return (product.sum(summed) if summed else product).flatten(2)
@@ -153,10 +106,10 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
     """The uses of the plan's structured entries on rows [begin, end), by one forward and one batched backward.
 
     Args:
-        check: compare the outputs with those of the rows that the plan was made from.
+        check: compare the first rows with those that the plan was made from.
 
     Raises:
-        PlanMismatchError: the block used the parameters in another way than the plan says.
+        PlanMismatchError: the block used the parameters in another way than the plan says, or its rows lie otherwise.
     """
     rows, tensors = end - begin, batch.take(begin, end, plan.copies_inputs)
     arranged: dict[int, Rows] = {}
@@ -178,16 +131,15 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
         or last_use(uses, raw, rows) != plan.last
     ):
         raise PlanMismatchError
-    if check and plan.probe is not None:
-        found = flat[: len(plan.probe)].detach()
-        if not torch.equal(found, plan.probe):  # random numbers, other rows, or sums in another order
-            refuse_other_bits(target, batch, plan.probe)
-            compare(found, plan.probe)
     needed = plan.needed
-    verified = capture.routed and rows > 1
+    doubtful = not plan.sure or plan.probe is not None  # without the checks, layouts that are sure are believed
+    verified = bool(needed) and flat.requires_grad and (capture.routed or (doubtful and rows not in plan.placed))
     deltas = cotangents([uses[index] for index in needed], flat, plan.batched_backward, keep=verified)
     if verified:
         _refuse_other_places(plan, uses, deltas, flat)
+        plan.placed.add(rows)
+    if check and plan.probe is not None:
+        compare(target, batch, plan.probe, Seen.of(flat, capture, plan.layouts, plan.probe.count))
     del raw, flat
     for index in {index for entry in plan.entries for index, _ in entry.roles}:
         layout = plan.layouts[index]
@@ -208,16 +160,15 @@ def row_shapes(uses: Sequence[Use], layouts: Sequence[Layout | None], rows: int)
 def _refuse_other_places(plan: Plan, uses: Sequence[Use], deltas: Sequence[Tensor], flat: Tensor) -> None:
     """Raise unless this block's rows lie where the plan's layouts say, by one more sweep.
 
-    For models whose values may decide where rows go: the rows that the plan was made from may lie in another order.
+    The rows that the plan was made from may lie otherwise: in another order, where values or their number decide it, or
+    merged with other axes, of which few entries were reached.
     """
-    rows, outputs = flat.shape
-    # Outputs weighted without a simple relation, so that sums over them do not cancel; rows by factors all different.
-    weights = 1 + torch.arange(1, outputs + 1, dtype=flat.dtype, device=flat.device).sin() / 2
+    rows, weights = len(flat), output_weights(flat)
+    # Rows by factors all different.
     factors = 1 + torch.arange(rows, dtype=flat.dtype, device=flat.device) / rows
     edges = [uses[index].edge for index in plan.needed]
-    second = (factors[:, None] * weights).unsqueeze(0)
-    found = pull(flat, edges, second, batched=False, keep=False) if edges and flat.requires_grad else []
-    for index, delta, value in zip(plan.needed, deltas, found, strict=False):
+    found = pull(flat, edges, (factors[:, None] * weights).unsqueeze(0), batched=False, keep=False)
+    for index, delta, value in zip(plan.needed, deltas, found, strict=True):
         layout = plan.layouts[index]
         assert layout is not None
         first = torch.tensordot(weights, delta, 1)
@@ -269,38 +220,3 @@ def _factor(entry: Entry, arranged: dict[int, Rows], outputs: int) -> Factor:
     for index, role in entry.roles[1:]:
         total = total + arranged[index].jacobian(role, with_bias)
     return Jacobian(total)
-
-
-def refuse_other_bits(target: Target, batch: Batch, expected: Tensor) -> None:
-    """Raise unless another forward of the batch's first rows gives the expected outputs, bit for bit."""
-    tensors = [value.clone() for value in batch.take(0, len(expected))]
-    with Capture(target.parameters):
-        again = flatten(target.run(batch, tensors)).detach()
-    if not (torch.equal(again, expected) or torch.equal(torch.nan_to_num(again), torch.nan_to_num(expected))):
-        raise ValueError(
-            "model: two forwards of the same rows differ; it draws random numbers or keeps a state between calls "
-            "(check=False skips this test)"
-        )
-
-
-def agrees(found: Tensor, expected: Tensor) -> bool:
-    """Whether two computations of the same values differ by no more than roundings: what a wrong formula does not."""
-    found, expected = (torch.nan_to_num(value, 0, 0, 0) for value in (found, expected))
-    tolerance = 1e-3 if found.dtype in (torch.float32, torch.complex64) else 1e-7
-    return float((found - expected).norm()) <= tolerance * float(expected.norm())
-
-
-def compare(found: Tensor, expected: Tensor) -> None:
-    """Raise where the same rows gave other outputs beside other rows: then the model mixes rows."""
-    rows = min(len(found), len(expected))
-    found, expected = found[:rows].detach(), expected[:rows]
-    tolerance = 1e-3 if found.dtype == torch.float32 else 1e-7
-    if torch.equal(found, expected):
-        return
-    difference, scale = float((found - expected).norm()), float(expected.norm())
-    if difference > tolerance * max(scale, 1e-30):
-        raise ValueError(
-            "model: the outputs of the same rows change with the other rows of the batch (relative difference "
-            f"{difference / max(scale, 1e-30):.1e}); the model mixes rows, so its kernel is not defined row by row "
-            "(check=False skips this test)"
-        )

@@ -1,0 +1,180 @@
+"""What a few rows tell: where each row lies in every tensor of a model, and that rows do not mix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .agreement import agrees, mixes, refuse_other_bits, same
+from .backward import output_weights, pull
+from .capture import Capture, Use
+from .contract import Batch, Target, flatten
+from .layout import Layout, by_rows, candidates, confined, multiplied_by_rows, rows_reached
+
+PROBE_ROWS = 4
+
+
+class RowTest:
+    """What backward sweeps from a few rows tell of where each row lies in every tensor of a model.
+
+    Two sweeps, the second with each row's cotangent times a power of two of its own: what depends on one row alone is
+    multiplied by exactly its power. Where that fails, rows mix, or the backward does not repeat its bits (sums by
+    atomic additions on a GPU): then a sweep for each row, which may reach that row's part and nothing else, decides.
+    """
+
+    def __init__(self, flat: Tensor, uses: Sequence[Use], leaves: Sequence[Tensor]) -> None:
+        self.flat, self.rows = flat, len(flat)
+        self.edges: list[Any] = [*(use.edge for use in uses), *leaves]
+        self.shapes = [*(use.shape for use in uses), *(leaf.shape for leaf in leaves)]
+        self.factors = 2.0 ** torch.arange(self.rows, dtype=flat.dtype, device=flat.device)
+        self.cotangent = output_weights(flat).expand_as(flat)
+        self.batched = True
+        self.found = self._two_sweeps()
+        self._by_row: list[list[Tensor | None]] | None = None
+
+    def _two_sweeps(self) -> list[Tensor | None]:
+        """[2, *shape] at each edge; sets whether several cotangents can be pulled back in one sweep."""
+        both = torch.stack([self.cotangent, self.cotangent * self.factors[:, None]])
+        if self.flat.shape[1] > 1:
+            try:
+                stacked = pull(self.flat, self.edges, both, batched=True)
+            except Exception:
+                self.batched = False
+            else:
+                # The gradient of the sum: torch has batching rules that give it for the first cotangent alone.
+                single = pull(self.flat, self.edges, both.sum(0, keepdim=True), batched=False)
+                self.batched = all(
+                    one is two if one is None or two is None else agrees(two.sum(0), one[0])
+                    for one, two in zip(single, stacked, strict=True)
+                )
+                if self.batched:
+                    return stacked
+        return pull(self.flat, self.edges, both, batched=False)
+
+    def fits(self, place: int, layout: Layout) -> bool:
+        """Whether each row's part of the tensor, by this layout, depends on that row alone."""
+        value = self.found[place]
+        if value is None:
+            return True
+        one, two = value.reshape(2, *self.shapes[place])
+        if multiplied_by_rows(one, two, layout, self.factors):
+            return True
+        if self._by_row is None:
+            unit = torch.eye(self.rows, dtype=self.flat.dtype, device=self.flat.device)
+            each = [pull(self.flat, self.edges, (self.cotangent * row[:, None])[None], batched=False) for row in unit]
+            self._by_row = each
+        return all(
+            value is None or confined(value.reshape(self.shapes[place]), layout, self.rows, row)
+            for row, value in enumerate(deltas[place] for deltas in self._by_row)
+        )
+
+    def layout(self, place: int, axes: Sequence[int]) -> tuple[Layout | None, bool]:
+        """The layout in which the rows lie in the tensor, on one of the axes, or None; and whether it is sure.
+
+        Where few rows are reached, zeros may hide that it is another; where rows are merged with other axes, other
+        numbers of rows may lie otherwise. Then a block must show that its own rows lie so.
+        """
+        shape = self.shapes[place]
+        fitting = [layout for layout in candidates(shape, self.rows, axes) if self.fits(place, layout)]
+        value = self.found[place]
+        for layout in fitting:
+            if value is not None and rows_reached(value[0].reshape(shape), layout, self.rows) > 1:
+                return layout, not layout.merged
+        return (fitting[0], self.rows == 1) if fitting else (None, False)
+
+
+@dataclass
+class Seen:
+    """What a forward of some rows gave: the outputs [n, O], and each use's input by rows, where its layout is known."""
+
+    outputs: Tensor
+    inputs: list[Tensor]
+
+    @classmethod
+    def of(cls, flat: Tensor, capture: Capture, layouts: Sequence[Layout | None], count: int | None = None) -> Seen:
+        """Of all rows, or of the first `count`."""
+        # Where values decide where rows go, these lie otherwise for other rows.
+        uses = [] if capture.routed else list(zip(capture.uses, layouts, strict=True))
+        known = [(use.input, layout) for use, layout in uses if layout is not None]
+        return cls(flat[:count].detach(), [by_rows(value, layout, len(flat))[:count] for value, layout in known])
+
+    @property
+    def count(self) -> int:
+        return len(self.outputs)
+
+    def some(self, index: Tensor) -> Seen:
+        return Seen(self.outputs[index], [value[index] for value in self.inputs])
+
+
+def refuse_mixed_rows(
+    target: Target, batch: Batch, tensors: Sequence[Tensor], expected: Seen, layouts: Sequence[Layout | None] = ()
+) -> None:
+    """Raise unless rows give what they gave, beside other rows, and nearly what they gave when they are fewer.
+
+    That finds what a gradient does not show, such as a scale by the largest of all values, detached. Layers' inputs
+    count as well: the outputs may be zero for all rows.
+
+    Args:
+        expected: what all of the rows gave together.
+        layouts: where rows lie in each use.
+    """
+    rows = expected.count
+    order = torch.arange(rows, device=target.device)
+    half = rows // 2
+    for kept in (order[:half], order[half:]) if rows > 1 else ():
+        # The kept rows in their places, and again in the places of the others: the same steps, so the same bits.
+        index = kept[(order - kept[0]) % len(kept)]
+        found = _look(target, batch, [value[index] for value in tensors], layouts)
+        if found is not None:
+            compare(target, batch, expected, found.some(kept), kept, same_steps=True)
+    fewer = order[: max(1, half)]
+    found = _look(target, batch, [value[fewer] for value in tensors], layouts)
+    if found is not None:
+        compare(target, batch, expected, found, fewer)
+
+
+def _look(target: Target, batch: Batch, tensors: Sequence[Tensor], layouts: Sequence[Layout | None]) -> Seen | None:
+    """A forward; None where the model takes no single row."""
+    capture = Capture(target.parameters)
+    try:
+        with capture:
+            flat = flatten(target.run(batch, tensors))
+    except Exception:
+        if len(tensors[0]) == 1:
+            return None
+        raise
+    try:
+        return Seen.of(flat, capture, layouts)
+    except (RuntimeError, ValueError):  # other uses than of the rows together, or of other shapes
+        return Seen(flat.detach(), [])
+
+
+def compare(
+    target: Target,
+    batch: Batch,
+    expected: Seen,
+    found: Seen,
+    rows: Tensor | None = None,
+    same_steps: bool = False,
+) -> None:
+    """Raise where rows gave other outputs, or layers other inputs, beside other rows.
+
+    Args:
+        rows: those of `expected` that are found; default: all.
+        same_steps: in the same number of rows and in their places, so that roundings are the same.
+    """
+    whole, expected = expected, expected if rows is None else expected.some(rows)
+    # Below this, outputs are roundings: a difference of two networks that are equal, a loss at its minimum.
+    floor = 1e-3 * max((float(value.norm()) for value in expected.inputs if value.is_floating_point()), default=0.0)
+    pairs = [("the outputs", found.outputs, expected.outputs, floor)]
+    pairs += [("a layer's inputs", one, two, 0.0) for one, two in zip(found.inputs, expected.inputs, strict=False)]
+    for what, one, two, least in pairs:
+        if one.shape != two.shape or not two.is_floating_point() or torch.equal(one, two):
+            continue
+        refuse_other_bits(target, batch, whole.outputs)  # random numbers or a state, rather
+        if not (same(one, two) if same_steps else agrees(one, two, least)):
+            raise mixes(what, one, two)
