@@ -104,19 +104,19 @@ class TTEmbedding(TTCores):
         """The Tensor Train of a trained table (TT-SVD in float64).
 
         Args:
-            embedding: an nn.Embedding, or an nn.EmbeddingBag of mode "sum" or "mean", without max_norm; the row of
-                its padding_idx must be zero. Left as it is.
+            embedding: an nn.Embedding, or an nn.EmbeddingBag of mode "sum" or "mean"; without max_norm,
+                scale_grad_by_freq, sparse and include_last_offset; the row of its padding_idx must be zero. Left as it
+                is.
             eps, max_rank, target_params: as in `TTLinear.from_linear`.
             num_modes, dim_modes: as in the constructor.
 
         Raises:
-            ValueError: none of eps, max_rank and target_params; NaN weights; max_norm; a row of
-                padding_idx that is not zero.
+            ValueError: none of eps, max_rank and target_params; NaN weights; an embedding of another kind.
         """
         if not isinstance(embedding, (nn.Embedding, nn.EmbeddingBag)):
             raise TypeError(f"embedding must be an nn.Embedding or nn.EmbeddingBag, got {type(embedding).__name__}")
-        if embedding.max_norm is not None:
-            raise ValueError("embedding must have no max_norm: rows of a train are not free")
+        if unlike := unlike_a_train(embedding):
+            raise ValueError(f"embedding must be one that a TTEmbedding can stand for, but has {unlike}")
         weight, padding_idx = embedding.weight.detach(), embedding.padding_idx
         if padding_idx is not None and bool(weight[padding_idx].any()):
             raise ValueError(
@@ -265,3 +265,63 @@ class TTEmbedding(TTCores):
         if self.padded_dim != self.embedding_dim:
             text += f", columns beyond {self.embedding_dim} of {self.padded_dim} dropped"
         return text
+
+
+_MODES = {"sum": 0, "mean": 1}  # as the op behind F.embedding_bag numbers them
+
+
+def _bags(rows: Tensor, places: Tensor, offsets: Tensor, mode: str) -> Tensor:
+    """F.embedding_bag with derivatives of any order by the rows; torch's own has the first alone."""
+    if not rows.requires_grad:
+        return F.embedding_bag(places, rows, offsets, mode=mode)
+    result: Tensor = _Bags.apply(rows, places, offsets, _MODES[mode])
+    return result
+
+
+class _Bags(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, offsets: Tensor, mode: int) -> Tensor:
+        bags: Tensor
+        bags, *lengths = torch.ops.aten._embedding_bag(rows, places, offsets, False, mode)
+        ctx.save_for_backward(places, offsets, *lengths)
+        ctx.count, ctx.mode = rows.shape[0], mode
+        return bags
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _BagsGradient.apply(grad, ctx.count, ctx.mode, *ctx.saved_tensors), None, None, None
+        return _bags_gradient(grad, ctx.count, ctx.mode, *ctx.saved_tensors), None, None, None
+
+
+class _BagsGradient(torch.autograd.Function):
+    """Linear in the gradient of the bags; its own gradient by that is bags again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, count: int, mode: int, *saved: Tensor) -> Tensor:
+        ctx.save_for_backward(*saved[:2])
+        ctx.mode, ctx.inputs = mode, 3 + len(saved)
+        return _bags_gradient(grad, count, mode, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Bags.apply(grad, *ctx.saved_tensors, ctx.mode), *[None] * (ctx.inputs - 1)
+
+
+def _bags_gradient(grad: Tensor, count: int, mode: int, *saved: Tensor) -> Tensor:
+    result: Tensor = torch.ops.aten._embedding_bag_backward(grad, *saved, count, False, mode, False, None)
+    return result
+
+
+def unlike_a_train(embedding: nn.Embedding | nn.EmbeddingBag) -> str:
+    """What the table has or does that a TTEmbedding cannot, or ""."""
+    if embedding.max_norm is not None:
+        return f"max_norm = {embedding.max_norm}: the rows of a train are not free"
+    for option in ("scale_grad_by_freq", "sparse", "include_last_offset"):
+        if getattr(embedding, option, False):
+            return f"{option}=True"
+    if isinstance(embedding, nn.EmbeddingBag) and embedding.mode not in ("sum", "mean"):
+        return f"mode={embedding.mode!r}"
+    if embedding.padding_idx is not None and bool(embedding.weight[embedding.padding_idx].any()):
+        return f"a row of padding_idx = {embedding.padding_idx} that is not zero, as TTEmbedding's is"
+    return ""
