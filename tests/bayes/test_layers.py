@@ -247,6 +247,31 @@ def test_functional_call_grad_and_hessian_product(model: nn.Sequential) -> None:
 
 
 def test_autocast(model: nn.Sequential) -> None:
+@pytest.mark.parametrize("estimator", ["weight", "flipout", "local"])
+def test_second_derivatives_in_every_order_of_modes(estimator: str) -> None:
+    """Along a line through the parameters; forward over forward, for which torch would return less, is refused."""
+    layer = BayesLinear(6, 3, estimator=estimator, init_std=0.5, dtype=torch.float64)
+    start = {name: p.detach() for name, p in layer.named_parameters()}
+    direction = {name: torch.randn_like(p) for name, p in start.items()}
+
+    def along(t: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        moved = {name: p + t * direction[name] for name, p in start.items()}
+        return torch.func.functional_call(layer, moved, (X.double(),)).square().sum()
+
+    def forward(t: Tensor) -> Tensor:
+        result: Tensor = torch.func.jvp(along, (t,), (torch.ones_like(t),))[1]
+        return result
+
+    zero, step = torch.zeros((), dtype=torch.float64), 1e-4
+    right = (torch.func.grad(along)(zero + step) - torch.func.grad(along)(zero - step)) / (2 * step)
+    torch.testing.assert_close(torch.func.grad(forward)(zero), right, rtol=1e-6, atol=0)
+    over_reverse = torch.func.jvp(torch.func.grad(along), (zero,), (zero + 1,))[1]
+    torch.testing.assert_close(over_reverse, right, rtol=1e-6, atol=0)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative of a forward-mode derivative"):
+        torch.func.jvp(forward, (zero,), (zero + 1,))
+
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.manual_seed(3)
         y = model(X)

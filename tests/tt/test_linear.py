@@ -309,6 +309,21 @@ def test_jacobian_and_ntk_in_float64():
 def test_same_bits_for_any_number_of_threads():
     if not fw.has_kernels():
         pytest.skip("a promise of the kernels")
+def test_forward_over_forward_is_refused():
+    """torch would return a second derivative without this layer's part."""
+    layer = fw.tt.TTLinear(24, 18, rank=3)
+    x = torch.randn(2, 24)
+
+    def forward(x):
+        return torch.func.jvp(lambda x: layer(x).square().sum(), (x,), (torch.ones_like(x),))[1]
+
+    torch.func.grad(forward)(x)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative of a forward-mode derivative"):
+        torch.func.jvp(forward, (x,), (x,))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative of a forward-mode derivative"):
+        torch.func.jacfwd(torch.func.jacfwd(lambda x: layer(x).square().sum()))(x)
+
+
     layer = fw.tt.TTLinear(784, 625, rank=8, in_modes=(4, 7, 4, 7), out_modes=(5, 5, 5, 5))
     x, grad = torch.randn(999, 784), torch.randn(999, 625)
     threads = torch.get_num_threads()
