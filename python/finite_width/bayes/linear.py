@@ -118,6 +118,11 @@ class BayesLinear(BayesLayer):
             self._keep(kl, [kl])
         result: Tensor = y
         return result
+        # Under autocast a layer before this one may give its narrow dtype, which is also that of the result; the
+        # samples are float32.
+        autocast = self._product_dtype()
+        if autocast is not None and x.dtype in ops.NARROW:
+            x = x.to(self.weight_mu.dtype)
 
     def _predict(self, x: Tensor) -> Tensor:
         seed, first, count = self._prediction.of(self, x)
@@ -129,6 +134,7 @@ class BayesLinear(BayesLayer):
                 self.bias_mu,
                 self.bias_rho,
                 seed,
+        y = y if autocast is None else y.to(autocast)
                 first,
                 count,
             )
