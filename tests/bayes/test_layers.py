@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.parametrize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -297,6 +298,48 @@ def test_copies_pickles_and_state(model: nn.Sequential) -> None:
     fresh = nn.Sequential(BayesLinear(6, 8), nn.Tanh(), BayesLinear(8, 3, bias=False))
     fresh.load_state_dict(model.state_dict())
     assert_all_close(gradients(fresh), right, 0)
+
+
+@pytest.mark.parametrize("estimator", ["weight", "flipout", "local"])
+def test_replicas_of_data_parallel(estimator: str) -> None:
+    """What nn.DataParallel does to a module: parameters become plain attributes."""
+    layer = BayesLinear(6, 3, estimator=estimator)
+    layer(X)
+    kept = fw.bayes.kl(layer)
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter.detach().clone().requires_grad_() * 1)
+    torch.manual_seed(3)
+    right = layer(X)
+    torch.manual_seed(3)
+    torch.testing.assert_close(replica(X), right)
+    torch.testing.assert_close(fw.bayes.kl(replica), kept)
+    with torch.no_grad():
+        replica.weight_mu += 1
+    assert float(fw.bayes.kl(replica).detach()) > float(kept.detach())
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_parametrised_mean() -> None:
+    layer = BayesLinear(6, 3, bias=False)
+    right = copy.deepcopy(layer)
+    nn.utils.parametrize.register_parametrization(layer, "weight_mu", Twice())
+    with torch.no_grad():
+        layer.parametrizations.weight_mu.original.copy_(right.weight_mu / 2)
+    torch.manual_seed(3)
+    y = layer(X)
+    torch.manual_seed(3)
+    torch.testing.assert_close(y, right(X))
+    torch.testing.assert_close(fw.bayes.kl(layer), fw.bayes.kl(right))
+    with torch.no_grad():
+        layer.parametrizations.weight_mu.original.add_(1)
+        right.weight_mu.add_(2)
+    torch.testing.assert_close(fw.bayes.kl(layer), fw.bayes.kl(right))  # not that of the forward
+    torch.testing.assert_close(fw.bayes.kl(nn.Sequential(layer, right)), 2 * fw.bayes.kl(right))
 
 
 def test_shared_layer_gradient() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _check
 from .._gemm import gemm
 from . import ops, reference
-from .layers import SIGN_IN, SIGN_OUT, BayesLayer, draw_seed, perturb, signs, with_means
+from .layers import NAMES, SIGN_IN, SIGN_OUT, BayesLayer, draw_seed, perturb, signs, with_means
 
 
 class BayesLinear(BayesLayer):
@@ -98,17 +98,14 @@ class BayesLinear(BayesLayer):
 
     def _fused(self, op: Callable[..., Any], rows: Tensor, seed: Tensor) -> Tensor:
         """y and the KL in one op; keeps the KL."""
-        parameters, buffers = self._parameters, self._buffers
-        weight = parameters["weight_mu"]
-        assert weight is not None
-        _check.like("weight_mu", weight, "x", rows)
+        own, buffers = self._parameters, self._buffers
+        # Read directly, since getattr finds a parameter last; those of a replica are plain attributes.
+        parameters: Any = [own[name] if name in own else getattr(self, name) for name in NAMES]
+        _check.like("weight_mu", parameters[0], "x", rows)
         # The other checks of ops.linear and ops.local hold by construction.
         y, kl, *_ = op(
             rows,
-            weight,
-            parameters["weight_rho"],
-            parameters["bias_mu"],
-            parameters["bias_rho"],
+            *parameters,
             seed,
             buffers["weight_prior_mean"],
             buffers["bias_prior_mean"],
@@ -118,14 +115,14 @@ class BayesLinear(BayesLayer):
             self._keep(kl, [kl])
         result: Tensor = y
         return result
+
+    def _predict(self, x: Tensor) -> Tensor:
+        seed, first, count = self._prediction.of(self, x)
         # Under autocast a layer before this one may give its narrow dtype, which is also that of the result; the
         # samples are float32.
         autocast = self._product_dtype()
         if autocast is not None and x.dtype in ops.NARROW:
             x = x.to(self.weight_mu.dtype)
-
-    def _predict(self, x: Tensor) -> Tensor:
-        seed, first, count = self._prediction.of(self, x)
         with torch.no_grad():
             y = ops.linear_samples(
                 x.reshape(count, -1, self.in_features),
@@ -134,10 +131,10 @@ class BayesLinear(BayesLayer):
                 self.bias_mu,
                 self.bias_rho,
                 seed,
-        y = y if autocast is None else y.to(autocast)
                 first,
                 count,
             )
+        y = y if autocast is None else y.to(autocast)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def mean_layer(self) -> nn.Linear:
