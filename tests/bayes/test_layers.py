@@ -247,7 +247,6 @@ def test_functional_call_grad_and_hessian_product(model: nn.Sequential) -> None:
         torch.testing.assert_close(product[name], (ahead[name] - behind[name]) / (2 * step), rtol=1e-5, atol=1e-5)
 
 
-def test_autocast(model: nn.Sequential) -> None:
 @pytest.mark.parametrize("estimator", ["weight", "flipout", "local"])
 def test_second_derivatives_in_every_order_of_modes(estimator: str) -> None:
     """Along a line through the parameters; forward over forward, for which torch would return less, is refused."""
@@ -273,6 +272,7 @@ def test_second_derivatives_in_every_order_of_modes(estimator: str) -> None:
         torch.func.jvp(forward, (zero,), (zero + 1,))
 
 
+def test_autocast(model: nn.Sequential) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.manual_seed(3)
         y = model(X)
@@ -417,6 +417,7 @@ def test_bad_input() -> None:
         ({"prior": GaussianPrior}, TypeError, "prior must be a GaussianPrior"),
         ({"init_std": 0.0}, ValueError, "init_std must be positive"),
         ({"init_std": float("nan")}, ValueError, "init_std must be positive"),
+        ({"init_std": "a"}, TypeError, "init_std must be a number, got str"),
         ({"dtype": torch.float16}, TypeError, "dtype must be float32 or float64"),
     ]
     for options, error, message in cases:
@@ -429,6 +430,19 @@ def test_bad_input() -> None:
         MopedPrior(delta=0.0)
     with pytest.raises(ValueError, match="pi must lie in"):
         fw.bayes.ScaleMixturePrior(pi=1.0)
+    for name, prior in (("mean", GaussianPrior), ("pi", fw.bayes.ScaleMixturePrior), ("std", MopedPrior)):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got str"):
+            prior(**{name: "a"})
+    geometry: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"kernel_size": 0}, ValueError, "kernel_size must be at least 1, got 0"),
+        ({"kernel_size": (3, 3, 3)}, ValueError, "kernel_size must be an int or have 2 entries"),
+        ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
+        ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
+        ({"dilation": 1.5}, TypeError, "dilation must be an int, got float"),
+    ]
+    for options, error, message in geometry:
+        with pytest.raises(error, match=message):
+            BayesConv2d(**{"in_channels": 2, "out_channels": 3, "kernel_size": 3, **options})
     layer = BayesLinear(3, 2)
     with pytest.raises(ValueError, match=r"x must have shape \[..., 3\]"):
         layer(torch.ones(2, 4))

@@ -208,5 +208,12 @@ def test_metrics_bad_input() -> None:
             function(p, torch.zeros(2).long())
         with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\)"):
             function(p, torch.full((3,), 2))
+        with pytest.raises(TypeError, match="labels must be integers, got float32"):
+            function(p, torch.zeros(3))
     with pytest.raises(ValueError, match=r"samples must have shape"):
         fw.bayes.mutual_information(p)
+    with pytest.raises(ValueError, match=r"samples must hold one sample at least"):
+        fw.bayes.mutual_information(p.expand(0, 3, 2))
+    for function in (fw.bayes.nll, fw.bayes.brier):
+        with pytest.raises(ValueError, match="probabilities must have one row at least"):
+            function(p[:0], torch.zeros(0).long())
