@@ -118,10 +118,6 @@ class TTEmbedding(TTCores):
         if unlike := unlike_a_train(embedding):
             raise ValueError(f"embedding must be one that a TTEmbedding can stand for, but has {unlike}")
         weight, padding_idx = embedding.weight.detach(), embedding.padding_idx
-        if padding_idx is not None and bool(weight[padding_idx].any()):
-            raise ValueError(
-                f"embedding must have a row of zeros at its padding_idx = {padding_idx}, since TTEmbedding has it so"
-            )
         modes_dim, modes_num = find_modes(
             embedding.embedding_dim,
             embedding.num_embeddings,
@@ -158,17 +154,19 @@ class TTEmbedding(TTCores):
 
         Args:
             indices: int64 or int32; any shape for mode None; [B, L], B bags of L, or [n] with offsets, for bags.
-            offsets: [B], where each bag begins in a flat `indices`.
+            offsets: [B], where each bag begins in a flat `indices`: from 0, never falling; int64 or int32.
 
         Returns:
             [..., embedding_dim]; an empty bag gives zeros.
 
         Raises:
             IndexError: an index below 0 or from num_embeddings on. Not looked for under torch.compile and vmap.
+            ValueError: shapes that do not fit; offsets that fall, or that go beyond the indices. The values are not
+                looked at under torch.compile and vmap.
+            TypeError: other dtypes.
         """
         _check.is_tensor("indices", indices)
-        if indices.dtype not in INDEX_DTYPES:
-            raise TypeError(f"indices must be int64 or int32, got {str(indices.dtype).removeprefix('torch.')}")
+        _check.is_dtype("indices", indices, INDEX_DTYPES)
         self._check_bags(indices, offsets)
         plain = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
         if plain and indices.numel():
@@ -176,15 +174,21 @@ class TTEmbedding(TTCores):
             if low < 0 or high >= self.num_embeddings:
                 worst = int(low if low < 0 else high)
                 raise IndexError(f"indices must lie between 0 and {self.num_embeddings - 1}, got {worst}")
+        if plain and offsets is not None and offsets.numel():
+            steps = offsets.diff(prepend=offsets.new_zeros(1), append=offsets.new_tensor([len(indices)]))
+            if offsets[0] != 0 or steps.min() < 0:
+                raise ValueError(
+                    f"offsets must rise from 0 to at most {len(indices)}, the number of indices, got {offsets.tolist()}"
+                )
         if plain:
             distinct, places = torch.unique(indices, return_inverse=True)
             rows = self._rows(distinct)
             if offsets is not None:
                 offsets = offsets.to(places.dtype)
                 if self.mode == "sum" or self.padding_idx is None:
-                    return F.embedding_bag(places, rows, offsets, mode=str(self.mode))
+                    return _bags(rows, places, offsets, str(self.mode))
                 counts = F.embedding_bag(places, self._counted(distinct, rows)[:, None], offsets, mode="sum")
-                return F.embedding_bag(places, rows, offsets, mode="sum") / counts.clamp_min(1)
+                return _bags(rows, places, offsets, "sum") / counts.clamp_min(1)
             found = F.embedding(places, rows)
         else:
             found = self._rows(indices.reshape(-1)).reshape(*indices.shape, self.embedding_dim)
@@ -206,10 +210,14 @@ class TTEmbedding(TTCores):
         if self.mode is None:
             if offsets is not None:
                 raise ValueError('offsets are for bags: give mode="sum" or "mean" to the layer')
-        elif offsets is None:
+            return
+        if offsets is None:
             if indices.dim() != 2:
                 raise ValueError(f"indices must have shape [B, L] without offsets, got {list(indices.shape)}")
-        elif indices.dim() != 1 or offsets.dim() != 1:
+            return
+        _check.is_tensor("offsets", offsets)
+        _check.is_dtype("offsets", offsets, INDEX_DTYPES)
+        if indices.dim() != 1 or offsets.dim() != 1:
             raise ValueError(
                 f"indices and offsets must have shapes [n] and [B], got {list(indices.shape)} and {list(offsets.shape)}"
             )
