@@ -16,6 +16,7 @@ from .priors import GaussianPrior, MopedPrior, check_prior
 
 ESTIMATORS = ("weight", "flipout", "local")
 NAMES = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
+_NAMES = frozenset(NAMES)
 # Counter words of the noise: which tensor of a layer it is for.
 WEIGHT, BIAS, OUTPUT, SIGN_IN, SIGN_OUT = range(5)
 
@@ -137,10 +138,19 @@ class BayesLayer(nn.Module):
 
     def distributions(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """(μ, ρ, prior mean) of the weight, and of the bias where there is one."""
-        result: list[tuple[Tensor, Tensor, Tensor | None]] = [(self.weight_mu, self.weight_rho, self.weight_prior_mean)]
-        if self.bias_mu is not None and self.bias_rho is not None:
-            result.append((self.bias_mu, self.bias_rho, self.bias_prior_mean))
+        weight_mu, weight_rho, bias_mu, bias_rho = self.four_parameters()
+        result: list[tuple[Tensor, Tensor, Tensor | None]] = [
+            (weight_mu, weight_rho, self._buffers["weight_prior_mean"])
+        ]
+        if bias_mu is not None:
+            result.append((bias_mu, bias_rho, self._buffers["bias_prior_mean"]))
         return result
+
+    def four_parameters(self) -> list[Any]:
+        """As NAMES has them."""
+        own = self._parameters  # read directly: getattr finds a parameter last
+        # One that is made by a parametrisation, and those of a replica, are plain attributes.
+        return [own[name] if name in own else getattr(self, name) for name in NAMES]
 
     def weight_std(self) -> Tensor:
         """σ = softplus(ρ) of the weight."""
@@ -150,7 +160,7 @@ class BayesLayer(nn.Module):
 
     def _owns_parameters(self) -> bool:
         """Whether `_state` sees all of them: not where one is made by a parametrisation, or the layer is a replica."""
-        return all(name in self._parameters for name in NAMES)
+        return self._parameters.keys() >= _NAMES
 
     def _keep(self, result: Any, nodes: list[Tensor]) -> None:
         """Remember what forward made for kl(), where it can be used later."""

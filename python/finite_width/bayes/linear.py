@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _check
 from .._gemm import gemm
 from . import ops, reference
-from .layers import NAMES, SIGN_IN, SIGN_OUT, BayesLayer, draw_seed, perturb, signs, with_means
+from .layers import SIGN_IN, SIGN_OUT, BayesLayer, draw_seed, perturb, signs, with_means
 
 
 class BayesLinear(BayesLayer):
@@ -98,9 +98,7 @@ class BayesLinear(BayesLayer):
 
     def _fused(self, op: Callable[..., Any], rows: Tensor, seed: Tensor) -> Tensor:
         """y and the KL in one op; keeps the KL."""
-        own, buffers = self._parameters, self._buffers
-        # Read directly, since getattr finds a parameter last; those of a replica are plain attributes.
-        parameters: Any = [own[name] if name in own else getattr(self, name) for name in NAMES]
+        parameters, buffers = self.four_parameters(), self._buffers
         _check.like("weight_mu", parameters[0], "x", rows)
         # The other checks of ops.linear and ops.local hold by construction.
         y, kl, *_ = op(

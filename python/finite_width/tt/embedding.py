@@ -174,12 +174,8 @@ class TTEmbedding(TTCores):
             if low < 0 or high >= self.num_embeddings:
                 worst = int(low if low < 0 else high)
                 raise IndexError(f"indices must lie between 0 and {self.num_embeddings - 1}, got {worst}")
-        if plain and offsets is not None and offsets.numel():
-            steps = offsets.diff(prepend=offsets.new_zeros(1), append=offsets.new_tensor([len(indices)]))
-            if offsets[0] != 0 or steps.min() < 0:
-                raise ValueError(
-                    f"offsets must rise from 0 to at most {len(indices)}, the number of indices, got {offsets.tolist()}"
-                )
+        if plain and offsets is not None:
+            self._check_offsets(offsets, len(indices))
         if plain:
             distinct, places = torch.unique(indices, return_inverse=True)
             rows = self._rows(distinct)
@@ -220,6 +216,15 @@ class TTEmbedding(TTCores):
         if indices.dim() != 1 or offsets.dim() != 1:
             raise ValueError(
                 f"indices and offsets must have shapes [n] and [B], got {list(indices.shape)} and {list(offsets.shape)}"
+            )
+
+    @staticmethod
+    def _check_offsets(offsets: Tensor, count: int) -> None:
+        if not offsets.numel():
+            return
+        if offsets[0] != 0 or offsets[-1] > count or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError(
+                f"offsets must rise from 0 to at most {count}, the number of indices, got {offsets.tolist()}"
             )
 
     def _flat_bags(self, rows: Tensor, counted: Tensor, offsets: Tensor) -> Tensor:
@@ -290,7 +295,7 @@ class _Bags(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor, offsets: Tensor, mode: int) -> Tensor:
         bags: Tensor
-        bags, *lengths = torch.ops.aten._embedding_bag(rows, places, offsets, False, mode)
+        bags, *lengths = torch._embedding_bag(rows, places, offsets, False, mode)
         ctx.save_for_backward(places, offsets, *lengths)
         ctx.count, ctx.mode = rows.shape[0], mode
         return bags
@@ -317,7 +322,7 @@ class _BagsGradient(torch.autograd.Function):
 
 
 def _bags_gradient(grad: Tensor, count: int, mode: int, *saved: Tensor) -> Tensor:
-    result: Tensor = torch.ops.aten._embedding_bag_backward(grad, *saved, count, False, mode, False, None)
+    result: Tensor = torch.ops.aten._embedding_bag_backward.default(grad, *saved, count, False, mode, False, None)
     return result
 
 
