@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -22,6 +24,11 @@ def is_module(name: str, value: Any) -> None:
 
 
 def is_float(name: str, value: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64)) -> None:
+    """Raise TypeError unless the tensor has one of the given dtypes."""
+    is_dtype(name, value, dtypes)
+
+
+def is_dtype(name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     """Raise TypeError unless the tensor has one of the given dtypes."""
     if value.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -48,22 +55,44 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def positive_int(name: str, value: Any) -> None:
-    """Raise unless value is an int (TypeError) of at least 1 (ValueError)."""
+def number(name: str, value: Any) -> None:
+    """Raise TypeError unless value is a real number, Python's or numpy's."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def positive(name: str, value: Any) -> None:
+    """Raise unless value is a number (TypeError) above 0 and finite (ValueError)."""
+    number(name, value)
+    if not (value > 0 and isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def not_negative(name: str, value: Any) -> None:
+    """Raise unless value is a number (TypeError) of at least 0 and finite (ValueError)."""
+    number(name, value)
+    if not (value >= 0 and isfinite(value)):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+def at_least(least: int, name: str, value: Any) -> None:
+    """Raise unless value is an int (TypeError) of at least the given one (ValueError)."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def number(name: str, value: Any, *, positive: bool = False) -> None:
-    """Raise unless value is a number (TypeError), finite and at least 0, or above 0 if `positive` (ValueError)."""
-    try:
-        found = None if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError):
-        found = None
-    if found is None:
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= found < float("inf") or (positive and found == 0):
-        allowed = "positive and finite" if positive else "finite and at least 0"
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+def positive_int(name: str, value: Any) -> None:
+    """Raise unless value is an int (TypeError) of at least 1 (ValueError)."""
+    at_least(1, name, value)
+
+
+def ints(name: str, value: Any, count: int, least: int = 1) -> tuple[int, ...]:
+    """One int for all axes, or one for each of `count` axes, as a tuple; raise unless each is at least `least`."""
+    each = tuple(value) if isinstance(value, list | tuple) else (value,) * count
+    if len(each) != count:
+        raise ValueError(f"{name} must be an int or have {count} entries, got {value}")
+    for entry in each:
+        at_least(least, name, entry)
+    return each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -139,8 +140,29 @@ def constant_while_tracing(function: _Function) -> _Function:
     return function
 
 
+def _one_level(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's jvp that raises inside of two forward-mode derivatives, where torch would return 0 for the second.
+
+    torch calls jvp with forward mode switched off at every level, so what it computes has no tangents.
+    """
+
+    @functools.wraps(jvp)
+    def checked(*args: Any) -> Any:
+        stack = torch._C._functorch.get_interpreter_stack() or []
+        if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
+            raise NotImplementedError(
+                "finite_width's ops have no forward-mode derivative of a forward-mode derivative (jvp of jvp, jacfwd "
+                "of jacfwd); take one of the two in reverse mode: jvp of grad, or torch.func.hessian"
+            )
+        return jvp(*args)
+
+    return checked
+
+
 def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply`, 50 µs cheaper a call where neither torch.func nor forward-mode derivatives are at work.
+
+    Nested forward mode is refused (`_one_level`).
 
     There, `apply` binds its arguments to forward's signature in Python, and the op inside meets its own autograd once
     more; so the plain calls of training go to a twin of the Function that does neither. Both save the same tensors and
@@ -149,6 +171,7 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     Args:
         function: an autograd.Function with `setup_context`.
     """
+    function.jvp = staticmethod(_one_level(function.jvp))  # type: ignore[assignment]
     # Under torch.func the binding remains: with the signature made once, 25 µs of it are gone.
     function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
 

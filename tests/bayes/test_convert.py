@@ -100,6 +100,64 @@ def test_include_and_exclude() -> None:
     assert again.converted == ["head.2"]
 
 
+def test_strict_concerns_what_is_included() -> None:
+    everything = ["lstm", "attention*"]
+    assert fw.bayes.convert(Mixed(), strict=True, exclude=everything).converted == ["conv", "head.0", "head.2"]
+    assert fw.bayes.convert(Mixed(), strict=True, include=["head.*"]).converted == ["head.0", "head.2"]
+
+
+def test_any_name_of_a_shared_layer_excludes_it() -> None:
+    model = Mixed()
+    model.again = model.head[0]
+    assert fw.bayes.convert(model, exclude=["again"]).converted == ["conv", "head.2"]
+
+
+def test_hooks_are_not_lost() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    seen: list[Any] = []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    report = fw.bayes.convert(model)
+    assert report.converted == ["1"]
+    assert "it has hooks" in report.rows[0].reason
+    model(torch.ones(2, 3))
+    assert seen == [1]
+    model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="1 has hooks"):
+        fw.bayes.freeze_(model)
+
+
+def test_a_lazy_layer() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"0 \(LazyLinear\) has no weights yet"):
+        fw.bayes.convert(model)
+    assert fw.bayes.convert(model, exclude=["0"]).converted == ["1"]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_transformer_encoders_infer(grad: bool) -> None:
+    """torch's fused inference reads linear1.weight past the layer's forward: it is off where that layer has none."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, mask = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+    mask[1:, 3:] = True
+    with torch.no_grad():
+        right = model(x, src_key_padding_mask=mask)
+    fw.bayes.convert(model, init="moped")
+    assert fw.bayes.predict(model, x, samples=3).mean.shape == x.shape
+    with torch.set_grad_enabled(grad), fw.bayes.mean_mode(model):
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask)[1:, :3], right[1:, :3], rtol=1e-4, atol=1e-5)
+    fw.bayes.freeze_(model)
+    torch.testing.assert_close(model(x, src_key_padding_mask=mask)[1:, :3], right[1:, :3], rtol=1e-4, atol=1e-5)
+
+
+def test_freeze_keeps_what_is_tied() -> None:
+    model = nn.Sequential(BayesLinear(3, 3), BayesLinear(3, 3), BayesLinear(3, 3))
+    model[1].weight_mu, model[1].weight_rho = model[0].weight_mu, model[0].weight_rho
+    fw.bayes.freeze_(model)
+    assert model[0].weight is model[1].weight
+    assert model[0].bias is not model[1].bias
+    assert model[2].weight is not model[1].weight
+
+
 def test_dtype_requires_grad_and_sharing() -> None:
     layer = nn.Linear(3, 3).double()
     layer.weight.requires_grad_(False)
@@ -121,8 +179,11 @@ def test_dtype_requires_grad_and_sharing() -> None:
         ({"estimator": "exact"}, ValueError, "estimator must be one of"),
         ({"prior": "gaussian"}, TypeError, "prior must be a GaussianPrior"),
         ({"strict": True}, ValueError, r"lstm \(LSTM\): recurrent layers are not converted"),
-        ({"include": ["nothing"]}, ValueError, "model has no layer to convert"),
-        ({"include": "head.0"}, TypeError, r"include must be a sequence of names"),
+        ({"strict": True, "exclude": ["lstm"]}, ValueError, r"attention \(MultiheadAttention\): attention is not"),
+        ({"include": ["lstm"]}, ValueError, "model has no layer to convert"),
+        ({"include": ["nothing"]}, ValueError, "include has the pattern 'nothing', which no module with weights has"),
+        ({"exclude": ["head"]}, ValueError, "exclude has the pattern 'head', which no module with weights has"),
+        ({"include": "head.0"}, TypeError, r"include must be a list of patterns, got the string 'head\.0'"),
     ],
 )
 def test_bad_input_leaves_the_model_alone(options: dict[str, Any], error: type[Exception], message: str) -> None:

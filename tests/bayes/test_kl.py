@@ -21,9 +21,11 @@ def exact(model: nn.Module) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     seen = set()
     for layer in model.modules():
-        if isinstance(layer, BayesLinear | BayesConv2d) and id(layer.weight_mu) not in seen:
-            seen.add(id(layer.weight_mu))
+        if isinstance(layer, BayesLinear | BayesConv2d):
             for mu, rho, mean in layer.distributions():
+                if mu in seen:
+                    continue
+                seen.add(mu)
                 q = torch.distributions.Normal(mu.double(), F.softplus(rho.double()))
                 p = torch.distributions.Normal(0.0 if mean is None else mean.double(), layer.prior_std)
                 total = total + torch.distributions.kl_divergence(q, p).sum()
@@ -137,6 +139,50 @@ def test_a_shared_layer_counts_once(model: nn.Sequential) -> None:
     loss = shared(X).sum() + fw.bayes.kl(shared)
     loss.backward()
     assert all(p.grad is not None for p in shared.parameters())
+
+
+def test_tied_weights_count_once_and_each_bias_counts() -> None:
+    layers = [BayesLinear(4, 4, init_std=std) for std in (0.1, 0.2, 0.3)]
+    model = nn.Sequential(*layers)
+    layers[1].weight_mu, layers[1].weight_rho = layers[0].weight_mu, layers[0].weight_rho
+    assert_exact(model)
+    model(torch.ones(2, 4))
+    assert_exact(model)
+    layers[2].bias_mu, layers[2].bias_rho = layers[0].bias_mu, layers[0].bias_rho
+    assert_exact(model)
+
+
+def test_tied_weights_with_an_estimated_kl() -> None:
+    layers = [BayesLinear(40, 40, prior=CountsAsOther()) for _ in range(2)]
+    exactly = [BayesLinear(40, 40, prior=GaussianPrior(0.5)) for _ in range(2)]
+    for each in (layers, exactly):
+        for name in ("weight_mu", "weight_rho"):
+            setattr(each[1], name, getattr(each[0], name))
+    assert layers[1].bias_mu is not None
+    nn.init.constant_(layers[1].bias_mu, 10.0)  # so that its part cannot be overlooked
+    exactly[0].load_state_dict(layers[0].state_dict())
+    exactly[1].load_state_dict(layers[1].state_dict())
+    found = [fw.bayes.kl(nn.Sequential(*each)).item() for each in (layers, exactly)]
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+def test_a_new_prior_brings_its_mean() -> None:
+    layer = BayesLinear(4, 4)
+    layer(torch.ones(2, 4))
+    layer.prior = GaussianPrior(mean=3.0)
+    assert float(layer.weight_prior_mean.mean()) == 3.0
+    assert_exact(layer)
+    layer.prior = MopedPrior()
+    assert torch.equal(layer.weight_prior_mean, layer.weight_mu)
+    step(layer)
+    kept = layer.weight_prior_mean
+    layer.prior = MopedPrior(std=0.5)
+    assert layer.weight_prior_mean is kept
+    layer.prior = GaussianPrior()
+    assert layer.weight_prior_mean is None
+    assert_exact(layer)
+    with pytest.raises(TypeError, match="prior must be a GaussianPrior"):
+        layer.prior = "flat"
 
 
 def test_gradient_accumulation(model: nn.Sequential) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.parametrize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -246,6 +247,31 @@ def test_functional_call_grad_and_hessian_product(model: nn.Sequential) -> None:
         torch.testing.assert_close(product[name], (ahead[name] - behind[name]) / (2 * step), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["weight", "flipout", "local"])
+def test_second_derivatives_in_every_order_of_modes(estimator: str) -> None:
+    """Along a line through the parameters; forward over forward, for which torch would return less, is refused."""
+    layer = BayesLinear(6, 3, estimator=estimator, init_std=0.5, dtype=torch.float64)
+    start = {name: p.detach() for name, p in layer.named_parameters()}
+    direction = {name: torch.randn_like(p) for name, p in start.items()}
+
+    def along(t: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        moved = {name: p + t * direction[name] for name, p in start.items()}
+        return torch.func.functional_call(layer, moved, (X.double(),)).square().sum()
+
+    def forward(t: Tensor) -> Tensor:
+        result: Tensor = torch.func.jvp(along, (t,), (torch.ones_like(t),))[1]
+        return result
+
+    zero, step = torch.zeros((), dtype=torch.float64), 1e-4
+    right = (torch.func.grad(along)(zero + step) - torch.func.grad(along)(zero - step)) / (2 * step)
+    torch.testing.assert_close(torch.func.grad(forward)(zero), right, rtol=1e-6, atol=0)
+    over_reverse = torch.func.jvp(torch.func.grad(along), (zero,), (zero + 1,))[1]
+    torch.testing.assert_close(over_reverse, right, rtol=1e-6, atol=0)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative of a forward-mode derivative"):
+        torch.func.jvp(forward, (zero,), (zero + 1,))
+
+
 def test_autocast(model: nn.Sequential) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.manual_seed(3)
@@ -272,6 +298,48 @@ def test_copies_pickles_and_state(model: nn.Sequential) -> None:
     fresh = nn.Sequential(BayesLinear(6, 8), nn.Tanh(), BayesLinear(8, 3, bias=False))
     fresh.load_state_dict(model.state_dict())
     assert_all_close(gradients(fresh), right, 0)
+
+
+@pytest.mark.parametrize("estimator", ["weight", "flipout", "local"])
+def test_replicas_of_data_parallel(estimator: str) -> None:
+    """What nn.DataParallel does to a module: parameters become plain attributes."""
+    layer = BayesLinear(6, 3, estimator=estimator)
+    layer(X)
+    kept = fw.bayes.kl(layer)
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter.detach().clone().requires_grad_() * 1)
+    torch.manual_seed(3)
+    right = layer(X)
+    torch.manual_seed(3)
+    torch.testing.assert_close(replica(X), right)
+    torch.testing.assert_close(fw.bayes.kl(replica), kept)
+    with torch.no_grad():
+        replica.weight_mu += 1
+    assert float(fw.bayes.kl(replica).detach()) > float(kept.detach())
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_parametrised_mean() -> None:
+    layer = BayesLinear(6, 3, bias=False)
+    right = copy.deepcopy(layer)
+    nn.utils.parametrize.register_parametrization(layer, "weight_mu", Twice())
+    with torch.no_grad():
+        layer.parametrizations.weight_mu.original.copy_(right.weight_mu / 2)
+    torch.manual_seed(3)
+    y = layer(X)
+    torch.manual_seed(3)
+    torch.testing.assert_close(y, right(X))
+    torch.testing.assert_close(fw.bayes.kl(layer), fw.bayes.kl(right))
+    with torch.no_grad():
+        layer.parametrizations.weight_mu.original.add_(1)
+        right.weight_mu.add_(2)
+    torch.testing.assert_close(fw.bayes.kl(layer), fw.bayes.kl(right))  # not that of the forward
+    torch.testing.assert_close(fw.bayes.kl(nn.Sequential(layer, right)), 2 * fw.bayes.kl(right))
 
 
 def test_shared_layer_gradient() -> None:
@@ -349,6 +417,7 @@ def test_bad_input() -> None:
         ({"prior": GaussianPrior}, TypeError, "prior must be a GaussianPrior"),
         ({"init_std": 0.0}, ValueError, "init_std must be positive"),
         ({"init_std": float("nan")}, ValueError, "init_std must be positive"),
+        ({"init_std": "a"}, TypeError, "init_std must be a number, got str"),
         ({"dtype": torch.float16}, TypeError, "dtype must be float32 or float64"),
     ]
     for options, error, message in cases:
@@ -361,6 +430,19 @@ def test_bad_input() -> None:
         MopedPrior(delta=0.0)
     with pytest.raises(ValueError, match="pi must lie in"):
         fw.bayes.ScaleMixturePrior(pi=1.0)
+    for name, prior in (("mean", GaussianPrior), ("pi", fw.bayes.ScaleMixturePrior), ("std", MopedPrior)):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got str"):
+            prior(**{name: "a"})
+    geometry: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"kernel_size": 0}, ValueError, "kernel_size must be at least 1, got 0"),
+        ({"kernel_size": (3, 3, 3)}, ValueError, "kernel_size must be an int or have 2 entries"),
+        ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
+        ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
+        ({"dilation": 1.5}, TypeError, "dilation must be an int, got float"),
+    ]
+    for options, error, message in geometry:
+        with pytest.raises(error, match=message):
+            BayesConv2d(**{"in_channels": 2, "out_channels": 3, "kernel_size": 3, **options})
     layer = BayesLinear(3, 2)
     with pytest.raises(ValueError, match=r"x must have shape \[..., 3\]"):
         layer(torch.ones(2, 4))

@@ -111,6 +111,29 @@ def test_links() -> None:
     torch.testing.assert_close(predict(model, samples=9, link="softmax").mean, torch.softmax(plain, -1).mean(0))
     torch.testing.assert_close(predict(model, samples=9, link="sigmoid").mean, torch.sigmoid(plain).mean(0))
     torch.testing.assert_close(predict(model, samples=9, link=torch.exp).mean, plain.exp().mean(0))
+    torch.testing.assert_close(predict(model, samples=9, link=lambda y: y[:, 0]).mean, plain[..., 0].mean(0))
+    for link in (lambda y: y.sum(0), lambda y: y.sum(), lambda y: [y]):
+        with pytest.raises(ValueError, match=r"link must return one tensor \[45, \.\.\.\]"):
+            predict(model, samples=9, link=link)
+
+
+def test_an_empty_batch() -> None:
+    assert predict(network(), X[:0], samples=4).samples.shape == (4, 0, 3)
+    convolution = nn.Sequential(BayesConv2d(1, 4, 3), nn.Flatten(), BayesLinear(16, 2))
+    assert predict(convolution, torch.ones(0, 1, 4, 4), samples=4).mean.shape == (0, 2)
+
+
+@pytest.mark.parametrize("first", [BayesLinear, nn.Linear])
+def test_autocast(first: Any) -> None:
+    model = nn.Sequential(first(6, 9), nn.Tanh(), BayesLinear(9, 3, init_std=0.3))
+    right = predict(model, samples=5).samples
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = predict(model, samples=5).samples
+        assert found.dtype == model(X).dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), right, rtol=0.05, atol=0.05)
+    model.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert predict(model, X.double(), samples=5).samples.dtype == model(X.double()).dtype == torch.float64
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -185,5 +208,12 @@ def test_metrics_bad_input() -> None:
             function(p, torch.zeros(2).long())
         with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\)"):
             function(p, torch.full((3,), 2))
+        with pytest.raises(TypeError, match="labels must be integers, got float32"):
+            function(p, torch.zeros(3))
     with pytest.raises(ValueError, match=r"samples must have shape"):
         fw.bayes.mutual_information(p)
+    with pytest.raises(ValueError, match=r"samples must hold one sample at least"):
+        fw.bayes.mutual_information(p.expand(0, 3, 2))
+    for function in (fw.bayes.nll, fw.bayes.brier):
+        with pytest.raises(ValueError, match="probabilities must have one row at least"):
+            function(p[:0], torch.zeros(0).long())

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import finite_width as fw
@@ -83,6 +84,25 @@ def test_eps_bounds_every_layer():
         assert row.relative_error <= 0.3
 
 
+@pytest.mark.parametrize(
+    "table, reason",
+    [
+        (nn.Embedding(200, 32, max_norm=1.0), "max_norm = 1.0"),
+        (nn.Embedding(200, 32, sparse=True), "sparse=True"),
+        (nn.Embedding(200, 32, scale_grad_by_freq=True), "scale_grad_by_freq=True"),
+        (nn.EmbeddingBag(200, 32, include_last_offset=True), "include_last_offset=True"),
+        (nn.EmbeddingBag(200, 32, mode="max"), "mode='max'"),
+    ],
+)
+def test_tables_unlike_a_train_are_kept(table, reason):
+    model = nn.Sequential(table)
+    report = fw.tt.compress(model, max_rank=2)
+    assert model[0] is table
+    assert reason in report.layers[0].kept
+    with pytest.raises(ValueError, match=f"has {reason}"):
+        fw.tt.TTEmbedding.from_embedding(table, max_rank=2)
+
+
 def test_patterns():
     model = Network()
     fw.tt.compress(model, max_rank=2, include=["body.*"], exclude=["*.2"])
@@ -99,6 +119,38 @@ def test_attention_keeps_its_own_projection():
     assert model(torch.randn(2, 5, 32)).shape == (2, 5, 32)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_transformer_encoders_infer(layers, grad):
+    """torch's fused inference reads linear1.weight past the layer's forward: it is off where that layer is a train."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), layers).eval()
+    model(torch.randn(2, 5, 32))
+    fw.tt.compress(model, max_rank=2, exclude=["layers.0.*"] if layers == 2 else None)
+    assert isinstance(model.layers[-1].linear1, fw.tt.TTLinear)
+    x, mask = torch.randn(3, 5, 32), torch.zeros(3, 5, dtype=torch.bool)
+    mask[1:, 3:] = True
+    with torch.set_grad_enabled(grad):
+        assert model(x).shape == (3, 5, 32)
+        for each in (x, copy.deepcopy(x)):
+            result = model(each, src_key_padding_mask=mask)
+            alone = model(each[1:2, :3])
+            torch.testing.assert_close(result[1:2, :3], alone)
+
+
+def test_an_interrupted_swap_restores_the_fused_inference():
+    class Interrupted(nn.TransformerEncoderLayer):
+        def modules(self):  # what the swap asks after it has switched off the first encoder layer's
+            assert model[0].activation_relu_or_gelu == 0
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(*(kind(32, 2, 128, batch_first=True) for kind in (nn.TransformerEncoderLayer, Interrupted)))
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        fw.tt.compress(model, max_rank=2)
+    assert_unchanged(model, before)
+    assert model[0].activation_relu_or_gelu == 1
+
+
 def nan_in_the_last_layer():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with torch.no_grad():
@@ -112,6 +164,20 @@ def tied():
     return model
 
 
+def pruned():
+    model = nn.Sequential(nn.Linear(64, 64))
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+def made_from_other_parameters():
+    model = nn.Sequential(nn.Linear(64, 64))
+    weight = model[0].weight
+    del model[0].weight
+    model[0].weight = weight * 2
+    return model
+
+
 def hooked():
     model = nn.Sequential(nn.Linear(64, 64))
     model[0].register_forward_hook(lambda *_: None)
@@ -122,6 +188,10 @@ BAD = [
     (nan_in_the_last_layer, {"max_rank": 2}, ValueError, "^1: weight holds NaN.*the model is unchanged"),
     (tied, {"max_rank": 2}, ValueError, "share one weight"),
     (hooked, {"max_rank": 2}, ValueError, "0 has hooks"),
+    (pruned, {"max_rank": 2}, ValueError, "0 has hooks"),
+    (made_from_other_parameters, {"max_rank": 2}, ValueError, "0 has a weight that is made from other parameters"),
+    (Network, {"ratio": "a"}, TypeError, "ratio must be a number, got str"),
+    (Network, {"eps": "a"}, TypeError, "eps must be a number, got str"),
     (Network, {}, ValueError, "give eps"),
     (Network, {"max_rank": 0}, ValueError, "max_rank must be at least 1"),
     (Network, {"ratio": 0.5}, ValueError, "must be above 1, got 0.5"),
@@ -148,7 +218,7 @@ def test_interruption_during_the_swap_changes_nothing(monkeypatch):
 
     def interrupted(self, target):
         calls.append(target)
-        if len(calls) == 4:  # the second layer, when the first is in its place
+        if len(calls) == 2:  # the second layer, when the first is in its place
             assert isinstance(model[0], fw.tt.TTLinear)
             raise KeyboardInterrupt
         return get(self, target)

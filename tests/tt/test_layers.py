@@ -145,7 +145,7 @@ def test_from_embedding():
     layer = fw.tt.TTEmbedding.from_embedding(bags, max_rank=4)
     assert layer.mode == "mean"
     assert max(layer.ranks) <= 4
-    with pytest.raises(ValueError, match="no max_norm"):
+    with pytest.raises(ValueError, match=r"has max_norm = 1\.0"):
         fw.tt.TTEmbedding.from_embedding(nn.Embedding(100, 16, max_norm=1.0), max_rank=4)
     padded = nn.Embedding(100, 16, padding_idx=7)
     layer = fw.tt.TTEmbedding.from_embedding(padded, eps=1e-7)
@@ -153,7 +153,7 @@ def test_from_embedding():
     torch.testing.assert_close(layer.to_dense(), padded.weight, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         padded.weight[7, 0] = 1.0
-    with pytest.raises(ValueError, match="zeros at its padding_idx = 7"):
+    with pytest.raises(ValueError, match="row of padding_idx = 7 that is not zero"):
         fw.tt.TTEmbedding.from_embedding(padded, max_rank=4)
 
 
@@ -196,6 +196,48 @@ def test_embedding_never_builds_the_table():
     assert layer.compression_ratio > 1e6
 
 
+def test_an_image_without_batch():
+    layer = fw.tt.TTConv2d(4, 6, 3)
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(layer(x[1]), layer(x)[1])
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_second_derivatives_of_bags(mode, padding_idx):
+    layer = fw.tt.TTEmbedding(12, 4, rank=2, mode=mode, padding_idx=padding_idx, dtype=torch.float64)
+    names, cores = zip(*layer.named_parameters(), strict=True)
+    indices, offsets = torch.tensor([3, 1, 3, 11, 0]), torch.tensor([0, 2, 2])
+
+    def bags(*cores):
+        return torch.func.functional_call(layer, dict(zip(names, cores, strict=True)), (indices, offsets))
+
+    assert torch.autograd.gradcheck(bags, cores)
+    assert torch.autograd.gradgradcheck(bags, cores)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **o: fw.tt.TTLinear(24, 18, rank=3, **o),
+        lambda **o: fw.tt.TTConv2d(4, 6, 3, **o),
+        lambda **o: fw.tt.TTEmbedding(60, 12, rank=3, **o),
+    ],
+)
+def test_meta_device(make):
+    with torch.device("meta"):
+        context = make()
+    for layer in (make(device="meta"), context):
+        assert all(parameter.is_meta for parameter in layer.parameters())
+        layer.to_empty(device="cpu")
+        torch.manual_seed(3)
+        layer.reset_parameters()
+        torch.manual_seed(3)
+        right = make()
+        for a, b in zip(layer.parameters(), right.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 EMBEDDING = fw.tt.TTEmbedding(60, 12, rank=3)
 BAGS = fw.tt.TTEmbedding(60, 12, rank=3, mode="sum")
 CONVOLUTION = fw.tt.TTConv2d(4, 6, 3)
@@ -210,6 +252,16 @@ BAD = [
     (lambda: fw.tt.TTEmbedding(60, 12, num_modes=(7, 8)), ValueError, "num_modes must multiply to num_embeddings = 60"),
     (lambda: fw.tt.TTEmbedding(60, 12, rank=0), ValueError, "rank must be at least 1"),
     (lambda: CONVOLUTION(torch.randn(2, 5, 8, 8)), ValueError, r"x must have shape \[B, 4, H, W\]"),
+    (lambda: fw.tt.TTConv2d(4, 6, 0), ValueError, "kernel_size must be at least 1, got 0"),
+    (lambda: fw.tt.TTConv2d(4, 6, (3, 3, 3)), ValueError, "kernel_size must be an int or have 2 entries"),
+    (lambda: fw.tt.TTConv2d(4, 6, 3, stride=0), ValueError, "stride must be at least 1, got 0"),
+    (lambda: fw.tt.TTConv2d(4, 6, 3, padding=(1, -1)), ValueError, "padding must be at least 0, got -1"),
+    (lambda: fw.tt.TTConv2d(4, 6, 3, dilation=1.5), TypeError, "dilation must be an int, got float"),
+    (lambda: BAGS(torch.tensor([1, 2]), torch.tensor([0.0])), TypeError, "offsets must be int64 or int32, got float32"),
+    (lambda: BAGS(torch.tensor([1, 2]), [0]), TypeError, "offsets must be a torch.Tensor, got list"),
+    (lambda: BAGS(torch.tensor([1, 2]), torch.tensor([1])), ValueError, r"offsets must rise from 0 to at most 2"),
+    (lambda: BAGS(torch.tensor([1, 2]), torch.tensor([0, 2, 1])), ValueError, r"offsets must rise from 0"),
+    (lambda: BAGS(torch.tensor([1, 2]), torch.tensor([0, 3])), ValueError, r"offsets must rise from 0"),
     (lambda: fw.tt.TTConv2d(4, 6, 3, stride=2, padding="same"), ValueError, "needs a stride of 1"),
     (lambda: fw.tt.TTConv2d(6, 4, 3, groups=3), ValueError, "groups must divide out_channels = 4, got 3"),
     (lambda: fw.tt.TTEmbedding(60, 12, padding_idx=60), ValueError, "padding_idx must lie between -60 and 59, got 60"),

@@ -243,6 +243,9 @@ def test_autocast_gives_the_autocast_dtype():
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert layer.core_0.grad.dtype == torch.float32
+    wide = layer.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert wide(x.double()).dtype == nn.Linear(64, 64).double()(x.double()).dtype == torch.float64
 
 
 def test_copies_states_and_pickles():
@@ -306,6 +309,21 @@ def test_jacobian_and_ntk_in_float64():
     torch.testing.assert_close(fw.ntk.empirical_ntk(network, x), kernels[1], rtol=1e-12, atol=1e-12)
 
 
+def test_forward_over_forward_is_refused():
+    """torch would return a second derivative without this layer's part."""
+    layer = fw.tt.TTLinear(24, 18, rank=3)
+    x = torch.randn(2, 24)
+
+    def forward(x):
+        return torch.func.jvp(lambda x: layer(x).square().sum(), (x,), (torch.ones_like(x),))[1]
+
+    torch.func.grad(forward)(x)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative of a forward-mode derivative"):
+        torch.func.jvp(forward, (x,), (x,))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative of a forward-mode derivative"):
+        torch.func.jacfwd(torch.func.jacfwd(lambda x: layer(x).square().sum()))(x)
+
+
 def test_same_bits_for_any_number_of_threads():
     if not fw.has_kernels():
         pytest.skip("a promise of the kernels")
@@ -321,6 +339,27 @@ def test_same_bits_for_any_number_of_threads():
         torch.set_num_threads(threads)
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("direction", [0, 1])
+def test_an_empty_batch_of_a_chain(direction):
+    cores = fw.tt.TTLinear(10752, 21504, rank=3, in_modes=[8, 3, 4, 8, 2, 7], out_modes=[3, 2, 8, 7, 8, 8]).cores
+    x = torch.randn(0, 10752, requires_grad=True)
+    y = reference.tt_chain(x, cores, None, (1, 2, 3), direction)
+    assert y.shape == (0, 21504)
+    assert all(not gradient.any() for gradient in torch.autograd.grad(y.sum(), [x, *cores]))
+
+
+def test_a_rank_of_numpy():
+    rank = pytest.importorskip("numpy").int64(2)
+    assert fw.tt.TTLinear(64, 64, rank=rank).ranks == (2,)
+    assert fw.tt.TTLinear(64, 64, rank=[rank]).ranks == (2,)
+
+
+@pytest.mark.parametrize("rank", [None, 2.0, "2", [2.0]])
+def test_a_rank_that_is_no_integer(rank):
+    with pytest.raises(TypeError, match=r"^rank must be an int"):
+        fw.tt.TTLinear(24, 18, rank=rank)
 
 
 BAD = [

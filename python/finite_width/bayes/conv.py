@@ -37,6 +37,11 @@ class _BayesConv(BayesLayer):
     ) -> None:
         _check.positive_int("in_channels", in_channels)
         _check.positive_int("out_channels", out_channels)
+        kernel_size = _check.ints("kernel_size", kernel_size, self.dims)
+        stride = _check.ints("stride", stride, self.dims)
+        dilation = _check.ints("dilation", dilation, self.dims)
+        if not isinstance(padding, str):
+            padding = _check.ints("padding", padding, self.dims, least=0)
         # torch's layer checks the geometry and works out the padding; on the meta device it holds no memory.
         geometry = self.plain(
             in_channels,

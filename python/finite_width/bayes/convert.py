@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .. import _check
+from .. import _check, _replace
 from .conv import BayesConv1d, BayesConv2d, BayesConv3d
 from .layers import ESTIMATORS, BayesLayer
 from .linear import BayesLinear
-from .mean import swap
 from .priors import GaussianPrior, MopedPrior, check_prior
 
 _CONVOLUTIONS: dict[type, Any] = {nn.Conv1d: BayesConv1d, nn.Conv2d: BayesConv2d, nn.Conv3d: BayesConv3d}
@@ -81,6 +80,8 @@ def _reason_to_keep(module: nn.Module, users: dict[int, int]) -> str | None:
         return "its weight is parametrised; remove that first"
     if users[id(module.weight)] > 1:
         return "its weight is shared with another module"
+    if _replace.has_hooks(module):
+        return "it has hooks, which its replacement would lose; remove them first"
     if module.weight.dtype not in (torch.float32, torch.float64):
         return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}, not float32 or float64"
     if module.weight.is_meta:
@@ -134,6 +135,9 @@ def convert(
 ) -> ConversionReport:
     """Make the nn.Linear and nn.Conv1d/2d/3d layers of a model variational, in place.
 
+    torch's fused inference of Transformer encoders, which reads plain weights, is switched off in encoders with a
+    variational layer.
+
     Args:
         model: the module; its children are replaced. Make its optimizer afterwards: the parameters are new.
         prior: for all layers; default GaussianPrior(std=1), and MopedPrior() with init="moped".
@@ -142,16 +146,17 @@ def convert(
         estimator: "weight", "flipout" or "local".
         include, exclude: names of modules, with * and ? as wildcards; only included ones are converted, excluded
             ones never.
-        strict: raise where a module with weights has no variational form (LSTM, GRU, attention, ...), instead of
-            naming it in the report.
+        strict: raise where an included module with weights has no variational form (LSTM, GRU, attention, ...) or
+            cannot be replaced (hooks, a shared weight, ...), instead of naming it in the report.
 
     Returns:
         ConversionReport: one row per module that holds weights; prints as a table.
 
     Raises:
-        ValueError: nothing to convert, an unknown init or estimator, a weight with NaN, strict with a module that
-            cannot be converted. The model is then as it was.
-        TypeError: something that is not a prior.
+        ValueError: nothing to convert, an unknown init or estimator, a weight with NaN, a lazy layer without weights
+            yet, a pattern that no module with weights has, strict with a module that cannot be converted. The model is
+            then as it was.
+        TypeError: something that is not a prior, patterns that are no list.
 
     Source: init="moped": Krishnan et al., AAAI 2020.
 
@@ -174,9 +179,11 @@ def convert(
         raise ValueError(
             f"model is itself a {type(model).__name__}: wrap it in nn.Sequential, so that it can be replaced"
         )
-    for name, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise TypeError(f"{name} must be a sequence of names, got the string {patterns!r}; write [{patterns!r}]")
+    names: dict[nn.Module, list[str]] = {}  # of every module with weights; several where it stands in several places
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(p is not None for p in module._parameters.values()) or parametrize.is_parametrized(module):
+            names.setdefault(module, []).append(name)
+    _replace.check_patterns(include, exclude, [name for each in names.values() for name in each], "module with weights")
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -190,18 +197,20 @@ def convert(
             continue
         if isinstance(module, nn.MultiheadAttention):
             inside_kept.append(f"{name}.")
-        weights = [p for p in module._parameters.values() if p is not None]
-        if not weights and not parametrize.is_parametrized(module):
+        if module not in names:
             continue
-        reason = _reason_to_keep(module, users)
-        if reason is not None and strict and not isinstance(module, _NORMS):
-            raise ValueError(f"{name} ({type(module).__name__}): {reason}; exclude it, or leave strict out")
-        if reason is None and include is not None and not any(fnmatch(name, pattern) for pattern in include):
-            reason = "not included"
-        if exclude is not None and any(fnmatch(name, pattern) for pattern in exclude):
-            reason = "excluded"
         weight = module._parameters.get("weight")
-        shape = "-" if weight is None else str(list(weight.shape))
+        lazy = any(p is not None and is_lazy(p) for p in module._parameters.values())
+        included = include is None or any(_replace.has_pattern(each, include) for each in names[module])
+        excluded = any(_replace.has_pattern(each, exclude) for each in names[module])
+        if lazy and included and not excluded:
+            raise ValueError(f"{name} ({type(module).__name__}) has no weights yet: run the model once, or exclude it")
+        reason = "excluded" if excluded else _reason_to_keep(module, users)
+        if reason and strict and included and not excluded and not isinstance(module, _NORMS):
+            raise ValueError(f"{name} ({type(module).__name__}): {reason}; exclude it, or leave strict out")
+        if reason is None and not included:
+            reason = "not included"
+        shape = "-" if weight is None or lazy else str(list(weight.shape))
         rows.append(Row(name, type(module).__name__, shape, "kept" if reason else "converted", reason or ""))
         if reason is None:
             for parameter_name, value in module.named_parameters(name, recurse=False):
@@ -211,5 +220,5 @@ def convert(
     if not replacements:
         kept = ", ".join(f"{row.name} ({row.reason})" for row in rows) or "it holds no weights"
         raise ValueError(f"model has no layer to convert: {kept}")
-    swap(model, replacements)
+    _replace.swap(model, {name: new for module, new in replacements.items() for name in names[module]})
     return ConversionReport(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from .last import Last
 from .priors import GaussianPrior, MopedPrior, check_prior
 
 ESTIMATORS = ("weight", "flipout", "local")
+NAMES = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
+_NAMES = frozenset(NAMES)
 # Counter words of the noise: which tensor of a layer it is for.
 WEIGHT, BIAS, OUTPUT, SIGN_IN, SIGN_OUT = range(5)
 
@@ -55,14 +58,12 @@ class BayesLayer(nn.Module):
     ) -> None:
         super().__init__()
         _check.one_of("estimator", estimator, ESTIMATORS)
-        prior = GaussianPrior() if prior is None else prior
-        check_prior(prior)
-        if init_std is not None and not (init_std > 0 and math.isfinite(init_std)):
-            raise ValueError(f"init_std must be positive and finite, got {init_std}")
+        if init_std is not None:
+            _check.positive("init_std", init_std)
         dtype = dtype or torch.get_default_dtype()
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be float32 or float64 (for bfloat16 compute, use autocast), got {dtype}")
-        self.prior, self.estimator = prior, estimator
+        self.prior, self.estimator = GaussianPrior() if prior is None else prior, estimator
         self.fan_in = math.prod(weight_shape[1:])
         self.init_std = init_std or 0.1 / math.sqrt(max(self.fan_in, 1))
         options = {"device": device, "dtype": dtype}
@@ -106,6 +107,20 @@ class BayesLayer(nn.Module):
                 rho.copy_(inverse_softplus(delta * size.clamp_min(floor)))
         self._reset_prior_mean()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in any module; but a new prior is checked, and brings its mean.
+
+        A MopedPrior takes the present means, or keeps those of another MopedPrior.
+        """
+        if name != "prior":
+            super().__setattr__(name, value)
+            return
+        check_prior(value)
+        before = getattr(self, "prior", None)
+        super().__setattr__(name, value)
+        if before is not None and not (isinstance(before, MopedPrior) and isinstance(value, MopedPrior)):
+            self._reset_prior_mean()
+
     def _reset_prior_mean(self) -> None:
         for name in ("weight", "bias"):
             mu = getattr(self, f"{name}_mu")
@@ -123,10 +138,19 @@ class BayesLayer(nn.Module):
 
     def distributions(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """(μ, ρ, prior mean) of the weight, and of the bias where there is one."""
-        result: list[tuple[Tensor, Tensor, Tensor | None]] = [(self.weight_mu, self.weight_rho, self.weight_prior_mean)]
-        if self.bias_mu is not None and self.bias_rho is not None:
-            result.append((self.bias_mu, self.bias_rho, self.bias_prior_mean))
+        weight_mu, weight_rho, bias_mu, bias_rho = self.four_parameters()
+        result: list[tuple[Tensor, Tensor, Tensor | None]] = [
+            (weight_mu, weight_rho, self._buffers["weight_prior_mean"])
+        ]
+        if bias_mu is not None:
+            result.append((bias_mu, bias_rho, self._buffers["bias_prior_mean"]))
         return result
+
+    def four_parameters(self) -> list[Any]:
+        """As NAMES has them."""
+        own = self._parameters  # read directly: getattr finds a parameter last
+        # One that is made by a parametrisation, and those of a replica, are plain attributes.
+        return [own[name] if name in own else getattr(self, name) for name in NAMES]
 
     def weight_std(self) -> Tensor:
         """σ = softplus(ρ) of the weight."""
@@ -134,11 +158,17 @@ class BayesLayer(nn.Module):
 
     # The KL that a forward computed on the way.
 
+    def _owns_parameters(self) -> bool:
+        """Whether `_state` sees all of them: not where one is made by a parametrisation, or the layer is a replica."""
+        return self._parameters.keys() >= _NAMES
+
     def _keep(self, result: Any, nodes: list[Tensor]) -> None:
         """Remember what forward made for kl(), where it can be used later."""
         if torch.compiler.is_compiling():
             return
         in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint's second forward
+        if not self._owns_parameters():
+            return  # nor clear: replicas share it with the layer
         if in_backward or torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled():
             self._last.clear()
         else:
@@ -160,26 +190,29 @@ class BayesLayer(nn.Module):
             torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
             or torch.is_inference_mode_enabled()
+            or not self._owns_parameters()
         ):
             return None
         return self._last.get(self._state())
 
     def ready_kl(self) -> Tensor | None:
-        """KL(q || p) of this layer's weights now, where the last forward computed it on its way; else None.
-
-        For a prior without closed form, an estimate at the last forward's weights, or at fresh ones.
-        """
-        kept = self._kept()
-        if self.prior_std is None:
-            return self._sampled_kl(kept)
-        result: Tensor | None = kept
+        """KL(q || p) of this layer's weights now, where the last forward computed it on its way; else None."""
+        result: Tensor | None = self._kept()
         return result
 
-    def _sampled_kl(self, kept: Any) -> Tensor:
-        """Σ log q(W) - log p(W) at the weights of the last forward, or at fresh ones; log q from ε itself."""
-        seed, weights = kept or (draw_seed(self.weight_mu.device), None)
+    def sampled_kl(self, streams: Sequence[int]) -> Tensor:
+        """Σ log q(W) - log p(W) at the weights of the last forward, or at fresh ones; log q from ε itself.
+
+        For a prior without closed form.
+
+        Args:
+            streams: of which distributions.
+        """
+        seed, weights = self._kept() or (draw_seed(self.weight_mu.device), None)
         total = self.weight_mu.new_zeros(())
-        for stream, (mu, rho, _) in enumerate(self.distributions()):
+        distributions = self.distributions()
+        for stream in streams:
+            mu, rho, _ = distributions[stream]
             normal = ops.noise(mu, seed, 0, stream)
             weight = weights[stream] if weights else ops.sample(mu, rho, seed, stream=stream)[0]
             log_q = -0.5 * normal * normal - reference.log_sigma(rho) - 0.5 * math.log(2 * math.pi)

@@ -98,17 +98,12 @@ class BayesLinear(BayesLayer):
 
     def _fused(self, op: Callable[..., Any], rows: Tensor, seed: Tensor) -> Tensor:
         """y and the KL in one op; keeps the KL."""
-        parameters, buffers = self._parameters, self._buffers
-        weight = parameters["weight_mu"]
-        assert weight is not None
-        _check.like("weight_mu", weight, "x", rows)
+        parameters, buffers = self.four_parameters(), self._buffers
+        _check.like("weight_mu", parameters[0], "x", rows)
         # The other checks of ops.linear and ops.local hold by construction.
         y, kl, *_ = op(
             rows,
-            weight,
-            parameters["weight_rho"],
-            parameters["bias_mu"],
-            parameters["bias_rho"],
+            *parameters,
             seed,
             buffers["weight_prior_mean"],
             buffers["bias_prior_mean"],
@@ -121,6 +116,11 @@ class BayesLinear(BayesLayer):
 
     def _predict(self, x: Tensor) -> Tensor:
         seed, first, count = self._prediction.of(self, x)
+        # Under autocast a layer before this one may give its narrow dtype, which is also that of the result; the
+        # samples are float32.
+        autocast = self._product_dtype()
+        if autocast is not None and x.dtype in ops.NARROW:
+            x = x.to(self.weight_mu.dtype)
         with torch.no_grad():
             y = ops.linear_samples(
                 x.reshape(count, -1, self.in_features),
@@ -132,6 +132,7 @@ class BayesLinear(BayesLayer):
                 first,
                 count,
             )
+        y = y if autocast is None else y.to(autocast)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def mean_layer(self) -> nn.Linear:

@@ -70,9 +70,11 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dx: Any, dweight: Any, dweight_rho: Any, dbias: Any, dbias_rho: Any, *rest: Any) -> Any:
-        *tensors, deviation = ctx.saved_tensors
+        *tensors, _ = ctx.saved_tensors
         x, weight_mu, weight_rho, bias_mu, bias_rho, seed, weight_mean, bias_mean = tensors
         _, dweight_mean, dbias_mean, _ = rest
+        # Made again, since the saved one is a constant to a derivative of this one.
+        deviation = reference.local_deviation(x, weight_rho, bias_rho)
         sigma = reference.sigma(weight_rho)
         tangent, by_variance = torch.zeros_like(deviation), torch.zeros_like(deviation)
         if dx is not None:

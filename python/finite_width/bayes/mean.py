@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import _replace
 from .layers import BayesLayer
 from .objective import check_no_nan, layers_of
 
@@ -15,6 +16,9 @@ from .objective import check_no_nan, layers_of
 @contextlib.contextmanager
 def mean_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block the model computes with its mean weights: no noise, gradients to μ alone.
+
+    A copy made inside the block (copy.deepcopy, pickle, torch.save, `fw.ntk.linearize`) is in mean mode for good: copy
+    outside of it what is to have noise.
 
     Raises:
         ValueError: no variational layer.
@@ -36,34 +40,19 @@ def mean_mode(model: nn.Module) -> Iterator[nn.Module]:
             layer._mean_mode -= 1
 
 
-def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put the replacements in place of the modules wherever they hang; all or, on an interruption, none."""
-    places: list[tuple[nn.Module, str, nn.Module]] = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if child is not None and child in replacements
-    ]
-    try:
-        for parent, name, child in places:
-            parent._modules[name] = replacements[child]
-    except BaseException:
-        for parent, name, child in places:
-            parent._modules[name] = child
-        raise
-
-
 def freeze_(model: nn.Module) -> Any:
     """Replace every variational layer by torch's own layer of the mean network, in place.
 
     Args:
-        model: a module with at least one variational layer. It holds plain nn.Linear and nn.Conv layers afterwards.
+        model: a module with at least one variational layer. It holds plain nn.Linear and nn.Conv layers afterwards,
+            which share the weights and biases whose μ the variational ones shared.
 
     Returns:
         The model; where the model itself is a variational layer, the plain layer.
 
     Raises:
-        ValueError: no variational layer; a parameter with NaN, named. The model is then as it was.
+        ValueError: no variational layer; a parameter with NaN or a layer with hooks, which would be lost, named. The
+            model is then as it was.
 
     Example:
         >>> import torch, finite_width as fw
@@ -74,8 +63,18 @@ def freeze_(model: nn.Module) -> Any:
     """
     layers = layers_of(model)
     check_no_nan(layers)
+    for name, layer in layers.items():
+        if _replace.has_hooks(layer):
+            raise ValueError(f"{name or 'model'} has hooks, which the plain layer would lose: remove them first")
     plain: dict[nn.Module, nn.Module] = {layer: layer.mean_layer() for layer in layers.values()}
+    shared: dict[nn.Parameter, nn.Parameter] = {}  # what layers have in common, they have in common afterwards
+    for variational, new in plain.items():
+        for name in ("weight", "bias"):
+            mu = variational._parameters.get(f"{name}_mu")
+            if mu is not None:
+                setattr(new, name, shared.setdefault(mu, getattr(new, name)))
     if isinstance(model, BayesLayer):
         return plain[model]
-    swap(model, plain)
+    places = model.named_modules(remove_duplicate=False)
+    _replace.swap(model, {name: plain[module] for name, module in places if module in plain})
     return model

@@ -19,10 +19,17 @@ def _check_probabilities(probabilities: Tensor, labels: Tensor | None = None) ->
         raise ValueError('probabilities must be >= 0 with rows that sum to 1; use predict(..., link="softmax")')
     if labels is not None:
         _check.is_tensor("labels", labels)
+        if labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"labels must be integers, got {str(labels.dtype).removeprefix('torch.')}")
         if labels.shape != probabilities.shape[:1]:
             raise ValueError(f"labels must have shape [{len(probabilities)}], got {list(labels.shape)}")
         if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < probabilities.shape[1]):
             raise ValueError(f"labels must lie in [0, {probabilities.shape[1]})")
+
+
+def _check_rows(probabilities: Tensor) -> None:
+    if not len(probabilities):
+        raise ValueError("probabilities must have one row at least: the mean over none is not defined")
 
 
 def ece(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> float:
@@ -62,12 +69,16 @@ def nll(probabilities: Tensor, labels: Tensor) -> float:
         probabilities: [N, classes], rows sum to 1.
         labels: [N], integers.
 
+    Raises:
+        ValueError, TypeError: as `ece`, and no row.
+
     Example:
         >>> import torch, finite_width as fw
         >>> round(fw.bayes.metrics.nll(torch.tensor([[0.5, 0.5]]), torch.tensor([0])), 4)
         0.6931
     """
     _check_probabilities(probabilities, labels)
+    _check_rows(probabilities)
     chosen = probabilities.double().gather(1, labels.long().unsqueeze(1))
     return float(-chosen.clamp_min(_TINY).log().mean())
 
@@ -79,12 +90,16 @@ def brier(probabilities: Tensor, labels: Tensor) -> float:
         probabilities: [N, classes], rows sum to 1.
         labels: [N], integers.
 
+    Raises:
+        ValueError, TypeError: as `ece`, and no row.
+
     Example:
         >>> import torch, finite_width as fw
         >>> fw.bayes.brier(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
         0.5
     """
     _check_probabilities(probabilities, labels)
+    _check_rows(probabilities)
     target = torch.nn.functional.one_hot(labels.long(), probabilities.shape[1])
     return float((probabilities.double() - target).square().sum(-1).mean())
 
@@ -120,6 +135,9 @@ def mutual_information(samples: Tensor) -> Tensor:
     Returns:
         [N], >= 0.
 
+    Raises:
+        ValueError, TypeError: what is no table of probabilities, no sample.
+
     Source: Houlsby et al., "Bayesian active learning for classification and preference learning", 2011.
 
     Example:
@@ -129,5 +147,7 @@ def mutual_information(samples: Tensor) -> Tensor:
     """
     _check.is_tensor("samples", samples)
     _check.has_dim("samples", samples, 3, "[samples, N, classes]")
+    if not len(samples):
+        raise ValueError(f"samples must hold one sample at least, got shape {list(samples.shape)}")
     _check_probabilities(samples.flatten(0, 1))
     return (_entropy(samples.mean(0)) - _entropy(samples).mean(0)).clamp_min(0)

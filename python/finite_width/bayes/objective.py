@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,16 +31,6 @@ def check_no_nan(layers: dict[str, BayesLayer]) -> None:
                 raise ValueError(f"{name} has NaN: the training diverged, or it was set so; lower the learning rate")
 
 
-def _distinct(layers: dict[str, BayesLayer]) -> Iterator[BayesLayer]:
-    """Each layer whose weights no earlier layer has: tied layers are one random variable."""
-    seen: set[tuple[int, int]] = set()
-    for layer in layers.values():
-        key = (id(layer.weight_mu), id(layer.weight_rho))
-        if key not in seen:
-            seen.add(key)
-            yield layer
-
-
 def kl(model: nn.Module) -> Tensor:
     """KL(q || p) of all variational weights in the model, summed (not averaged).
 
@@ -52,8 +41,13 @@ def kl(model: nn.Module) -> Tensor:
     computed on its way only while the parameters and the grad mode are unchanged and its graph is unused. It then
     shares that forward's graph: run backward once on the whole loss, or with retain_graph=True.
 
+    torch does not record what is written into a parameter past autograd, through `.data` or a numpy view, such as
+    `p.data.add_(1)`: between a forward and kl() such a write is not seen, and the value is that of before. Write under
+    `torch.no_grad()` instead.
+
     Args:
-        model: a module with at least one variational layer; a layer used twice is counted once.
+        model: a module with at least one variational layer; a layer used twice, or a tensor that two layers share, is
+            counted once.
 
     Returns:
         A scalar with gradient, in the parameters' dtype.
@@ -71,14 +65,23 @@ def kl(model: nn.Module) -> Tensor:
     parts: list[Tensor] = []
     # What has to be computed, in one call for all tensors of a dtype and device.
     missing: dict[Any, list[tuple[Tensor, Tensor, Tensor | None, float | None]]] = {}
-    for layer in _distinct(layers):
-        ready = layer.ready_kl()
+    # Tensors that two layers share are one random variable. The tensors stay alive here: an id must not come twice.
+    counted: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for layer in layers.values():
+        distributions = layer.distributions()
+        own = [k for k, (mu, rho, _) in enumerate(distributions) if (id(mu), id(rho)) not in counted]
+        counted.update({(id(mu), id(rho)): (mu, rho) for mu, rho, _ in distributions})
+        if not own:
+            continue
+        if layer.prior_std is None:
+            parts.append(layer.sampled_kl(own))
+            continue
+        ready = layer.ready_kl() if len(own) == len(distributions) else None
         if ready is not None:
             parts.append(ready)
             continue
         key = (layer.weight_mu.dtype, layer.weight_mu.device)
-        rows = missing.setdefault(key, [])
-        rows += [(mu, rho, mean, layer.prior_std) for mu, rho, mean in layer.distributions()]
+        missing.setdefault(key, []).extend((*distributions[k], layer.prior_std) for k in own)
     parts += [ops.kl_sum_unchecked(*zip(*rows, strict=True)) for rows in missing.values()]
     total = parts[0]
     for part in parts[1:]:

@@ -37,8 +37,8 @@ class _Draw:
 
     def of(self, layer: BayesLayer, x: Tensor) -> tuple[Tensor, int, int]:
         """(seed, first sample, number of samples stacked along the first axis of x)."""
-        rows = x.shape[0] if x.dim() > 0 else 0
-        if self.count > 1 and (rows == 0 or rows % (self.count * self.batch)):
+        rows, whole = x.shape[0] if x.dim() > 0 else 0, self.count * self.batch
+        if self.count > 1 and (rows % whole or rows == 0 if whole else rows):
             raise ValueError(
                 f"a layer got an input of shape {list(x.shape)}, whose first axis is not the batch of "
                 f"{self.batch} examples times {self.count} samples; use chunk=1, which makes one pass per sample"
@@ -80,17 +80,17 @@ def predict(
         x: [batch, ...].
         samples: S >= 1.
         link: applied to each output before averaging: None, "softmax" (over the last axis: averages probabilities),
-            "sigmoid", or a function.
+            "sigmoid", or a function of a tensor [samples times batch, ...] that keeps its first axis.
         chunk: samples per pass; default: as many as keep samples × batch under 8192 rows. The result does not
             depend on it beyond rounding.
 
     Returns:
-        Prediction with mean and std [batch, ...] (std over samples, unbiased; 0 for one sample) and samples
-        [samples, batch, ...], without gradient.
+        Prediction with mean and std [batch, ...] of what link returns (std over samples, unbiased; 0 for one sample)
+        and samples [samples, batch, ...], without gradient.
 
     Raises:
         ValueError: samples or chunk < 1, an unknown link, no variational layer, a parameter with NaN (named), a model
-            that moves its batch axis with chunk > 1.
+            that moves its batch axis with chunk > 1, a link that does not keep the first axis.
 
     Example:
         >>> import torch, finite_width as fw
@@ -124,7 +124,7 @@ def predict(
         for module, mode in modes.items():
             module.training = mode
     stacked = torch.cat(outputs)
-    std = stacked.std(0) if samples > 1 else torch.zeros_like(stacked[0])
+    std = stacked.std(0) if samples > 1 and len(x) else torch.zeros_like(stacked[0])
     return Prediction(stacked.mean(0), std, stacked)
 
 
@@ -135,4 +135,8 @@ def _pass(model: nn.Module, x: Tensor, count: int, transform: Callable[[Tensor],
     if not isinstance(y, Tensor) or y.dim() == 0 or y.shape[0] != count * len(x):
         got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"model must return one tensor [batch, ...] for a batch of {count * len(x)}, got {got}")
-    return transform(y).reshape(count, len(x), *y.shape[1:])
+    linked: Any = transform(y)
+    if not isinstance(linked, Tensor) or linked.dim() == 0 or linked.shape[0] != len(y):
+        got = list(linked.shape) if isinstance(linked, Tensor) else type(linked).__name__
+        raise ValueError(f"link must return one tensor [{len(y)}, ...] for one of shape {list(y.shape)}, got {got}")
+    return linked.reshape(count, len(x), *linked.shape[1:])

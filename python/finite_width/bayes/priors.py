@@ -9,12 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+from .. import _check
 
 
 @runtime_checkable
@@ -47,7 +42,8 @@ class GaussianPrior:
     mean: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive("std", self.std)
+        _check.positive("std", self.std)
+        _check.number("mean", self.mean)
         if not math.isfinite(self.mean):
             raise ValueError(f"mean must be finite, got {self.mean}")
 
@@ -81,8 +77,9 @@ class ScaleMixturePrior:
     std2: float = 0.0025
 
     def __post_init__(self) -> None:
-        _positive("std1", self.std1)
-        _positive("std2", self.std2)
+        _check.positive("std1", self.std1)
+        _check.positive("std2", self.std2)
+        _check.number("pi", self.pi)
         if not 0 < self.pi < 1:
             raise ValueError(f"pi must lie in (0, 1), got {self.pi}")
 
@@ -123,8 +120,8 @@ class MopedPrior:
     delta: float = 0.1
 
     def __post_init__(self) -> None:
-        _positive("std", self.std)
-        _positive("delta", self.delta)
+        _check.positive("std", self.std)
+        _check.positive("delta", self.delta)
 
 
 def check_prior(prior: Any) -> None:

@@ -54,7 +54,7 @@ def effective_dimension(K: Tensor, ridge: float) -> float:
         >>> fw.ntk.effective_dimension(torch.eye(4), ridge=1.0)
         2.0
     """
-    _check.number("ridge", ridge, positive=True)
+    _check.positive("ridge", ridge)
     values = spectrum(K).clamp_min(0)
     return float((values / (values + ridge)).sum())
 

@@ -36,8 +36,8 @@ class NNGPEstimator(KernelEstimator):
         self.check = check
 
     def _check_parameters(self) -> None:
-        _check.number("ridge", self.ridge)
-        _check.number("jitter", self.jitter)
+        _check.not_negative("ridge", self.ridge)
+        _check.not_negative("jitter", self.jitter)
 
     def _output_count(self, x: Any) -> int:
         return 1  # the last layer is replaced: its outputs do not count

@@ -55,9 +55,9 @@ class NTKEstimator(KernelEstimator):
         self.progress = progress
 
     def _check_parameters(self) -> None:
-        _check.number("ridge", self.ridge)
-        _check.number("tol", self.tol, positive=True)
-        _check.number("jitter", self.jitter)
+        _check.not_negative("ridge", self.ridge)
+        _check.positive("tol", self.tol)
+        _check.not_negative("jitter", self.jitter)
         _check.one_of("compute", self.compute, ("trace", "diagonal", "full"))
         _check.one_of("solver", self.solver, ("auto", "cholesky", "cg"))
 

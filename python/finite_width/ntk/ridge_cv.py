@@ -76,7 +76,7 @@ class NTKRidgeCV(RegressorProtocol, NTKEstimator):
         if len(self.ridges) == 0:
             raise ValueError("ridges must hold at least one ridge, got none")
         for ridge in self.ridges:  # a leave-one-out error needs a ridge above 0
-            _check.number("ridges", ridge, positive=True)
+            _check.positive("ridges", ridge)
 
     def _fit_system(self, x: Any, y: Tensor) -> None:
         # Negative eigenvalues of a kernel are rounding.

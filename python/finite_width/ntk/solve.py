@@ -122,9 +122,9 @@ def solve(
         raise ValueError(f"y must have shape [{size}] or [{size}, C], as K has {size} rows, got {list(y.shape)}")
     if y.device != K_or_operator.device:
         raise ValueError(f"y is on {y.device}, but K is on {K_or_operator.device}; move one of them")
-    _check.number("ridge", ridge)
-    _check.number("tol", tol, positive=True)
-    _check.number("jitter", jitter)
+    _check.not_negative("ridge", ridge)
+    _check.positive("tol", tol)
+    _check.not_negative("jitter", jitter)
     columns = y.double().reshape(size, -1)
     if method == "auto":
         method = "cholesky" if fits_dense(size, y.device, memory_budget) else "cg"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import _check, _replace
 from .conv import TTConv2d
-from .embedding import TTEmbedding
+from .embedding import TTEmbedding, unlike_a_train
 from .linear import TTLinear
 
 REPLACEABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.EmbeddingBag)
@@ -90,8 +90,9 @@ def compress(
 
     Every train is computed first; then all layers are replaced. If anything fails, or is interrupted, the model is as
     it was. A layer whose train would not be smaller stays dense, and so do subclasses of the layers, depthwise
-    convolutions, and embeddings with max_norm or a padding row that is not zero: the report says so. The new layers
-    hold new parameters: make the optimizer after.
+    convolutions, and embeddings that no train can stand for (`TTEmbedding.from_embedding` names them): the report says
+    so. The new layers hold new parameters: make the optimizer after. torch's fused inference of Transformer encoders,
+    which reads dense weights, is switched off in encoders with a replaced layer.
 
     Args:
         model: changed in place.
@@ -106,7 +107,9 @@ def compress(
 
     Raises:
         ValueError: none of eps, max_rank and ratio; a ratio that a layer cannot reach; a pattern that no layer has;
-            NaN weights; a weight that two layers share; hooks on a layer, which would be lost.
+            NaN weights; a weight that two layers share, or that is made from other parameters; hooks on a layer, which
+            would be lost.
+        TypeError: eps or ratio that is no number, patterns that are no list.
 
     Example:
         >>> import torch, finite_width as fw
@@ -119,8 +122,10 @@ def compress(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if eps is None and max_rank is None and ratio is None:
         raise ValueError("give eps (relative error), max_rank, ratio, or several of them; got none")
-    if ratio is not None and not ratio > 1:
-        raise ValueError(f"ratio is parameters before over after and must be above 1, got {ratio}")
+    if ratio is not None:
+        _check.number("ratio", ratio)
+        if not ratio > 1:
+            raise ValueError(f"ratio is parameters before over after and must be above 1, got {ratio}")
     if type(model) in REPLACEABLE:
         raise ValueError("model is itself the layer and cannot be replaced in place; use from_linear and the like")
     places = _places(model, include, exclude)
@@ -128,11 +133,11 @@ def compress(
     replacements: dict[nn.Module, nn.Module] = {}
     rows = []
     for layer, names in places.items():
-        new, row = _replace(layer, ", ".join(names), eps, max_rank, ratio)
+        new, row = _train_of(layer, ", ".join(names), eps, max_rank, ratio)
         rows.append(row)
         if new is not None:
             replacements[layer] = new
-    _swap(model, {name: new for layer, new in replacements.items() for name in places[layer]})
+    _replace.swap(model, {name: new for layer, new in replacements.items() for name in places[layer]})
     return CompressionReport(tuple(rows))
 
 
@@ -140,22 +145,15 @@ def _places(
     model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[nn.Module, list[str]]:
     """Layer -> its names in the model."""
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise TypeError(f"{argument} must be a list of patterns, got the string {patterns!r}")
+    layers = [
+        (name, layer) for name, layer in model.named_modules(remove_duplicate=False) if type(layer) in REPLACEABLE
+    ]
+    names = [name for name, _ in layers]
+    _replace.check_patterns(include, exclude, names, "linear, convolution or embedding layer")
     found: dict[nn.Module, list[str]] = {}
-    unused = {("include", p) for p in include or ()} | {("exclude", p) for p in exclude or ()}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if type(layer) not in REPLACEABLE:
-            continue
-        included = [p for p in include or () if fnmatchcase(name, p)]
-        excluded = [p for p in exclude or () if fnmatchcase(name, p)]
-        unused -= {("include", p) for p in included} | {("exclude", p) for p in excluded}
-        if (include is None or included) and not excluded:
+    for name, layer in layers:
+        if (include is None or _replace.has_pattern(name, include)) and not _replace.has_pattern(name, exclude):
             found.setdefault(layer, []).append(name)
-    if unused:
-        argument, pattern = sorted(unused)[0]
-        raise ValueError(f"{argument} has the pattern {pattern!r}, which no linear, convolution or embedding layer has")
     return found
 
 
@@ -165,19 +163,25 @@ def _check_sharing(model: nn.Module, places: dict[nn.Module, list[str]]) -> None
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, []).append((module, name))
     for layer, names in places.items():
-        sharing = owners[layer.weight]  # type: ignore[index]
+        if _replace.has_hooks(layer):
+            raise ValueError(
+                f"{names[0]} has hooks, which its replacement would lose: remove them, or name it in exclude"
+            )
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                f"{names[0]} has a weight that is made from other parameters: make it permanent (as "
+                "torch.nn.utils.prune.remove does), or name it in exclude"
+            )
+        sharing = owners[weight]
         if len(sharing) > 1:
             raise ValueError(
                 f"{' and '.join(name for _, name in sharing)} share one weight; replacing {names[0]} would part them: "
                 "name them in exclude"
             )
-        if any(getattr(layer, kind) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
-            raise ValueError(
-                f"{names[0]} has hooks, which its replacement would lose: remove them, or name it in exclude"
-            )
 
 
-def _replace(
+def _train_of(
     layer: nn.Module, name: str, eps: float | None, max_rank: int | None, ratio: float | None
 ) -> tuple[nn.Module | None, CompressedLayer]:
     """(the train, or None where the layer is kept; its row of the report)."""
@@ -222,25 +226,5 @@ def _reason_to_keep(layer: nn.Module) -> str:
     if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
         return f"depthwise, groups={layer.groups}"
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
-        if layer.max_norm is not None:
-            return "max_norm"
-        if layer.padding_idx is not None and bool(layer.weight[layer.padding_idx].any()):
-            return "the row of padding_idx is not zero"
-        if isinstance(layer, nn.EmbeddingBag) and layer.mode not in ("sum", "mean"):
-            return f"mode={layer.mode!r}"
+        return unlike_a_train(layer)
     return ""
-
-
-def _swap(model: nn.Module, replacements: dict[str, nn.Module]) -> None:
-    """Put every replacement in its place; if that fails or is interrupted, put the old layers back."""
-    done: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for name, new in replacements.items():
-            parent_name, _, own = name.rpartition(".")
-            parent = model.get_submodule(parent_name)
-            done.append((parent, own, parent.get_submodule(own)))
-            parent._modules[own] = new
-    except BaseException:
-        for parent, own, old in reversed(done):
-            parent._modules[own] = old
-        raise

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from .. import _check
 from . import decomposition, functional
@@ -34,7 +33,8 @@ class TTConv2d(TTCores):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: modes that do not multiply to a group's channels, channels that groups do not divide, a rank of 0.
+        ValueError: modes that do not multiply to a group's channels, channels that groups do not divide, a rank, a
+            kernel_size, a stride or a dilation of 0, a negative padding.
 
     Source: Garipov et al., "Ultimate tensorization: compressing convolutional and FC layers alike", 2016.
 
@@ -73,7 +73,8 @@ class TTConv2d(TTCores):
                 raise ValueError(f"groups must divide {name} = {channels}, got {groups}")
         self.in_channels, self.out_channels, self.padding_mode = in_channels, out_channels, padding_mode
         self.groups = groups
-        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        self.kernel_size = _check.ints("kernel_size", kernel_size, 2)
+        self.stride, self.dilation = _check.ints("stride", stride, 2), _check.ints("dilation", dilation, 2)
         if isinstance(padding, str):
             _check.one_of("padding", padding, ("valid", "same"))
             if padding == "same" and self.stride != (1, 1):
@@ -84,7 +85,7 @@ class TTConv2d(TTCores):
             ]
             self.padding = tuple((t // 2, t - t // 2) for t in total)
         else:
-            self.padding = tuple((p, p) for p in _pair(padding))
+            self.padding = tuple((p, p) for p in _check.ints("padding", padding, 2, least=0))
         self._in, self._out = in_channels // groups, out_channels // groups  # of one group
         self.in_modes, self.out_modes = find_modes(self._in, self._out, in_modes, out_modes, "matrix")
         self.padded_in, self.padded_out = prod(self.in_modes), prod(self.out_modes)
@@ -175,10 +176,14 @@ class TTConv2d(TTCores):
         return layer.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, in_channels, H, W] -> [B, out_channels, H', W']."""
+        """x [B, in_channels, H, W] -> [B, out_channels, H', W']; or both without B."""
         _check.is_tensor("x", x)
+        if x.dim() == 3 and x.shape[0] == self.in_channels:
+            return self.forward(x[None])[0]
         if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have shape [B, {self.in_channels}, H, W], got {list(x.shape)}")
+            raise ValueError(
+                f"x must have shape [B, {self.in_channels}, H, W] or [{self.in_channels}, H, W], got {list(x.shape)}"
+            )
         filters, *channels = self.cores
         (top, bottom), (left, right) = self.padding
         padding = (top, left)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite, prod, sqrt
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,10 @@ def _check_accuracy(eps: float | None, max_rank: Ranks, bonds: int) -> list[int 
     """The limit of each bond's rank."""
     if eps is None and max_rank is None:
         raise ValueError("give eps (relative error), max_rank, or both; got neither")
-    if eps is not None and not (isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must be a relative error of at least 0, got {eps}")
+    if eps is not None:
+        _check.number("eps", eps)
+        if not (isfinite(eps) and eps >= 0):
+            raise ValueError(f"eps must be a relative error of at least 0, got {eps}")
     return check_ranks("max_rank", max_rank, bonds)
 
 
@@ -27,14 +31,18 @@ def check_ranks(name: str, ranks: Ranks, bonds: int) -> list[int | None]:
     """One limit for each bond from None, one integer, or one integer for each bond."""
     if ranks is None:
         return [None] * bonds
-    if isinstance(ranks, int):
-        _check.positive_int(name, ranks)
-        return [ranks] * bonds
-    if len(ranks) != bonds:
-        raise ValueError(f"{name} must be an int or have {bonds} entries, one for each bond, got {list(ranks)}")
-    for rank in ranks:
+    several = isinstance(ranks, Sequence) and not isinstance(ranks, str)
+    each: list[Any] = [_plain(rank) for rank in (ranks if several else [ranks])]  # type: ignore[union-attr]
+    if several and len(each) != bonds:
+        raise ValueError(f"{name} must be an int or have {bonds} entries, one for each bond, got {each}")
+    for rank in each:
         _check.positive_int(name, rank)
-    return list(ranks)
+    return each if several else each * bonds
+
+
+def _plain(value: Any) -> Any:
+    """An integer of numpy's as Python's; anything else as it is."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def _check_values(name: str, tensor: Tensor) -> None:

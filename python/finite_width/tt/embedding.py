@@ -104,24 +104,20 @@ class TTEmbedding(TTCores):
         """The Tensor Train of a trained table (TT-SVD in float64).
 
         Args:
-            embedding: an nn.Embedding, or an nn.EmbeddingBag of mode "sum" or "mean", without max_norm; the row of
-                its padding_idx must be zero. Left as it is.
+            embedding: an nn.Embedding, or an nn.EmbeddingBag of mode "sum" or "mean"; without max_norm,
+                scale_grad_by_freq, sparse and include_last_offset; the row of its padding_idx must be zero. Left as it
+                is.
             eps, max_rank, target_params: as in `TTLinear.from_linear`.
             num_modes, dim_modes: as in the constructor.
 
         Raises:
-            ValueError: none of eps, max_rank and target_params; NaN weights; max_norm; a row of
-                padding_idx that is not zero.
+            ValueError: none of eps, max_rank and target_params; NaN weights; an embedding of another kind.
         """
         if not isinstance(embedding, (nn.Embedding, nn.EmbeddingBag)):
             raise TypeError(f"embedding must be an nn.Embedding or nn.EmbeddingBag, got {type(embedding).__name__}")
-        if embedding.max_norm is not None:
-            raise ValueError("embedding must have no max_norm: rows of a train are not free")
+        if unlike := unlike_a_train(embedding):
+            raise ValueError(f"embedding must be one that a TTEmbedding can stand for, but has {unlike}")
         weight, padding_idx = embedding.weight.detach(), embedding.padding_idx
-        if padding_idx is not None and bool(weight[padding_idx].any()):
-            raise ValueError(
-                f"embedding must have a row of zeros at its padding_idx = {padding_idx}, since TTEmbedding has it so"
-            )
         modes_dim, modes_num = find_modes(
             embedding.embedding_dim,
             embedding.num_embeddings,
@@ -158,17 +154,19 @@ class TTEmbedding(TTCores):
 
         Args:
             indices: int64 or int32; any shape for mode None; [B, L], B bags of L, or [n] with offsets, for bags.
-            offsets: [B], where each bag begins in a flat `indices`.
+            offsets: [B], where each bag begins in a flat `indices`: from 0, never falling; int64 or int32.
 
         Returns:
             [..., embedding_dim]; an empty bag gives zeros.
 
         Raises:
             IndexError: an index below 0 or from num_embeddings on. Not looked for under torch.compile and vmap.
+            ValueError: shapes that do not fit; offsets that fall, or that go beyond the indices. The values are not
+                looked at under torch.compile and vmap.
+            TypeError: other dtypes.
         """
         _check.is_tensor("indices", indices)
-        if indices.dtype not in INDEX_DTYPES:
-            raise TypeError(f"indices must be int64 or int32, got {str(indices.dtype).removeprefix('torch.')}")
+        _check.is_dtype("indices", indices, INDEX_DTYPES)
         self._check_bags(indices, offsets)
         plain = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
         if plain and indices.numel():
@@ -176,15 +174,17 @@ class TTEmbedding(TTCores):
             if low < 0 or high >= self.num_embeddings:
                 worst = int(low if low < 0 else high)
                 raise IndexError(f"indices must lie between 0 and {self.num_embeddings - 1}, got {worst}")
+        if plain and offsets is not None:
+            self._check_offsets(offsets, len(indices))
         if plain:
             distinct, places = torch.unique(indices, return_inverse=True)
             rows = self._rows(distinct)
             if offsets is not None:
                 offsets = offsets.to(places.dtype)
                 if self.mode == "sum" or self.padding_idx is None:
-                    return F.embedding_bag(places, rows, offsets, mode=str(self.mode))
+                    return _bags(rows, places, offsets, str(self.mode))
                 counts = F.embedding_bag(places, self._counted(distinct, rows)[:, None], offsets, mode="sum")
-                return F.embedding_bag(places, rows, offsets, mode="sum") / counts.clamp_min(1)
+                return _bags(rows, places, offsets, "sum") / counts.clamp_min(1)
             found = F.embedding(places, rows)
         else:
             found = self._rows(indices.reshape(-1)).reshape(*indices.shape, self.embedding_dim)
@@ -206,12 +206,25 @@ class TTEmbedding(TTCores):
         if self.mode is None:
             if offsets is not None:
                 raise ValueError('offsets are for bags: give mode="sum" or "mean" to the layer')
-        elif offsets is None:
+            return
+        if offsets is None:
             if indices.dim() != 2:
                 raise ValueError(f"indices must have shape [B, L] without offsets, got {list(indices.shape)}")
-        elif indices.dim() != 1 or offsets.dim() != 1:
+            return
+        _check.is_tensor("offsets", offsets)
+        _check.is_dtype("offsets", offsets, INDEX_DTYPES)
+        if indices.dim() != 1 or offsets.dim() != 1:
             raise ValueError(
                 f"indices and offsets must have shapes [n] and [B], got {list(indices.shape)} and {list(offsets.shape)}"
+            )
+
+    @staticmethod
+    def _check_offsets(offsets: Tensor, count: int) -> None:
+        if not offsets.numel():
+            return
+        if offsets[0] != 0 or offsets[-1] > count or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError(
+                f"offsets must rise from 0 to at most {count}, the number of indices, got {offsets.tolist()}"
             )
 
     def _flat_bags(self, rows: Tensor, counted: Tensor, offsets: Tensor) -> Tensor:
@@ -265,3 +278,63 @@ class TTEmbedding(TTCores):
         if self.padded_dim != self.embedding_dim:
             text += f", columns beyond {self.embedding_dim} of {self.padded_dim} dropped"
         return text
+
+
+_MODES = {"sum": 0, "mean": 1}  # as the op behind F.embedding_bag numbers them
+
+
+def _bags(rows: Tensor, places: Tensor, offsets: Tensor, mode: str) -> Tensor:
+    """F.embedding_bag with derivatives of any order by the rows; torch's own has the first alone."""
+    if not rows.requires_grad:
+        return F.embedding_bag(places, rows, offsets, mode=mode)
+    result: Tensor = _Bags.apply(rows, places, offsets, _MODES[mode])
+    return result
+
+
+class _Bags(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, offsets: Tensor, mode: int) -> Tensor:
+        bags: Tensor
+        bags, *lengths = torch._embedding_bag(rows, places, offsets, False, mode)
+        ctx.save_for_backward(places, offsets, *lengths)
+        ctx.count, ctx.mode = rows.shape[0], mode
+        return bags
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _BagsGradient.apply(grad, ctx.count, ctx.mode, *ctx.saved_tensors), None, None, None
+        return _bags_gradient(grad, ctx.count, ctx.mode, *ctx.saved_tensors), None, None, None
+
+
+class _BagsGradient(torch.autograd.Function):
+    """Linear in the gradient of the bags; its own gradient by that is bags again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, count: int, mode: int, *saved: Tensor) -> Tensor:
+        ctx.save_for_backward(*saved[:2])
+        ctx.mode, ctx.inputs = mode, 3 + len(saved)
+        return _bags_gradient(grad, count, mode, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Bags.apply(grad, *ctx.saved_tensors, ctx.mode), *[None] * (ctx.inputs - 1)
+
+
+def _bags_gradient(grad: Tensor, count: int, mode: int, *saved: Tensor) -> Tensor:
+    result: Tensor = torch.ops.aten._embedding_bag_backward.default(grad, *saved, count, False, mode, False, None)
+    return result
+
+
+def unlike_a_train(embedding: nn.Embedding | nn.EmbeddingBag) -> str:
+    """What the table has or does that a TTEmbedding cannot, or ""."""
+    if embedding.max_norm is not None:
+        return f"max_norm = {embedding.max_norm}: the rows of a train are not free"
+    for option in ("scale_grad_by_freq", "sparse", "include_last_offset"):
+        if getattr(embedding, option, False):
+            return f"{option}=True"
+    if isinstance(embedding, nn.EmbeddingBag) and embedding.mode not in ("sum", "mean"):
+        return f"mode={embedding.mode!r}"
+    if embedding.padding_idx is not None and bool(embedding.weight[embedding.padding_idx].any()):
+        return f"a row of padding_idx = {embedding.padding_idx} that is not zero, as TTEmbedding's is"
+    return ""

@@ -33,7 +33,7 @@ def tt_linear(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None, *,
         layout: "matrix" or "in_out".
 
     Returns:
-        [..., M], of x's dtype; under torch.autocast, of the autocast dtype.
+        [..., M], of x's dtype; under torch.autocast, of the autocast dtype unless x is float64.
 
     Raises:
         ValueError: cores that do not fit together or to x, another layout.
@@ -81,11 +81,15 @@ def apply_checked(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, signa
 def _autocast(
     x: Tensor, cores: Sequence[Tensor], bias: Tensor | None
 ) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
-    """The arguments in the autocast dtype, where autocast is on."""
+    """The arguments in the autocast dtype, where autocast is on; float64 stays, as in torch's own products."""
     if not (torch.is_autocast_enabled(x.device.type) and x.is_floating_point()):
         return x, cores, bias
     dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), [core.to(dtype) for core in cores], None if bias is None else bias.to(dtype)
+
+    def cast(value: Tensor) -> Tensor:
+        return value if value.dtype == torch.float64 else value.to(dtype)
+
+    return cast(x), [cast(core) for core in cores], None if bias is None else cast(bias)
 
 
 def _apply(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, signature: Signature) -> Tensor:

@@ -55,6 +55,8 @@ class TTCores(nn.Module):
         strays from that the more, the more cores there are, hence the rescaling.
         """
         cores = self.cores
+        if cores[0].is_meta:  # no values to draw yet, nor to measure: `reset_parameters` comes again after `to_empty`
+            return
         deviation = (variance / prod(self.ranks)) ** (0.5 / len(cores))
         for core in cores:
             core.normal_(0.0, deviation)
@@ -76,8 +78,10 @@ def _mean_square(cores: Sequence[Tensor]) -> float:
 
 def ranks_within(name: str, ranks: Ranks, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """The inner ranks: a list as it is; one integer for all, but less where a bond cannot use so many."""
+    if ranks is None:
+        raise TypeError(f"{name} must be an int, or a list of one int for each bond, got None")
     asked = [rank for rank in decomposition.check_ranks(name, ranks, len(sizes) - 1) if rank is not None]
-    if not isinstance(ranks, int):
+    if isinstance(ranks, Sequence):
         return tuple(asked)
     return tuple(min(limit, rank) for limit, rank in zip(bond_limits(sizes), asked, strict=True))
 

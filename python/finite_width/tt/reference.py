@@ -155,22 +155,23 @@ def tt_chain(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, groups: Se
     for size in groups:
         merged.append(merge(cores[start : start + size]))
         start += size
-    batch = x.shape[0]
+    # Every size is named: an empty batch leaves a -1 open.
+    batch, left = x.shape
+    done = 1
     if left_first:
-        # state [B, outputs so far, r, inputs to come]
-        state = x.reshape(batch, 1, 1, -1)
+        state = x  # [B, outputs so far, r, inputs to come]
         for core in merged:
             rank, m, n, rank_right = core.shape
-            parts = state.reshape(batch, state.shape[1], rank * n, -1)
+            left //= n
             weight = core.permute(1, 3, 0, 2).reshape(m * rank_right, rank * n)
-            state = (weight @ parts).reshape(batch, state.shape[1] * m, rank_right, -1)
+            state = weight @ state.reshape(batch, done, rank * n, left)
+            done *= m
     else:
-        # state [B, inputs to come, r, outputs so far]
-        state = x.reshape(batch, -1, 1, 1)
+        state = x  # [B, inputs to come, r, outputs so far]
         for core in reversed(merged):
             rank, m, n, rank_right = core.shape
-            parts = state.reshape(batch, -1, n * rank_right, state.shape[3])
-            weight = core.reshape(rank * m, n * rank_right)
-            state = (weight @ parts).reshape(batch, -1, rank, m * parts.shape[3])
-    y = state.reshape(batch, -1)
+            left //= n
+            state = core.reshape(rank * m, n * rank_right) @ state.reshape(batch, left, n * rank_right, done)
+            done *= m
+    y = state.reshape(batch, done)
     return y if bias is None else y + bias
