@@ -199,7 +199,7 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]
         (X,),
         {},
         ValueError,
-        "change with the other rows",
+        "depends on other rows",
     ),
     "batch norm without statistics": (
         lambda: nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval(),

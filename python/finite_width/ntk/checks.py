@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import generic
-from .agreement import agrees, refuse_other_bits, refusing_random_numbers
+from .agreement import agrees, mixes, refuse_other_bits, refusing_random_numbers
 from .backward import output_weights
 from .capture import Capture
 from .contract import Batch, Target, flatten
@@ -33,13 +33,6 @@ def _run(target: Target, batch: Batch, tensors: Sequence[Tensor]) -> tuple[Captu
 
 def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [value.clone().requires_grad_(value.is_floating_point()) for value in tensors]
-
-
-def _mixes(batch: Batch) -> ValueError:
-    return ValueError(
-        f"model: the output of one row of {batch.name} depends on other rows (batch statistics, attention or a "
-        "reduction over the batch axis), so its kernel is not defined row by row"
-    )
 
 
 def _unstructured(names: list[str], differs: bool) -> ValueError:
@@ -117,13 +110,14 @@ def make_plan(
     if flat.requires_grad and (uses or floats):
         test = RowTest(flat, uses, floats)
         if check and not all(test.fits(place, Layout(0)) for place in range(len(uses), len(test.edges))):
-            raise _mixes(batch)
+            raise mixes()
         found = [test.layout(place, row_axes(use)) for place, use in enumerate(uses)]
         layouts, batches = [layout for layout, _ in found], test.batched
         certain = [layout if sure else None for layout, sure in found]
     seen = Seen.of(flat, capture, layouts)
+    compared = compared and batch.rows > rows
     if check:
-        refuse_mixed_rows(target, batch, tensors, Seen.of(flat, capture, certain), certain)
+        refuse_mixed_rows(target, batch, tensors, Seen.of(flat, capture, certain), certain, fewer=not compared)
     names = list(target.parameters)
     roles = roles_of(uses, names)
     generic_names = [
@@ -144,7 +138,7 @@ def make_plan(
     entries = Planner(target, uses, layouts, rows, sizes, not separate).entries(roles, last)
     entries += _generic_entries(target, batch, tensors, generic_names, sizes, separate)
     by_uses = any(entry.roles for entry in entries)
-    if check and not (compared and by_uses and batch.rows > rows):
+    if check and not (compared and by_uses):
         refuse_other_bits(target, batch, seen.outputs)
     touched = sweep_bytes(uses, sizes.outputs, rows, sizes.itemsize) if by_uses else 0
     kept = sum(entry.row_bytes for entry in entries if not entry.roles)

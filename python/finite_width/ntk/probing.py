@@ -111,9 +111,14 @@ class Seen:
 
 
 def refuse_mixed_rows(
-    target: Target, batch: Batch, tensors: Sequence[Tensor], expected: Seen, layouts: Sequence[Layout | None] = ()
+    target: Target,
+    batch: Batch,
+    tensors: Sequence[Tensor],
+    expected: Seen,
+    layouts: Sequence[Layout | None] = (),
+    fewer: bool = True,
 ) -> None:
-    """Raise unless rows give what they gave, beside other rows, and nearly what they gave when they are fewer.
+    """Raise unless rows give the same bits beside other rows, and nearly the same values where they are fewer.
 
     That finds what a gradient does not show, such as a scale by the largest of all values, detached. Layers' inputs
     count as well: the outputs may be zero for all rows.
@@ -121,6 +126,7 @@ def refuse_mixed_rows(
     Args:
         expected: what all of the rows gave together.
         layouts: where rows lie in each use.
+        fewer: try fewer rows; else they will be compared with what they give among more.
     """
     rows = expected.count
     order = torch.arange(rows, device=target.device)
@@ -130,11 +136,15 @@ def refuse_mixed_rows(
         index = kept[(order - kept[0]) % len(kept)]
         found = _look(target, batch, [value[index] for value in tensors], layouts)
         if found is not None:
-            compare(target, batch, expected, found.some(kept), kept, same_steps=True)
-    fewer = order[: max(1, half)]
-    found = _look(target, batch, [value[fewer] for value in tensors], layouts)
-    if found is not None:
-        compare(target, batch, expected, found, fewer)
+            one, two = found.some(kept), expected.some(kept)
+            if not all(map(same, (one.outputs, *one.inputs), (two.outputs, *two.inputs))):
+                refuse_other_bits(target, batch, expected.outputs)  # random numbers or a state, rather
+                raise mixes()
+    if fewer:
+        some = order[: max(1, half)]
+        found = _look(target, batch, [value[some] for value in tensors], layouts)
+        if found is not None:
+            compare(target, batch, expected, found)
 
 
 def _look(target: Target, batch: Batch, tensors: Sequence[Tensor], layouts: Sequence[Layout | None]) -> Seen | None:
@@ -153,28 +163,16 @@ def _look(target: Target, batch: Batch, tensors: Sequence[Tensor], layouts: Sequ
         return Seen(flat.detach(), [])
 
 
-def compare(
-    target: Target,
-    batch: Batch,
-    expected: Seen,
-    found: Seen,
-    rows: Tensor | None = None,
-    same_steps: bool = False,
-) -> None:
-    """Raise where rows gave other outputs, or layers other inputs, beside other rows.
-
-    Args:
-        rows: those of `expected` that are found; default: all.
-        same_steps: in the same number of rows and in their places, so that roundings are the same.
-    """
-    whole, expected = expected, expected if rows is None else expected.some(rows)
+def compare(target: Target, batch: Batch, expected: Seen, found: Seen) -> None:
+    """Raise where the first rows gave other outputs among fewer or more rows."""
+    count = min(expected.count, found.count)
+    one, two = found.outputs[:count], expected.outputs[:count]
+    if torch.equal(one, two):
+        return
+    refuse_other_bits(target, batch, expected.outputs)  # random numbers or a state, rather
     # Below this, outputs are roundings: a difference of two networks that are equal, a loss at its minimum.
-    floor = 1e-3 * max((float(value.norm()) for value in expected.inputs if value.is_floating_point()), default=0.0)
-    pairs = [("the outputs", found.outputs, expected.outputs, floor)]
-    pairs += [("a layer's inputs", one, two, 0.0) for one, two in zip(found.inputs, expected.inputs, strict=False)]
-    for what, one, two, least in pairs:
-        if one.shape != two.shape or not two.is_floating_point() or torch.equal(one, two):
-            continue
-        refuse_other_bits(target, batch, whole.outputs)  # random numbers or a state, rather
-        if not (same(one, two) if same_steps else agrees(one, two, least)):
-            raise mixes(what, one, two)
+    floor = 1e-3 * max(
+        (float(value[:count].norm()) for value in expected.inputs if value.is_floating_point()), default=0
+    )
+    if not agrees(one, two, floor):
+        raise mixes()

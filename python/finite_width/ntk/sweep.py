@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import generic, ops
+from .agreement import agrees
 from .backward import cotangents, output_weights, pull
 from .capture import Capture, Use
 from .contract import Batch, Target, flatten
@@ -132,14 +133,17 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
     ):
         raise PlanMismatchError
     needed = plan.needed
-    doubtful = not plan.sure or plan.probe is not None  # without the checks, layouts that are sure are believed
-    verified = bool(needed) and flat.requires_grad and (capture.routed or (doubtful and rows not in plan.placed))
+    doubtful = capture.routed or not (plan.sure or rows in plan.placed)
+    verified = doubtful and bool(needed) and flat.requires_grad
     deltas = cotangents([uses[index] for index in needed], flat, plan.batched_backward, keep=verified)
     if verified:
         _refuse_other_places(plan, uses, deltas, flat)
         plan.placed.add(rows)
     if check and plan.probe is not None:
-        compare(target, batch, plan.probe, Seen.of(flat, capture, plan.layouts, plan.probe.count))
+        found = Seen.of(flat, capture, plan.layouts, plan.probe.count)
+        compare(target, batch, plan.probe, found)
+        if not all(map(agrees, found.inputs, plan.probe.inputs)):  # the same rows, but not in the same places
+            raise PlanMismatchError
     del raw, flat
     for index in {index for entry in plan.entries for index, _ in entry.roles}:
         layout = plan.layouts[index]

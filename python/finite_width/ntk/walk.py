@@ -128,8 +128,13 @@ class Walk:
     @staticmethod
     def pair(problem: Problem, plan: Plan, begin: int, end: int) -> Tensor:
         """The entries [rows, O] where row and column are the same, of rows [begin, end) of both sides."""
-        left = collect(problem.target, plan, problem.left, begin, end)
-        right = left if problem.symmetric else collect(problem.target, plan, problem.right, begin, end)
+
+        def factors(batch: Batch) -> list[Factor]:
+            check = problem.check and begin == 0 and batch is problem.probed
+            return collect(problem.target, plan, batch, begin, end, check)
+
+        left = factors(problem.left)
+        right = left if problem.symmetric else factors(problem.right)
         out = torch.zeros(end - begin, plan.outputs, dtype=problem.target.dtype, device=problem.target.device)
         for row in range(end - begin):
             tile = out[row : row + 1].unsqueeze(1)
