@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,18 @@ def is_float(name: str, value: Tensor, dtypes: Sequence[torch.dtype] = (torch.fl
         raise TypeError(f"{name} must be {allowed}, got {str(value.dtype).removeprefix('torch.')}")
 
 
+def is_finite(name: str, value: Tensor) -> None:
+    """Raise ValueError where the tensor holds a NaN or an infinity."""
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} holds NaN or infinite entries; all must be finite")
+
+
+def is_dense(name: str, value: Tensor) -> None:
+    """Raise TypeError unless the tensor has the usual strided layout."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got the layout {value.layout}; pass its .to_dense()")
+
+
 def has_dim(name: str, value: Tensor, dim: int, shape: str) -> None:
     """Raise ValueError unless the tensor has `dim` axes; `shape` names them, such as "[N, D]"."""
     if value.dim() != dim:
@@ -48,12 +61,17 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def integer(name: str, value: Any, *, least: int | None = None) -> None:
+    """Raise unless value is an int, numpy's included (TypeError), of at least `least` if given (ValueError)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if least is not None and int(value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def positive_int(name: str, value: Any) -> None:
     """Raise unless value is an int (TypeError) of at least 1 (ValueError)."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    integer(name, value, least=1)
 
 
 def number(name: str, value: Any, *, positive: bool = False) -> None:
