@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -33,6 +33,18 @@ def is_dtype(name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     if value.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def is_finite(name: str, value: Tensor) -> None:
+    """Raise ValueError where the tensor holds a NaN or an infinity."""
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} holds NaN or infinite entries; all must be finite")
+
+
+def is_dense(name: str, value: Tensor) -> None:
+    """Raise TypeError unless the tensor has the usual strided layout."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got the layout {value.layout}; pass its .to_dense()")
 
 
 def has_dim(name: str, value: Tensor, dim: int, shape: str) -> None:
@@ -75,17 +87,17 @@ def not_negative(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
-def at_least(least: int, name: str, value: Any) -> None:
-    """Raise unless value is an int (TypeError) of at least the given one (ValueError)."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(name: str, value: Any, *, least: int | None = None) -> None:
+    """Raise unless value is an int, numpy's included (TypeError), of at least `least` if given (ValueError)."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
+    if least is not None and int(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def positive_int(name: str, value: Any) -> None:
     """Raise unless value is an int (TypeError) of at least 1 (ValueError)."""
-    at_least(1, name, value)
+    integer(name, value, least=1)
 
 
 def ints(name: str, value: Any, count: int, least: int = 1) -> tuple[int, ...]:
@@ -94,5 +106,5 @@ def ints(name: str, value: Any, count: int, least: int = 1) -> tuple[int, ...]:
     if len(each) != count:
         raise ValueError(f"{name} must be an int or have {count} entries, got {value}")
     for entry in each:
-        at_least(least, name, entry)
+        integer(name, entry, least=least)
     return each

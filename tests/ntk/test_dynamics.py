@@ -96,6 +96,16 @@ def test_directions_without_kernel_never_move():
         ({"f0_train": torch.ones(3)}, ValueError, r"f0_train must be a number or have shape \[2\]"),
         ({"f0_test": torch.ones(3)}, ValueError, r"f0_test must be a number or have shape \[4\]"),
         ({"y": torch.ones(2, dtype=torch.int64)}, TypeError, "y must be float32 or float64"),
+        ({"t": "a"}, TypeError, "t must be a number or a tensor, got str"),
+        ({"t": None}, TypeError, "t must be a number or a tensor, got NoneType"),
+        ({"t": torch.tensor(1j)}, TypeError, "t must be real"),
+        ({"f0_train": "a"}, TypeError, "f0_train must be a number or a tensor, got str"),
+        ({"f0_test": 1j}, TypeError, "f0_test must be real"),
+        ({"f0_train": math.inf}, ValueError, "f0_train holds NaN or infinite entries"),
+        ({"K_train": torch.full((2, 2), math.nan)}, ValueError, "K_train holds NaN or infinite entries"),
+        ({"K_test": torch.full((4, 2), math.inf)}, ValueError, "K_test holds NaN or infinite entries"),
+        ({"K_train": torch.ones(0, 0), "y": torch.ones(0)}, ValueError, r"N, O > 0, got \[0, 0\]"),
+        ({"K_train": torch.ones(2, 2, 2, 4)}, ValueError, r"K_train must have shape .* got \[2, 2, 2, 4\]"),
     ],
 )
 def test_gradient_flow_refuses(change, error, message):
@@ -183,7 +193,37 @@ def test_target_alignment(center):
     assert fw.ntk.target_alignment(5 * K, 7 * y, center=center) == pytest.approx(expected.item())
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_diagnostics_at_any_scale(scale):
+    K0, K1, y = psd(), psd(seed=1), points(6, 2, 3)
+    for kind in ("relative", "cosine"):
+        expected = fw.ntk.drift(K0, K1, kind=kind)
+        assert fw.ntk.drift(scale * K0, scale * K1, kind=kind) == pytest.approx(expected)
+        assert fw.ntk.drift(scale * K0, -scale * K0, kind=kind) == pytest.approx(2)
+    for center in (False, True):
+        expected = fw.ntk.target_alignment(K0, y, center=center)
+        assert fw.ntk.target_alignment(scale * K0, scale * y, center=center) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_diagnostics_refuse_what_is_not_finite(bad):
+    K, wrong = psd(), psd()
+    wrong[1, 0] = bad
+    for name, call in {
+        "K": lambda: fw.ntk.effective_dimension(wrong, 1.0),
+        "K1": lambda: fw.ntk.drift(K, wrong, kind="cosine"),
+        "K0": lambda: fw.ntk.drift(wrong, K),
+        "y": lambda: fw.ntk.target_alignment(K, wrong),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name} holds NaN or infinite entries"):
+            call()
+
+
 def test_target_alignment_refuses():
+    with pytest.raises(TypeError, match="y must be real, got complex128"):
+        fw.ntk.target_alignment(psd(), torch.ones(6, dtype=torch.complex128))
+    with pytest.raises(ValueError, match="must not be zero"):
+        fw.ntk.target_alignment(torch.ones(0, 0), torch.ones(0))
     with pytest.raises(ValueError, match="is y constant"):
         fw.ntk.target_alignment(psd(), torch.ones(6), center=True)
     with pytest.raises(ValueError, match=r"y must have shape \[6\]"):

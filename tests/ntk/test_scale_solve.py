@@ -44,6 +44,8 @@ def test_memory_maps_and_bad_arrays(tmp_path: Path) -> None:
     readable = np.load(tmp_path / "kernel.npy", mmap_mode="r")
     found = fw.ntk.solve(readable, torch.ones(5), ridge=1.0, method="cg")
     torch.testing.assert_close(found.coefficients, torch.full((5,), 1 / 3))
+    turned = fw.ntk.solve(np.diag(np.arange(1.0, 6)).astype(np.float32)[::-1, ::-1], torch.ones(5), ridge=0.0)
+    torch.testing.assert_close(turned.coefficients, 1 / torch.arange(5.0, 0, -1))
     with pytest.raises(ValueError, match=r"must be a stored kernel \[N, N\] or \[N, N, O, O\]"):
         fw.ntk.solve(np.zeros((5, 5, 2), np.float32), torch.ones(5), ridge=1.0)
     with pytest.raises(TypeError, match="K_or_operator must be float32 or float64, got int64"):
@@ -102,6 +104,17 @@ def test_ranks_share_the_operator(tmp_path: Path) -> None:
             assert "the ranks have operators of different models or data" in done.stderr
         else:
             assert done.returncode == 0, done.stderr
+
+
+def test_operator_of_parameters_that_were_frozen() -> None:
+    model, x, *_ = regression()
+    operator, v = fw.ntk.NTKOperator(model, x), torch.randn(60).double()
+    with pytest.raises(TypeError, match="the vector must be a dense tensor"):
+        operator @ v.to_sparse()
+    model[0].weight.requires_grad_(False)
+    for product in (lambda: operator @ v, operator.diagonal, operator.to_dense):
+        with pytest.raises(ValueError, match=r"parameter '0\.weight' was frozen .* make a new operator"):
+            product()
 
 
 def regression() -> tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from benchmarks.small_gpt import SmallGPT
@@ -109,6 +110,14 @@ def test_rows_alone_or_together(kind: str) -> None:
     alone = torch.cat([fw.ntk.sketch(model, row[None], 32, kind=kind) for row in x])
     assert relative(alone, together) < 1e-12
     assert relative(fw.ntk.sketch(model, x, 32, kind=kind, seed=1), together) > 0.5
+
+
+def test_numpy_integers_are_integers() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    found = fw.ntk.sketch(model, x, np.int64(8), seed=np.int64(3))  # type: ignore[arg-type]
+    assert torch.equal(found, fw.ntk.sketch(model, x, 8, seed=3))
+    with pytest.raises(TypeError, match="seed must be an int, got bool"):
+        fw.ntk.sketch(model, x, 8, seed=True)
 
 
 def test_hadamard() -> None:

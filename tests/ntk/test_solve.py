@@ -116,6 +116,38 @@ def test_auto_follows_the_memory():
     assert fw.ntk.solve(K, y, ridge=1.0, memory_budget=100_000).method == "cg"
 
 
+@pytest.mark.parametrize("method", ["cholesky", "cg"])
+def test_any_finite_scale_of_the_targets(method):
+    K, y = kernel(size=40), targets(40)
+    expected = exact(K, y, 1.0)
+    for scale in (1e-200, 1e-160, 1e200):
+        found = fw.ntk.solve(K, torch.cat([y, scale * y], dim=1), ridge=1.0, method=method, tol=1e-10)
+        torch.testing.assert_close(found.coefficients[:, 3:] / scale, expected, rtol=1e-8, atol=1e-8)
+        assert 0 < found.residual <= 1e-10
+
+
+@pytest.mark.parametrize("method", ["cholesky", "cg"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_solution_from_what_is_not_finite(method, bad):
+    K, y = kernel(size=10), targets(10)
+    for name in ("K", "y"):
+        given = {"K": K.clone(), "y": y.clone()}
+        given[name][2, 1] = bad
+        given["K"].copy_(given["K"].tril().T if name == "K" else K)  # above the diagonal
+        with pytest.raises(ValueError, match=rf"^{name} holds NaN or infinite entries"):
+            fw.ntk.solve(given["K"], given["y"], ridge=1.0, method=method)
+    operator = MatrixFree(torch.full_like(K, bad))
+    with pytest.raises(ValueError, match="K holds NaN"):
+        fw.ntk.solve(operator, y, ridge=1.0, method="cg")
+
+
+def test_degenerate_systems_of_conjugate_gradients():
+    found = fw.ntk.solve(kernel(size=10), torch.zeros(10, 0), ridge=1.0, method="cg")
+    assert found.coefficients.shape == (10, 0)
+    with pytest.warns(ConvergenceWarning, match="relative residual of 1 .*Raise ridge"):
+        fw.ntk.solve(torch.zeros(10, 10), torch.ones(10), ridge=0.0, method="cg")
+
+
 def test_what_does_not_converge_says_so():
     K, y = kernel(decay=0.99), targets()
     with pytest.warns(ConvergenceWarning, match="above tol"):
@@ -137,7 +169,7 @@ def test_jitter_only_when_asked():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"K_or_operator": torch.ones(3, 4)}, ValueError, r"square \[N, N\], got \[3, 4\]"),
+        ({"K_or_operator": torch.ones(3, 4)}, ValueError, r"square \[N, N\] with N > 0, got \[3, 4\]"),
         ({"K_or_operator": torch.ones(3, 3, dtype=torch.int64)}, TypeError, "K_or_operator must be float32 or float64"),
         ({"K_or_operator": np.ones((3, 3)).tolist()}, TypeError, "operator with shape and @, got list"),
         ({"y": torch.ones(4)}, ValueError, r"y must have shape \[3\] or \[3, C\].*got \[4\]"),
@@ -149,6 +181,14 @@ def test_jitter_only_when_asked():
         ({"tol": "small"}, TypeError, "tol must be a number, got str"),
         ({"jitter": -1.0}, ValueError, "jitter must be finite and at least 0, got -1"),
         ({"K_or_operator": torch.full((3, 3), torch.nan)}, ValueError, "K holds NaN"),
+        ({"K_or_operator": torch.eye(3).to_sparse()}, TypeError, "K_or_operator must be a dense tensor"),
+        ({"K_or_operator": torch.ones(0, 0), "y": torch.ones(0)}, ValueError, r"with N > 0, got \[0, 0\]"),
+        ({"rank": -1}, ValueError, "rank must be at least 0, got -1"),
+        ({"rank": 1.5}, TypeError, "rank must be an int, got float"),
+        ({"max_iterations": 2.5}, TypeError, "max_iterations must be an int, got float"),
+        ({"max_iterations": "a"}, TypeError, "max_iterations must be an int, got str"),
+        ({"memory_budget": "a"}, TypeError, "memory_budget must be an int, got str"),
+        ({"memory_budget": -1}, ValueError, "memory_budget must be at least 1, got -1"),
     ],
 )
 def test_bad_input(change, error, message):

@@ -198,6 +198,25 @@ def test_bad_destinations_stay_as_they_are(problem: Problem, tmp_path: Path) -> 
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "notes").read_text() == "mine"
 
 
+def test_destinations_that_cannot_hold_a_kernel(problem: Problem, tmp_path: Path) -> None:
+    model, x = problem
+    with torch.inference_mode():
+        inference = torch.empty(83, 83)
+    for out, error, message in (
+        (torch.empty(1, 83).expand(83, 83), ValueError, "out must have memory for every entry"),
+        (torch.empty(83, 83, device="meta"), ValueError, "out must have memory, got a tensor on the device 'meta'"),
+        (torch.zeros(83, 83).to_sparse(), TypeError, "out must be a dense tensor, got the layout torch.sparse_coo"),
+        (inference, ValueError, "out was made in inference mode"),
+        (
+            zarr.storage.ZipStore(tmp_path / "kernel.zip", mode="w"),
+            ValueError,
+            "out '.*': a ZIP file is readable",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            fw.ntk.empirical_ntk(model, x, compute="trace", out=out)
+
+
 def test_read_only_stores(problem: Problem, tmp_path: Path) -> None:
     model, x = problem
     fw.ntk.empirical_ntk(model, x[:20], compute="trace", out=tmp_path / "kernel.zarr")

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _check
+
 ATTRIBUTE = "finite_width"
 Region = tuple[slice, slice]
 
@@ -66,8 +68,20 @@ class PlainArray(Destination):
         flags = getattr(self.array, "flags", None)
         if getattr(self.array, "read_only", False) or not getattr(flags, "writeable", True):
             raise ValueError("out is read-only; open it for writing")
-        if isinstance(self.array, Tensor) and self.array.requires_grad:
+        if isinstance(self.array, Tensor):
+            self._check_tensor(self.array)
+
+    @staticmethod
+    def _check_tensor(out: Tensor) -> None:
+        if out.requires_grad:
             raise ValueError("out must not require a gradient; pass out.detach()")
+        _check.is_dense("out", out)
+        if out.is_meta:
+            raise ValueError("out must have memory, got a tensor on the device 'meta'")
+        if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+            raise ValueError("out must have memory for every entry, got an expanded tensor; pass torch.empty(...)")
+        if out.is_inference():
+            raise ValueError("out was made in inference mode and cannot be written; pass a tensor made outside of it")
 
     def missing(self, regions: Iterable[Region]) -> set[int]:
         return set(range(len(list(regions))))
@@ -110,6 +124,8 @@ class ZarrArray(Destination):
             self._check_path(Path(self.where))
         elif getattr(self.where, "read_only", False):
             raise ValueError(f"{self.name} is read-only; open it for writing")
+        if isinstance(getattr(self.where, "store", self.where), self._zarr.storage.ZipStore):
+            raise ValueError(f"{self.name}: a ZIP file is readable only once it is closed; pass a folder's path")
         try:
             self.array = self._zarr.open_array(self.where, mode="r+")
         except FileNotFoundError:

@@ -18,7 +18,7 @@ def spectrum(K: Tensor) -> Tensor:
         [N] float64; negative ones are rounding, and stay visible.
 
     Raises:
-        ValueError: not square.
+        ValueError: not square, NaN or infinite entries.
         TypeError: other dtypes.
 
     Example:
@@ -42,7 +42,7 @@ def effective_dimension(K: Tensor, ridge: float) -> float:
         A number from 0 to N.
 
     Raises:
-        ValueError: not square, a ridge that is not positive.
+        ValueError: not square, NaN or infinite entries, a ridge that is not positive.
         TypeError: other dtypes.
 
     Source:
@@ -72,8 +72,8 @@ def target_alignment(K: Tensor, y: Tensor, *, center: bool = False) -> float:
         A number from 0 to 1.
 
     Raises:
-        ValueError: shapes that do not fit, a kernel or targets that are zero (after centring).
-        TypeError: other dtypes.
+        ValueError: shapes that do not fit, NaN or infinite entries, a kernel or targets that are zero (after centring).
+        TypeError: other dtypes, complex targets.
 
     Source:
         Cristianini et al., "On kernel-target alignment", NeurIPS 2001; Cortes, Mohri, Rostamizadeh, "Algorithms for
@@ -89,7 +89,12 @@ def target_alignment(K: Tensor, y: Tensor, *, center: bool = False) -> float:
     _check.is_tensor("y", y)
     if y.dim() not in (1, 2) or y.shape[0] != size:
         raise ValueError(f"y must have shape [{size}] or [{size}, C], as K has {size} rows, got {list(y.shape)}")
-    K, columns = K.double(), y.double().reshape(size, -1)
+    if y.is_complex():
+        raise TypeError(f"y must be real, got {str(y.dtype).removeprefix('torch.')}; pass y.real and y.imag as columns")
+    _check.is_finite("y", y)
+    if not (K.any() and y.any()):
+        raise ValueError("K and y must not be zero")
+    K, columns = _scaled(K)[0], _scaled(y)[0].reshape(size, -1)
     if center:
         K = K - K.mean(0, keepdim=True) - K.mean(1, keepdim=True) + K.mean()
         columns = columns - columns.mean(0)
@@ -111,7 +116,7 @@ def drift(K0: Tensor, K1: Tensor, *, kind: str = "relative") -> float:
         A number ≥ 0; 0 for a kernel that did not move.
 
     Raises:
-        ValueError: different shapes, a kernel that is zero.
+        ValueError: different shapes, NaN or infinite entries, a kernel that is zero.
         TypeError: other dtypes.
 
     Source:
@@ -126,14 +131,24 @@ def drift(K0: Tensor, K1: Tensor, *, kind: str = "relative") -> float:
     for name, value in (("K0", K0), ("K1", K1)):
         _check.is_tensor(name, value)
         _check.is_float(name, value)
+        _check.is_finite(name, value)
     if K0.shape != K1.shape:
         raise ValueError(f"K0 and K1 must have the same shape, got {list(K0.shape)} and {list(K1.shape)}")
-    before, after = K0.double().flatten(), K1.double().flatten()
-    if not before.any() or (kind == "cosine" and not after.any()):
-        raise ValueError("K0 must not be zero" if not before.any() else "K1 must not be zero for kind='cosine'")
+    if not K0.any() or (kind == "cosine" and not K1.any()):
+        raise ValueError("K0 must not be zero" if not K0.any() else "K1 must not be zero for kind='cosine'")
+    before, size = _scaled(K0.flatten())
     if kind == "relative":
-        return float((after - before).norm() / before.norm())
+        change, change_size = _scaled(K1.double().flatten() - K0.double().flatten())
+        return float(change.norm() / before.norm() * (change_size / size))
+    after, _ = _scaled(K1.flatten())
     return max(0.0, 1 - float(before @ after / (before.norm() * after.norm())))
+
+
+def _scaled(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The values over the largest one, in float64, and that one: so no square overflows or vanishes."""
+    value = value.double()
+    largest = value.abs().amax()
+    return value / torch.where(largest > 0, largest, 1.0), largest
 
 
 def _square(name: str, K: Tensor) -> int:
@@ -141,4 +156,5 @@ def _square(name: str, K: Tensor) -> int:
     _check.is_float(name, K)
     if K.dim() != 2 or K.shape[0] != K.shape[1]:
         raise ValueError(f"{name} must be square [N, N], got {list(K.shape)}")
+    _check.is_finite(name, K)
     return K.shape[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,8 +48,8 @@ def gradient_flow(
         computed in float64.
 
     Raises:
-        ValueError: shapes that do not fit, negative times.
-        TypeError: other dtypes.
+        ValueError: shapes that do not fit, no rows, NaN or infinite values (but infinite times), negative times.
+        TypeError: other dtypes; a time or initial outputs that are neither a real number nor a tensor.
 
     Source:
         Lee et al., "Wide neural networks of any depth evolve as linear models under gradient descent", NeurIPS 2019,
@@ -64,8 +65,10 @@ def gradient_flow(
     for name, value in (("K_train", K_train), ("y", y), *([("K_test", K_test)] if K_test is not None else [])):
         _check.is_tensor(name, value)
         _check.is_float(name, value)
-    if K_train.dim() not in (2, 4) or K_train.shape[0] != K_train.shape[1]:
-        raise ValueError(f"K_train must have shape [N, N] or [N, N, O, O], got {list(K_train.shape)}")
+        _check.is_finite(name, value)
+    sizes = K_train.shape
+    if len(sizes) not in (2, 4) or sizes[::2] != sizes[1::2] or 0 in sizes:
+        raise ValueError(f"K_train must have shape [N, N] or [N, N, O, O] with N, O > 0, got {list(sizes)}")
     rows = K_train.shape[0]
     outputs = K_train.shape[2] if K_train.dim() == 4 else 1
     if y.dim() not in (1, 2) or y.shape[0] != rows:
@@ -76,7 +79,7 @@ def gradient_flow(
         )
     if K_test is not None and (K_test.dim() != K_train.dim() or K_test.shape[1:] != K_train.shape[1:]):
         raise ValueError(f"K_test must have shape [M, {str(list(K_train.shape[1:]))[1:]}, got {list(K_test.shape)}")
-    times = torch.as_tensor(t, dtype=torch.float64, device=y.device)
+    times = _real("t", t, y)
     if times.dim() > 1 or bool((times < 0).any()) or bool(times.isnan().any()):
         raise ValueError("t must be a number or [T], at least 0")
 
@@ -111,7 +114,19 @@ def _matrix(K: Tensor) -> Tensor:
 
 def _initial(name: str, value: Tensor | float, y: Tensor, shape: torch.Size) -> Tensor:
     """The initial outputs as float64 of this shape."""
-    initial = torch.as_tensor(value, dtype=torch.float64, device=y.device).detach()
+    initial = _real(name, value, y).detach()
+    _check.is_finite(name, initial)
     if initial.dim() and initial.shape != shape:
         raise ValueError(f"{name} must be a number or have shape {list(shape)}, got {list(initial.shape)}")
     return initial.expand(shape)
+
+
+def _real(name: str, value: Any, like: Tensor) -> Tensor:
+    """A number, tensor or array as float64, on the device of `like`."""
+    try:
+        found = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}") from None
+    if found.is_complex():
+        raise TypeError(f"{name} must be real, got complex values")
+    return found.to(like.device, torch.float64)

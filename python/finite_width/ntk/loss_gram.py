@@ -26,7 +26,7 @@ class _Losses(nn.Module):
         self.model, self.loss_fn = model, loss_fn
 
     def extra_repr(self) -> str:
-        return f"loss={describe_function(self.loss_fn)}"
+        return f"loss={describe_function('loss_fn', self.loss_fn)}"
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         if _TARGET in named:

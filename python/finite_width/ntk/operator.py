@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _check
 from . import shared_products
 from .contract import Inputs, preserved
 from .empirical import run
@@ -118,8 +119,9 @@ class NTKOperator:
         """
         left, right = self._sides()
         rows, columns = self.shape
-        if not isinstance(vector, Tensor):
-            raise TypeError(f"the vector must be a torch.Tensor, got {type(vector).__name__}")
+        self._refuse_frozen()
+        _check.is_tensor("the vector", vector)
+        _check.is_dense("the vector", vector)
         if vector.dim() not in (1, 2) or vector.shape[0] != columns:
             raise ValueError(f"the vector must have shape [{columns}] or [{columns}, k], got {list(vector.shape)}")
         if vector.dtype != self.dtype:
@@ -140,11 +142,20 @@ class NTKOperator:
         """What ranks that share a product must agree on."""
         return fingerprint(self._problem, self._plan)
 
+    def _refuse_frozen(self) -> None:
+        for name, value in self._problem.target.parameters.items():
+            if not value.requires_grad:
+                raise ValueError(
+                    f"parameter {name!r} was frozen (requires_grad is False) after the operator was made; unfreeze it "
+                    "or make a new operator"
+                )
+
     def _blocks(self, batch: Any) -> list[tuple[int, int]]:
         return [(begin, min(begin + self._plan.block, batch.rows)) for begin in range(0, batch.rows, self._plan.block)]
 
     def diagonal(self) -> Tensor:
         """The main diagonal [min(N, M) O], by blocks of rows."""
+        self._refuse_frozen()
         with preserved(self._problem.target.model):
             return self._problem.with_plan(self._diagonal, self._plan)
 
@@ -155,6 +166,7 @@ class NTKOperator:
 
     def to_dense(self) -> Tensor:
         """The matrix [N O, M O]."""
+        self._refuse_frozen()
         kernel = run(self._problem)
         assert isinstance(kernel, Tensor)
         matrix = kernel.permute(0, 2, 1, 3).reshape(kernel.shape[0] * self.outputs, kernel.shape[1] * self.outputs)

@@ -72,8 +72,8 @@ def sketch(
     """
     _check.positive_int("dim", dim)
     _check.one_of("kind", kind, tuple(KINDS))
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    _check.integer("seed", seed)
+    dim, seed = int(dim), int(seed)
     problem = Problem(
         model,
         x,

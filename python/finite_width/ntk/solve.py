@@ -99,7 +99,8 @@ def solve(
         A `Solution`; its `coefficients` have the shape and dtype of `y`.
 
     Raises:
-        ValueError: shapes that do not fit, a negative ridge, a kernel that is not positive definite.
+        ValueError: shapes that do not fit, no rows, NaN or infinite entries in K or y, a negative ridge or rank, a
+            kernel that is not positive definite.
         TypeError: other dtypes.
 
     Source:
@@ -115,6 +116,12 @@ def solve(
     _check.one_of("method", method, ("auto", "cholesky", "cg"))
     _check.is_tensor("y", y)
     _check.is_float("y", y)
+    if max_iterations is not None:
+        _check.positive_int("max_iterations", max_iterations)
+    if rank is not None:
+        _check.integer("rank", rank, least=0)
+    if memory_budget is not None:
+        _check.positive_int("memory_budget", memory_budget)
     if is_stored(K_or_operator) and not hasattr(K_or_operator, "to_dense"):
         K_or_operator = StoredKernel(K_or_operator, memory_budget)
     size = _check_square(K_or_operator)
@@ -125,7 +132,11 @@ def solve(
     _check.not_negative("ridge", ridge)
     _check.positive("tol", tol)
     _check.not_negative("jitter", jitter)
+    _check.is_finite("y", y)
     columns = y.double().reshape(size, -1)
+    # Norms of very large or small columns would overflow or vanish. A power of two, so that nothing is rounded.
+    scale = torch.exp2(torch.frexp(columns.abs().amax(0)).exponent.double() - 1)
+    columns = columns / scale
     if method == "auto":
         method = "cholesky" if fits_dense(size, y.device, memory_budget) else "cg"
     if method == "cholesky":
@@ -134,6 +145,8 @@ def solve(
         x = torch.cholesky_solve(columns, factor)
         residual = _relative(columns - K.double() @ x - (ridge + added) * x, columns)
         iterations = 0
+    elif columns.numel() == 0:
+        x, iterations, residual, added = columns, 0, 0.0, 0.0
     else:
         added = 0.0
         product = _product(K_or_operator)
@@ -148,7 +161,7 @@ def solve(
             precision=torch.finfo(K_or_operator.dtype).eps,
             progress=progress,
         )
-    return Solution(x.reshape(y.shape).to(y.dtype), method, iterations, residual, added)
+    return Solution((x * scale).reshape(y.shape).to(y.dtype), method, iterations, residual, added)
 
 
 def cholesky(K: Tensor, ridge: float, jitter: float = 0.0) -> tuple[Tensor, float]:
@@ -160,8 +173,9 @@ def cholesky(K: Tensor, ridge: float, jitter: float = 0.0) -> tuple[Tensor, floa
         jitter: relative to mean(diag K); tried once, ten and a hundred times as large after a failure.
 
     Raises:
-        ValueError: K + ρI is not positive definite in float64; the message says what helps.
+        ValueError: K + ρI is not positive definite in float64, or not finite; the message says what helps.
     """
+    _refuse_unless_finite(K)
     system = K.to(torch.float64, copy=True)
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     scale = float(diagonal.mean()) if diagonal.numel() else 0.0
@@ -175,12 +189,15 @@ def cholesky(K: Tensor, ridge: float, jitter: float = 0.0) -> tuple[Tensor, floa
             return factor, added
         if jitter == 0:
             break
-    if not bool(torch.isfinite(system).all()):
-        raise ValueError("K holds NaN or infinite entries; look at the model's outputs and parameters")
     raise ValueError(
         f"K + {ridge:g} I is not positive definite (mean of K's diagonal {scale:.3g}, jitter {added:.3g}). "
         "Raise ridge, compute the kernel in float64, or ask for jitter, such as jitter=1e-6"
     )
+
+
+def _refuse_unless_finite(K: Tensor) -> None:
+    if not bool(torch.isfinite(K).all()):
+        raise ValueError("K holds NaN or infinite entries; look at the model's outputs and parameters")
 
 
 def fits_dense(size: int, device: torch.device, memory_budget: int | None) -> bool:
@@ -192,11 +209,12 @@ def fits_dense(size: int, device: torch.device, memory_budget: int | None) -> bo
 def _check_square(K: Tensor | Operator) -> int:
     if isinstance(K, Tensor):
         _check.is_float("K_or_operator", K)
+        _check.is_dense("K_or_operator", K)
     elif not hasattr(K, "__matmul__") or not hasattr(K, "shape"):
         raise TypeError(f"K_or_operator must be a tensor or an operator with shape and @, got {type(K).__name__}")
     shape = list(K.shape)
-    if len(shape) != 2 or shape[0] != shape[1]:
-        raise ValueError(f"K_or_operator must be square [N, N], got {shape}")
+    if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
+        raise ValueError(f"K_or_operator must be square [N, N] with N > 0, got {shape}")
     return int(shape[0])
 
 
@@ -273,14 +291,21 @@ def _conjugate_gradients(
     progress: bool,
 ) -> tuple[Tensor, int, float]:
     """(x, iterations, residual) for every column of y [N, C], in blocks of columns that share one preconditioner."""
+
+    def checked(v: Tensor) -> Tensor:
+        image = product(v)
+        if bool(torch.isfinite(v).all()):
+            _refuse_unless_finite(image)
+        return image
+
     iterations = 0
     preconditioner = None
     if rank and y.shape[1] and y.any():
-        preconditioner = _nystrom(product, y, ridge, rank, precision)
+        preconditioner = _nystrom(checked, y, ridge, rank, precision)
         iterations = 1
 
     def system(v: Tensor) -> Tensor:
-        return product(v) + ridge * v
+        return checked(v) + ridge * v
 
     solved, worst = [], 0.0
     with tqdm(total=None, desc="conjugate gradients", unit="it", disable=not progress) as bar:
@@ -333,7 +358,9 @@ def _block_cg(
     for iteration in range(max_iterations):
         image = split(system(split(directions)))
         curvature = directions.mT @ image
-        step = torch.linalg.solve(curvature, torch.eye(len(curvature), dtype=y.dtype, device=y.device))
+        step, singular = torch.linalg.inv_ex(curvature)
+        if singular:  # so is K + ρI; what was found so far stays
+            return split(x), iteration + 1
         x = x + directions @ (step @ coefficients)
         basis, triangle = torch.linalg.qr(basis - image @ step)
         coefficients = triangle @ coefficients

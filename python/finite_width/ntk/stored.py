@@ -56,7 +56,7 @@ class StoredKernel:
     def _panel(self, begin: int, end: int) -> Tensor:
         """The matrix's rows of the kernel's rows [begin, end)."""
         values = np.asarray(self.array[begin:end])
-        if not values.flags.writeable:
+        if not values.flags.writeable or any(step < 0 for step in values.strides):  # torch takes neither
             values = values.copy()
         panel = torch.from_numpy(values)
         if panel.dim() == 4:
