@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -286,9 +285,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     plain = [value for _, own in attributes for value in own.values() if type(value) in PLAIN_CONTAINERS]
-    containers = [(value, copy.copy(value)) for value in plain]
+    containers = [(value, value.copy()) for value in plain]
     buffers = [(value, value.clone(), value._version) for value in model.buffers()]
-    on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
+    on_gpu = any(value.is_cuda for value in (*model.parameters(), *(value for value, _, _ in buffers)))
     try:
         with (
             torch.inference_mode(False),

@@ -28,13 +28,14 @@ LEAST_CHANNELS = 8
 
 def _ordinary(*values: Tensor | None) -> bool:
     """Whether all are plain float tensors of one dtype."""
+    if forward_ad._current_level >= 0:  # inside forward mode: an edge of the graph is no cotangent
+        return False
     dtype = None
     for value in values:
         if value is None:
             continue
-        # Inside the model's own transforms an edge of the graph is no cotangent: torch.func wraps tensors there,
-        # forward mode gives them tangents.
-        if torch._C._functorch.is_functorch_wrapped_tensor(value) or forward_ad.unpack_dual(value).tangent is not None:
+        # Nor is it inside the model's own torch.func transforms, where tensors are wrapped.
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
             return False
         if dtype is None:
             dtype = value.dtype
