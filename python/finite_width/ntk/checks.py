@@ -155,7 +155,6 @@ def make_plan(
         sweep_bytes=touched + kept,
         copies_inputs=any(copy._version for copy in copies),
         sure=certain == layouts,
-        placed={rows, 1},
         probe=seen if check else None,
     )
 

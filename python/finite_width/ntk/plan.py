@@ -60,8 +60,7 @@ class Plan:
     last: int | None  # the use whose output is the model's
     sweep_bytes: int  # working memory of one block's forward and backward, per row
     copies_inputs: bool  # the model writes its input in place
-    sure: bool  # whether rows lie by the layouts in any number; else, and with the checks, each number of rows is tried
-    placed: set[int]  # the numbers of rows that were tried
+    sure: bool  # whether rows lie by the layouts in any block; else each block must show it
     probe: Seen | None = None  # what the first rows of the first batch gave, for comparison
 
     @property

@@ -75,15 +75,15 @@ class RowTest:
     def layout(self, place: int, axes: Sequence[int]) -> tuple[Layout | None, bool]:
         """The layout in which the rows lie in the tensor, on one of the axes, or None; and whether it is sure.
 
-        Where few rows are reached, zeros may hide that it is another; where rows are merged with other axes, other
-        numbers of rows may lie otherwise. Then a block must show that its own rows lie so.
+        Where few entries are reached, zeros may hide that it is another; where rows are merged with other axes, other
+        numbers of rows may lie otherwise. Then each block must show that its own rows lie so.
         """
         shape = self.shapes[place]
         fitting = [layout for layout in candidates(shape, self.rows, axes) if self.fits(place, layout)]
         value = self.found[place]
         for layout in fitting:
             if value is not None and rows_reached(value[0].reshape(shape), layout, self.rows) > 1:
-                return layout, not layout.merged
+                return layout, not layout.merged and len(fitting) == 1
         return (fitting[0], self.rows == 1) if fitting else (None, False)
 
 
@@ -95,12 +95,11 @@ class Seen:
     inputs: list[Tensor]
 
     @classmethod
-    def of(cls, flat: Tensor, capture: Capture, layouts: Sequence[Layout | None], count: int | None = None) -> Seen:
-        """Of all rows, or of the first `count`."""
+    def of(cls, flat: Tensor, capture: Capture, layouts: Sequence[Layout | None]) -> Seen:
         # Where values decide where rows go, these lie otherwise for other rows.
         uses = [] if capture.routed else list(zip(capture.uses, layouts, strict=True))
         known = [(use.input, layout) for use, layout in uses if layout is not None]
-        return cls(flat[:count].detach(), [by_rows(value, layout, len(flat))[:count] for value, layout in known])
+        return cls(flat.detach(), [by_rows(value, layout, len(flat)) for value, layout in known])
 
     @property
     def count(self) -> int:
@@ -108,6 +107,9 @@ class Seen:
 
     def some(self, index: Tensor) -> Seen:
         return Seen(self.outputs[index], [value[index] for value in self.inputs])
+
+    def first(self, count: int) -> Seen:
+        return Seen(self.outputs[:count], [value[:count] for value in self.inputs])
 
 
 def refuse_mixed_rows(

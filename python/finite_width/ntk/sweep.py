@@ -133,16 +133,17 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
     ):
         raise PlanMismatchError
     needed = plan.needed
-    doubtful = capture.routed or not (plan.sure or rows in plan.placed)
+    doubtful = rows > 1 and (capture.routed or not plan.sure)
     verified = doubtful and bool(needed) and flat.requires_grad
     deltas = cotangents([uses[index] for index in needed], flat, plan.batched_backward, keep=verified)
     if verified:
         _refuse_other_places(plan, uses, deltas, flat)
-        plan.placed.add(rows)
     if check and plan.probe is not None:
-        found = Seen.of(flat, capture, plan.layouts, plan.probe.count)
+        count = min(rows, plan.probe.count)
+        found = Seen.of(flat, capture, plan.layouts).first(count)
         compare(target, batch, plan.probe, found)
-        if not all(map(agrees, found.inputs, plan.probe.inputs)):  # the same rows, but not in the same places
+        # The same rows, but not in the same places?
+        if not all(map(agrees, found.inputs, plan.probe.first(count).inputs)):
             raise PlanMismatchError
     del raw, flat
     for index in {index for entry in plan.entries for index, _ in entry.roles}:
