@@ -62,7 +62,7 @@ def multiplied_by_rows(first: Tensor, second: Tensor, layout: Layout, factors: T
 
     Args:
         factors: [rows], powers of two where the tolerance is 0: then a product has no rounding.
-        tolerance: relative to each part's norm.
+        tolerance: relative to each part's norm; what is rounding beside the largest part counts as nothing.
     """
     rows = len(factors)
     one, two = (by_rows(value, layout, rows).reshape(rows, -1) for value in (first, second))
@@ -70,7 +70,9 @@ def multiplied_by_rows(first: Tensor, second: Tensor, layout: Layout, factors: T
     if tolerance == 0:
         return bool(((expected == two) | (expected.isnan() & two.isnan())).all())
     expected, two = (torch.nan_to_num(value, 0, 0, 0) for value in (expected, two))
-    return bool(((expected - two).norm(dim=1) <= tolerance * expected.norm(dim=1)).all())
+    norms = expected.norm(dim=1)
+    nothing = 64 * torch.finfo(norms.dtype).eps * norms.max()
+    return bool(((expected - two).norm(dim=1) <= tolerance * norms + nothing).all())
 
 
 def confined(delta: Tensor, layout: Layout, rows: int, row: int) -> bool:

@@ -95,11 +95,15 @@ class Seen:
     inputs: list[Tensor]
 
     @classmethod
-    def of(cls, flat: Tensor, capture: Capture, layouts: Sequence[Layout | None]) -> Seen:
+    def of(cls, flat: Tensor, capture: Capture, layouts: Sequence[Layout | None], count: int | None = None) -> Seen:
+        """Of all rows, or a copy of the first `count`."""
         # Where values decide where rows go, these lie otherwise for other rows.
         uses = [] if capture.routed else list(zip(capture.uses, layouts, strict=True))
         known = [(use.input, layout) for use, layout in uses if layout is not None]
-        return cls(flat.detach(), [by_rows(value, layout, len(flat)) for value, layout in known])
+        inputs = (by_rows(value, layout, len(flat)) for value, layout in known)
+        if count is not None:
+            return cls(flat[:count].detach(), [value[:count].clone() for value in inputs])
+        return cls(flat.detach(), list(inputs))
 
     @property
     def count(self) -> int:

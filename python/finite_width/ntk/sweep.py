@@ -140,7 +140,7 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
         _refuse_other_places(plan, uses, deltas, flat)
     if check and plan.probe is not None:
         count = min(rows, plan.probe.count)
-        found = Seen.of(flat, capture, plan.layouts).first(count)
+        found = Seen.of(flat, capture, plan.layouts, count)
         compare(target, batch, plan.probe, found)
         # The same rows, but not in the same places?
         if not all(map(agrees, found.inputs, plan.probe.first(count).inputs)):
