@@ -18,9 +18,9 @@ struct Slots {
 thread_local Slots slots;
 
 // glibc gives large blocks back to the system when they are freed, and takes them again page by page: a fault for each,
-// which on a virtual machine costs more than most kernels take to fill the page. What it keeps follows the largest block
-// that was ever mapped and freed, up to 32 MB. One such block, never touched, lets the gradients that a training step
-// makes and frees keep their pages.
+// which on a virtual machine costs more than most kernels take to fill the page. What it keeps follows the largest
+// block that was ever mapped and freed, up to 32 MB. One such block, never touched, lets the gradients that a training
+// step makes and frees keep their pages.
 void keep_freed_pages() {
   void* volatile block = std::malloc((size_t{32} << 20) - 8192);
   std::free(block);
