@@ -68,6 +68,7 @@ def same(found: Tensor, expected: Tensor) -> bool:
 
 
 def mixes() -> ValueError:
+    """The error of a model that mixes rows."""
     return ValueError(
         "model: its output for a row depends on other rows of the batch (batch statistics, attention or a reduction "
         "over the batch axis); the model mixes rows, so its kernel is not defined row by row "

@@ -43,8 +43,7 @@ class Batch:
         rows: int | None = None
         for label, value in named.items():
             _check.is_tensor(label, value)
-            if value.layout != torch.strided:
-                raise TypeError(f"{label} must be a dense tensor, got the layout {value.layout}")
+            _check.is_dense(label, value)
             if value.dim() == 0:
                 raise ValueError(f"{label} must have a batch axis [N, ...], got shape []")
             if rows is not None and value.shape[0] != rows:
@@ -141,8 +140,7 @@ class Target:
     """The differentiated function: rows of the input to outputs [rows, O], and the parameters that count."""
 
     def __init__(self, model: Any, params: Any, output: Any) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        _check.is_module("model", model)
         if output is not None and not callable(output):
             raise TypeError(f"output must be a function of the model's result, got {type(output).__name__}")
         self.model, self.output = model, output

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
+from .. import _check
 from .contract import functional_call
 
 
@@ -66,8 +67,7 @@ def linearize(model: nn.Module) -> Linearized:
         >>> torch.equal(linear(x), model(x))
         True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check.is_module("model", model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"model {type(model).__name__} has no trainable parameter")
     return Linearized(model)
