@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
 
 import finite_width as fw
 from finite_width._library import closed_transforms
@@ -105,6 +106,28 @@ def test_an_interrupted_vmap_is_closed() -> None:
     with pytest.raises(KeyboardInterrupt):
         fw.ntk.NTKOperator(Interrupted(4, 2), torch.randn(3, 4))
     assert depth() == 0
+
+
+@pytest.mark.parametrize("left_open", [True, False])
+def test_an_interrupted_mode_is_closed(left_open: bool) -> None:
+    """The moments in which torch has put a mode on its stack before its block, or taken it off for a call."""
+    depth = torch._C._len_torch_function_stack
+
+    class Interrupted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if left_open:
+                BaseTorchFunctionMode().__enter__()
+            else:
+                torch._C._pop_torch_function_stack()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fw.ntk.empirical_ntk(Interrupted(4, 2), torch.randn(3, 4))
+    assert depth() == 0
+    with BaseTorchFunctionMode():  # the caller's own stays
+        with pytest.raises(KeyboardInterrupt):
+            fw.ntk.empirical_ntk(Interrupted(4, 2), torch.randn(3, 4))
+        assert depth() == 1
 
 
 def test_regressor() -> None:

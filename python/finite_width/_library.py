@@ -244,16 +244,18 @@ def grad_mode(enabled: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def closed_transforms() -> Iterator[None]:
-    """What a Ctrl-C left open of torch.func's transforms inside is closed at the end.
+    """What a Ctrl-C left open of torch.func's transforms and of modes inside is closed at the end.
 
-    torch.func.vmap can be interrupted between its beginning and its block; then every later operation of the process
-    would count as one inside of it.
+    torch.func.vmap can be interrupted between its beginning and its block, and so can a mode; then every later
+    operation of the process would count as one inside of it.
     """
     functorch = torch._C._functorch
-    depth = functorch.get_dynamic_layer_stack_depth()
+    depth, modes = functorch.get_dynamic_layer_stack_depth(), torch._C._len_torch_function_stack()
     try:
         yield
     finally:
+        while torch._C._len_torch_function_stack() > modes:
+            torch._C._pop_torch_function_stack()
         if functorch.get_dynamic_layer_stack_depth() > depth:
             functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 

@@ -81,9 +81,17 @@ class Capture(TorchFunctionMode):
         # Whether the model itself differentiated through a recorded use, in whose gradient the parameter is missing.
         self.differentiated = False
         self._watched: list[RemovableHandle] = []
+        self._depths: list[int] = []  # of torch's stack of modes, where this one was entered
+
+    def __enter__(self) -> Capture:
+        self._depths.append(torch._C._len_torch_function_stack())
+        super().__enter__()
+        return self
 
     def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
+        # Torch takes the mode off its stack while the mode handles a call; an interrupt beside that leaves it off.
+        if torch._C._len_torch_function_stack() > self._depths.pop():
+            super().__exit__(*raised)
         for handle in self._watched:
             handle.remove()
         self._watched.clear()
