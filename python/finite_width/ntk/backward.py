@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from .capture import Use
+from .made import Made
 
 
 def output_weights(flat: Tensor) -> Tensor:
@@ -17,9 +19,11 @@ def output_weights(flat: Tensor) -> Tensor:
 
 
 def pull(
-    flat: Tensor, edges: Sequence[Any], cotangents: Tensor, *, batched: bool, keep: bool = True
+    flat: Tensor | GradientEdge, edges: Sequence[Any], cotangents: Tensor, *, batched: bool, keep: bool = True
 ) -> list[Tensor | None]:
     """The cotangents [k, *shape] at the edges for k cotangents [k, n, O] of the outputs; None where none arrives.
+
+    The same from any other place in the graph and cotangents there.
 
     Args:
         batched: one sweep for all.
@@ -49,6 +53,13 @@ def pull(
                 found = [value.detach() for value in column if value is not None]
                 results[place] = torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
     return results
+
+
+def through_made(made: Made, jacobian: Tensor, parameter: Tensor, batched: bool) -> Tensor:
+    """The Jacobian [n, O, P] of a parameter through a value made from it, by the value's own [n, O, V]."""
+    lead = jacobian.shape[:2]
+    (found,) = pull(made.edge, [parameter], jacobian.reshape(-1, *made.value.shape), batched=batched)
+    return jacobian.new_zeros(*lead, parameter.numel()) if found is None else found.reshape(*lead, -1)
 
 
 def cotangents(uses: Sequence[Use], flat: Tensor, batched: bool, keep: bool = False) -> list[Tensor]:

@@ -2,9 +2,10 @@
 
 Under a TorchFunctionMode every call of a recognised operation (dense, convolution, norm, embedding) whose weight or
 bias is a counting parameter runs with the parameter's detached self, and its input and the place of its output in
-the autograd graph are recorded. The output's cotangent δ and the input then give the parameter's Jacobian. Whatever
-use is not recognised keeps its edge to the parameter: afterwards, a parameter that the graph still reaches has a use
-that was not recorded, and its whole Jacobian is computed by autograd instead (generic.py).
+the autograd graph are recorded. The output's cotangent δ and the input then give the parameter's Jacobian. A value
+that the model made from parameters alone counts as a parameter (made.py). Whatever use is not recognised keeps its edge
+to the parameter: afterwards, a parameter that the graph still reaches has a use that was not recorded, and its whole
+Jacobian is computed by autograd instead (generic.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from .contract import Target
+from .made import Made, parameters_behind
 from .recognise import RECOGNISED
 
 
@@ -34,6 +37,7 @@ class Use:
     version: int  # of the input when it was recorded
     edge: GradientEdge  # where the output's cotangent arrives
     shape: torch.Size  # of the output
+    number: int  # of the call, among the recognised ones
     options: dict[str, Any] = field(default_factory=dict)
 
     def signature(self) -> tuple[Any, ...]:
@@ -64,13 +68,18 @@ class _Anchored(torch.autograd.Function):
 
 
 class Capture(TorchFunctionMode):
-    """Records the uses of the given parameters while the model runs inside it."""
+    """Records the uses of a target's parameters while the model runs inside it."""
 
-    def __init__(self, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, target: Target) -> None:
         super().__init__()
-        self.names = {id(value): name for name, value in parameters.items()}
-        self.parameters = parameters
+        self.names = {id(value): name for name, value in target.parameters.items()}
         self.uses: list[Use] = []
+        self.made: list[Made] = []
+        self._made_names: dict[tuple[int, int], str] = {}  # by the value's id and version
+        self._attached = target.choices.attached
+        self.deciding = target.choices.shared is None
+        self.shared = set(target.choices.shared or ())  # numbers of sums and products with a made value
+        self.number = -1  # of the recognised call
         self.anchor = torch.zeros((), requires_grad=True)
         # Transposed views of parameters: id -> (the view, kept alive; the parameter).
         self.transposed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -102,7 +111,9 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         recognise = RECOGNISED.get(func)
         if recognise is not None:
-            if torch.is_grad_enabled() and _saved_tensors_hooks() is None:
+            self.number += 1
+            attached = self.number in self._attached
+            if not attached and torch.is_grad_enabled() and _saved_tensors_hooks() is None:
                 try:
                     result = recognise(self, *args, **kwargs)
                 except TypeError:  # other arguments than the recogniser knows, such as out=
@@ -124,7 +135,17 @@ class Capture(TorchFunctionMode):
         return any(id(value) in self.names for value in (*args, *kwargs.values()))
 
     def name(self, value: Any) -> str | None:
-        return None if value is None else self.names.get(id(value))
+        """The name of a counting parameter, or of a value made from such; None for any other."""
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return None
+        own = self.names.get(id(value)) or self._made_names.get((id(value), value._version))
+        if own is None and value.grad_fn is not None:
+            names = parameters_behind(value, self.names, {use.edge.node for use in self.uses})
+            if names:
+                own = made_name(len(self.made))
+                self.made.append(Made(value, names))
+                self._made_names[id(value), value._version] = own
+        return own
 
     def record(
         self,
@@ -134,9 +155,14 @@ class Capture(TorchFunctionMode):
         input: Tensor,
         call: Callable[[Tensor | None, Tensor | None], Tensor],
         shape: Callable[[Tensor], torch.Size] = lambda result: result.shape,
+        keep_input: bool = True,
         **options: Any,
     ) -> Tensor:
-        """Run call(weight, bias) with counting parameters detached, and record the use."""
+        """Run call(weight, bias) with counting parameters detached, and record the use.
+
+        Args:
+            keep_input: False where no Jacobian needs the input: then it may be written in place behind the call.
+        """
         weight_name, bias_name = self.name(weight), self.name(bias)
         used_weight = weight.detach() if weight is not None and weight_name else weight
         used_bias = bias.detach() if bias is not None and bias_name else bias
@@ -148,15 +174,17 @@ class Capture(TorchFunctionMode):
             result = _Anchored.apply(self.anchor, lambda: call(used_weight, used_bias))
         if weight_name or bias_name:
             self._watched.append(result.grad_fn.register_prehook(self._differentiate))  # type: ignore[union-attr]
+            kept = input if keep_input else input.new_zeros(()).expand(input.shape)
             self.uses.append(
                 Use(
                     kind,
                     weight_name,
                     bias_name,
-                    input.detach(),
-                    input._version,
+                    kept.detach(),
+                    kept._version,
                     GradientEdge(result.grad_fn, result.output_nr),  # type: ignore[arg-type]
                     shape(result),
+                    self.number,
                     options,
                 )
             )
@@ -187,6 +215,11 @@ class Capture(TorchFunctionMode):
                     seen.add(following)
                     stack.append(following)
         return reached
+
+
+def made_name(index: int) -> str:
+    """The name of a made value: no parameter's, for it holds a space."""
+    return f"made {index}"
 
 
 def _saved_tensors_hooks() -> Any:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import generic
 from .agreement import agrees, mixes, refuse_other_bits, refusing_random_numbers
-from .backward import output_weights
-from .capture import Capture
+from .backward import output_weights, through_made
+from .capture import Capture, made_name
 from .contract import Batch, Target, flatten
 from .layout import Layout
-from .plan import Entry, Plan, Planner, Sizes, block_rows, roles_of, row_axes, sweep_bytes
+from .made import Choices, Made
+from .plan import Entry, MadeValue, Plan, Planner, Role, Sizes, block_rows, roles_of, row_axes, sweep_bytes
 from .probing import PROBE_ROWS, RowTest, Seen, refuse_mixed_rows
 from .sweep import last_use, row_shapes
 
+# Forwards of the probe, each with the uses left out that had no rows of their own in the one before.
+MOST_PROBES = 4
+
 
 def _run(target: Target, batch: Batch, tensors: Sequence[Tensor]) -> tuple[Capture, Tensor]:
-    capture = Capture(target.parameters)
+    capture = Capture(target)
     shapes = batch.describe()
     try:
         with capture:
@@ -58,6 +62,68 @@ def _vmaps(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Seque
     return agrees(weights @ jacobian.sum(0), expected)
 
 
+@dataclass
+class _Probe:
+    """A forward of a few rows, and where they lie in each recorded use."""
+
+    capture: Capture
+    raw: Tensor
+    flat: Tensor
+    layouts: list[Layout | None]
+    sure: list[bool]
+    batched_backward: bool
+    writes_inputs: bool
+
+
+def _probed(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool) -> _Probe:
+    """The probe, by which `target.choices` are made.
+
+    A use without rows of its own, such as an embedding of positions, is left to autograd in another forward: then it
+    may be a part of what made a value that all rows share.
+    """
+    target.choices = Choices()
+    for _ in range(MOST_PROBES):
+        probe = _probe(target, batch, tensors, check)
+        uses = probe.capture.uses
+        rowless = {use.number for use, layout in zip(uses, probe.layouts, strict=True) if layout is None}
+        if not rowless:
+            break
+        target.choices = Choices(target.choices.attached | rowless)
+    target.choices = Choices(target.choices.attached, frozenset(probe.capture.shared))
+    return probe
+
+
+def _probe(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool) -> _Probe:
+    leaves = _leaves(tensors)
+    with refusing_random_numbers(target.device) if check else nullcontext():
+        copies = [leaf.clone() for leaf in leaves]
+        try:
+            capture, raw = _run(target, batch, copies)
+        except ValueError as error:
+            if "out=" not in str(error):
+                raise
+            # A model that writes into a given tensor cannot have an input that requires a gradient.
+            leaves = [value.clone() for value in tensors]
+            copies = [leaf.clone() for leaf in leaves]
+            capture, raw = _run(target, batch, copies)
+    if len(tensors[0]) > 1:
+        target.row_shape = raw.shape[1:]
+    flat = flatten(raw)
+    if flat.shape[1] == 0:
+        raise ValueError(f"the model's output must have at least one value per row, got {list(raw.shape)}")
+    uses, floats = capture.uses, [leaf for leaf in leaves if leaf.requires_grad]
+    found: list[tuple[Layout | None, bool]] = [(None, True)] * len(uses)
+    batched = True
+    if flat.requires_grad and (uses or floats):
+        test = RowTest(flat, uses, floats)
+        if check and not all(test.fits(place, Layout(0)) for place in range(len(uses), len(test.edges))):
+            raise mixes()
+        found = [test.layout(place, row_axes(use)) for place, use in enumerate(uses)]
+        batched = test.batched
+    layouts, sure = [layout for layout, _ in found], [certain for _, certain in found]
+    return _Probe(capture, raw, flat, layouts, sure, batched, any(copy._version for copy in copies))
+
+
 def make_plan(
     target: Target,
     batch: Batch,
@@ -82,44 +148,20 @@ def make_plan(
         ValueError: the model draws random numbers or mixes rows (with check=True), or cannot take the input; with
             method "structured", a parameter that has no structure.
     """
-    rows = min(batch.rows, PROBE_ROWS)
-    tensors = batch.take(0, rows)
-    leaves = _leaves(tensors)
-    with refusing_random_numbers(target.device) if check else nullcontext():
-        copies = [leaf.clone() for leaf in leaves]
-        try:
-            capture, raw = _run(target, batch, copies)
-        except ValueError as error:
-            if "out=" not in str(error):
-                raise
-            # A model that writes into a given tensor cannot have an input that requires a gradient.
-            leaves = [value.clone() for value in tensors]
-            copies = [leaf.clone() for leaf in leaves]
-            capture, raw = _run(target, batch, copies)
-    if rows > 1:
-        target.row_shape = raw.shape[1:]
-    flat = flatten(raw)
-    if flat.shape[1] == 0:
-        raise ValueError(f"the model's output must have at least one value per row, got {list(raw.shape)}")
+    tensors = batch.take(0, min(batch.rows, PROBE_ROWS))
+    probe = _probed(target, batch, tensors, check)
+    capture, flat, uses, layouts = probe.capture, probe.flat, probe.capture.uses, probe.layouts
+    rows = len(flat)
     sizes = replace(sizes, outputs=flat.shape[1])
-    uses = capture.uses
-    unrecognised = capture.unrecognised(raw)
-    floats = [leaf for leaf in leaves if leaf.requires_grad]
-    layouts: list[Layout | None] = [None] * len(uses)
-    certain, batches = layouts, True
-    if flat.requires_grad and (uses or floats):
-        test = RowTest(flat, uses, floats)
-        if check and not all(test.fits(place, Layout(0)) for place in range(len(uses), len(test.edges))):
-            raise mixes()
-        found = [test.layout(place, row_axes(use)) for place, use in enumerate(uses)]
-        layouts, batches = [layout for layout, _ in found], test.batched
-        certain = [layout if sure else None for layout, sure in found]
+    unrecognised = capture.unrecognised(probe.raw)
+    certain = [layout if sure else None for layout, sure in zip(layouts, probe.sure, strict=True)]
     seen = Seen.of(flat, capture, layouts)
     compared = compared and batch.rows > rows
     if check:
         refuse_mixed_rows(target, batch, tensors, Seen.of(flat, capture, certain), certain, fewer=not compared)
     names = list(target.parameters)
-    roles = roles_of(uses, names)
+    made = [MadeValue(value.names, value.value.numel(), True) for value in capture.made]
+    roles = _roles(names, capture)
     generic_names = [
         name
         for name in names
@@ -128,35 +170,69 @@ def make_plan(
         or method == "jacobian"
         or capture.differentiated
         or any(layouts[index] is None or uses[index].input._version != uses[index].version for index, _ in roles[name])
+        or any(value.changed for value in capture.made if name in value.names)
     ]
     if method == "structured" and generic_names:
         raise _unstructured(generic_names, not structured)
-    last = last_use(uses, raw, rows)
+    last = last_use(uses, probe.raw, rows)
     if last is not None and layouts[last] != Layout(0):
         last = None
-    roles = {name: own for name, own in roles.items() if name not in generic_names}
-    entries = Planner(target, uses, layouts, rows, sizes, not separate).entries(roles, last)
+    behind_made = {name for value in made for name in value.names} - set(generic_names)
+    for place, value in enumerate(capture.made):
+        if behind_made.intersection(value.names):
+            made[place].batched = _batches(value, target.parameters)
+    planner = Planner(target, uses, layouts, rows, sizes, not separate)
+    own = {name: own for name, own in roles.items() if name not in generic_names and name not in behind_made}
+    entries = planner.entries(own, last)
+    entries += planner.made_entries({name: roles[name] for name in names if name in behind_made}, made)
     entries += _generic_entries(target, batch, tensors, generic_names, sizes, separate)
     by_uses = any(entry.roles for entry in entries)
     if check and not (compared and by_uses):
         refuse_other_bits(target, batch, seen.outputs)
     touched = sweep_bytes(uses, sizes.outputs, rows, sizes.itemsize) if by_uses else 0
-    kept = sum(entry.row_bytes for entry in entries if not entry.roles)
+    touched += sizes.outputs * sizes.itemsize * sum(value.size for value in made)
+    kept = sum(entry.row_bytes for entry in entries if entry.method in ("made", "vmap", "loop"))
     return Plan(
         outputs=sizes.outputs,
         entries=entries,
         signatures=[use.signature() for use in uses],
         layouts=layouts,
         row_shapes=row_shapes(uses, layouts, rows),
+        made=made,
         unrecognised=unrecognised,
         block=block_rows(touched + 2 * kept, target.device),
-        batched_backward=batches,
+        batched_backward=probe.batched_backward,
         last=last,
         sweep_bytes=touched + kept,
-        copies_inputs=any(copy._version for copy in copies),
+        copies_inputs=probe.writes_inputs,
         sure=certain == layouts,
         probe=seen if check else None,
     )
+
+
+def _roles(names: Sequence[str], capture: Capture) -> dict[str, list[Role]]:
+    """The uses of each parameter, and those of the values that are made from it."""
+    aliases = [made_name(index) for index in range(len(capture.made))]
+    roles = roles_of(capture.uses, [*names, *aliases])
+    for alias, value in zip(aliases, capture.made, strict=True):
+        for name in value.names:
+            roles[name] = roles[name] + roles[alias]
+    return {name: roles[name] for name in names}
+
+
+def _batches(made: Made, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether several cotangents can be pulled back in one sweep: torch has rules that give it for the first alone."""
+    pair = torch.arange(2 * made.value.numel(), dtype=made.value.dtype, device=made.value.device).sin()
+    pair = pair.reshape(1, 2, -1)
+    for name in made.names:
+        single = through_made(made, pair.sum(1, keepdim=True), parameters[name], False)
+        try:
+            both = through_made(made, pair, parameters[name], True)
+        except Exception:
+            return False
+        if not agrees(both.sum(1, keepdim=True), single):
+            return False
+    return True
 
 
 def _generic_entries(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _check, _library
+from .made import Choices
 from .precision import ieee_products
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
@@ -138,6 +139,9 @@ def functional_call(model: nn.Module, values: Mapping[str, Tensor], args: Any, k
 
 class Target:
     """The differentiated function: rows of the input to outputs [rows, O], and the parameters that count."""
+
+    # What captures of the model's calls do, once a probe has decided.
+    choices: Choices = Choices()
 
     def __init__(self, model: Any, params: Any, output: Any) -> None:
         _check.is_module("model", model)

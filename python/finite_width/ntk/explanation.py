@@ -12,6 +12,7 @@ REASONS = {
     "ghost": "dense, several positions: Σ (a_t a_s)(δ_t δ_s)",
     "gradients": "per-example gradients, kept",
     "tiles": "per-example gradients, in tiles over the weight",
+    "made": "through a value that all rows share: its per-example gradients, pulled back",
     "tokens": "embedding: equal tokens meet",
     "vmap": "a use that is not recognised: vmap of vector-Jacobian products",
     "loop": "vmap refuses: a loop of torch.autograd.grad",

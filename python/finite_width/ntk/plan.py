@@ -35,7 +35,7 @@ Role = tuple[int, str]  # (index of the use, "weight" or "bias")
 class Entry:
     """How the parameters `names` are computed together."""
 
-    method: str  # "gram", "last", "ghost", "gradients", "tiles", "tokens", "vmap", "loop"
+    method: str  # "gram", "last", "ghost", "gradients", "tiles", "tokens", "made", "vmap", "loop"
     names: tuple[str, ...]
     roles: list[Role]
     bias: float = 0.0  # 1 where a bias is fused into "gram", "last", "ghost" or a convolution's "gradients"
@@ -43,6 +43,15 @@ class Entry:
     row_bytes: int = 0  # what the factor keeps per row
     cuts: list[int] = field(default_factory=list)  # of "tiles": the weight's rows [cuts[i], cuts[i + 1])
     tile_bytes: int = 0  # of "tiles": one tile's Jacobian, per row of the batch
+
+
+@dataclass
+class MadeValue:
+    """What a plan knows of a value made from parameters (made.py)."""
+
+    names: tuple[str, ...]  # of the parameters
+    size: int
+    batched: bool  # its cotangents are pulled back in one sweep, or one by one
 
 
 @dataclass
@@ -54,6 +63,7 @@ class Plan:
     signatures: list[tuple]
     layouts: list[Layout | None]
     row_shapes: list[tuple[int, ...] | None]  # of one row's part of each use that has a layout
+    made: list[MadeValue]
     unrecognised: set[str]  # parameters that the graph reaches
     block: int  # rows of a block
     batched_backward: bool  # one sweep for all outputs, or one for each
@@ -99,6 +109,7 @@ def row_axes(use: Use) -> list[int]:
 
 
 def roles_of(uses: Sequence[Use], names: Sequence[str]) -> dict[str, list[Role]]:
+    """The uses of parameters and made values."""
     roles: dict[str, list[Role]] = {name: [] for name in names}
     for index, use in enumerate(uses):
         if use.weight:
@@ -169,6 +180,16 @@ class Planner:
                     entry.flops, entry.row_bytes = entry.flops + both.flops, entry.row_bytes + both.row_bytes
                 found = [other for other in found if partner not in other.names]
             found.append(entry)
+        return found
+
+    def made_entries(self, roles: dict[str, list[Role]], made: Sequence[MadeValue]) -> list[Entry]:
+        """Of parameters from which values are made: all their roles, and those of the values."""
+        found, sizes = [], self.sizes
+        for name, own in roles.items():
+            size = self.target.parameters[name].numel()
+            flops = 2 * sizes.pairs * sizes.products * size
+            flops += 2 * sizes.sides * sizes.outputs * sum(value.size for value in made if name in value.names)
+            found.append(Entry("made", (name,), own, 0.0, flops, sizes.outputs * size * sizes.itemsize))
         return found
 
     def _partner(self, entry: Entry, own: list[Role], roles: dict[str, list[Role]]) -> str | None:

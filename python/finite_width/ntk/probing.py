@@ -155,7 +155,7 @@ def refuse_mixed_rows(
 
 def _look(target: Target, batch: Batch, tensors: Sequence[Tensor], layouts: Sequence[Layout | None]) -> Seen | None:
     """A forward; None where the model takes no single row."""
-    capture = Capture(target.parameters)
+    capture = Capture(target)
     try:
         with capture:
             flat = flatten(target.run(batch, tensors))

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from .._gemm import gemm
 from .contract import FLOATS
 from .layers import Convolved, Dense
+from .made import common_axes
 
 if TYPE_CHECKING:
     from .capture import Capture
@@ -61,7 +62,7 @@ def _matmul(capture: Capture, input: Any, other: Any) -> Any:
         return NotImplemented
     if id(other) in capture.transposed:  # x @ W.T
         return _dense(capture, input, capture.transposed[id(other)][1], None, False)
-    return _dense(capture, input, other, None, True) if capture.name(other) else NotImplemented
+    return _dense(capture, input, other, None, True) if other.dim() == 2 and capture.name(other) else NotImplemented
 
 
 def _addmm(capture: Capture, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
@@ -100,7 +101,7 @@ def _transpose(view: Callable[..., Tensor]) -> Callable[..., Any]:
         result = view(input, *axes, **named)
         turned = not axes and not named
         turned = turned or {axis % 2 for axis in (*axes, *named.values()) if isinstance(axis, int)} == {0, 1}
-        if capture.name(input) and input.dim() == 2 and turned:
+        if id(input) in capture.names and input.dim() == 2 and turned:
             capture.transposed[id(result)] = (result, input)
         return result
 
@@ -221,6 +222,84 @@ def _scaled(capture: Capture, normal: Tensor, weight: Tensor | None, bias: Tenso
         return result if bias is None else result + bias.reshape(shape)
 
     return capture.record("scale", weight, bias, normal, call, axes=axes)
+
+
+def _sum(capture: Capture, input: Any, other: Any, *, alpha: float = 1) -> Any:
+    """Rows plus a parameter, or a value made from parameters, that all rows share."""
+    return NotImplemented if alpha != 1 else _with_shared(capture, input, other, product=False)
+
+
+def _product(capture: Capture, input: Any, other: Any) -> Any:
+    """Rows times a parameter, or a value made from parameters, that all rows share."""
+    return _with_shared(capture, input, other, product=True)
+
+
+def _with_shared(capture: Capture, one: Any, two: Any, product: bool) -> Any:
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+        return NotImplemented
+    for value, shared in ((one, two), (two, one)):
+        axes = common_axes(value.shape, shared.shape) if shared.requires_grad else None
+        if axes is None or not _is_shared(capture, value.shape, shared) or not _ordinary(value, shared):
+            continue
+
+        def call(
+            weight: Tensor | None, bias: Tensor | None, value: Tensor = value, shape: torch.Size = shared.shape
+        ) -> Tensor:
+            return value + bias.view(shape) if weight is None else value * weight  # type: ignore[union-attr]
+
+        weight, bias = (shared, None) if product else (None, shared)
+        return capture.record("scale", weight, bias, value, call, keep_input=product, axes=axes)
+    return NotImplemented
+
+
+def _is_shared(capture: Capture, shape: torch.Size, shared: Tensor) -> bool:
+    """Whether rows of this shape share a parameter or made value.
+
+    What is made from parameters may be other rows' part, such as an embedding of theirs, where there is a single row:
+    so the probe decides by the shapes of several rows.
+    """
+    if id(shared) in capture.names:
+        return True
+    if capture.deciding:
+        once = shared.dim() < len(shape) or shared.shape[0] == 1 < shape[0]
+        if not once or not capture.name(shared):
+            return False
+        capture.shared.add(capture.number)
+        return True
+    return capture.number in capture.shared and bool(capture.name(shared))
+
+
+def _expanded(view: Callable[..., Tensor]) -> Callable[..., Any]:
+    """A parameter or made value repeated for all rows, such as a class token."""
+
+    def recognise(capture: Capture, input: Tensor, *sizes: Any, **named: Any) -> Any:
+        if not input.requires_grad:
+            return NotImplemented
+        shape = view(input.detach(), *sizes, **named).shape
+        axes = common_axes(shape, input.shape)
+        if axes is None or not _is_shared(capture, shape, input) or not _ordinary(input):
+            return NotImplemented
+
+        def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            assert bias is not None
+            return view(bias, *sizes, **named)
+
+        return capture.record("scale", None, input, input.new_zeros(()).expand(shape), call, axes=axes)
+
+    return recognise
+
+
+def _rms_norm(
+    capture: Capture,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    if not _counts(capture, input, weight, None):
+        return NotImplemented
+    normal = torch.rms_norm(input, normalized_shape, None, eps)
+    return _scaled(capture, normal, weight, None, (input.dim() - len(normalized_shape), input.dim()))
 
 
 def _layer_norm(
@@ -345,6 +424,13 @@ RECOGNISED: dict[Any, Callable[..., Any]] = {
     torch.conv_transpose1d: _conv_transpose(torch.conv_transpose1d, 1),
     torch.conv_transpose2d: _conv_transpose(torch.conv_transpose2d, 2),
     torch.conv_transpose3d: _conv_transpose(torch.conv_transpose3d, 3),
+    torch.add: _sum,
+    Tensor.add: _sum,
+    torch.mul: _product,
+    Tensor.mul: _product,
+    Tensor.expand: _expanded(Tensor.expand),
+    Tensor.repeat: _expanded(Tensor.repeat),
+    torch.rms_norm: _rms_norm,
     torch.layer_norm: _layer_norm,
     torch.group_norm: _group_norm,
     torch.batch_norm: _batch_norm,

@@ -110,20 +110,31 @@ def _block(
     arranged = arrange(target, plan, batch, begin, end, check and begin == 0)
     generic = set(plan.generic)
     with torch.no_grad():
-        for index in sorted(arranged):
-            uses = arranged[index]
+        for index in sorted(arranged.uses):
+            uses = arranged.uses[index]
             for role, name in (("weight", uses.use.weight), ("bias", uses.use.bias)):
-                if name is not None and name not in generic:
+                if name in target.parameters and name not in generic:
                     _add_use(projection, total, name, target.parameters[name], uses, role)
+        for entry in plan.entries:
+            if entry.method == "made":
+                name = entry.names[0]
+                through = arranged.made_jacobian(plan, name, target.parameters[name], entry.roles)
+                if through is not None:
+                    _add_jacobian(projection, total, name, target.parameters[name], through)
     if generic:
         entries = [entry for entry in plan.entries if not entry.roles]
         jacobians = generic_jacobians(target, plan, batch, batch.take(begin, end, plan.copies_inputs))
         for entry, jacobian in zip(entries, jacobians, strict=True):
             widths = [target.width(name) for name in entry.names]
             for name, part in zip(entry.names, jacobian.j.split(widths, 2), strict=True):
-                size = _rows_of(target.parameters[name])
-                add_rows(projection, total, name, part.unflatten(2, (size, -1)), 0, size)
+                _add_jacobian(projection, total, name, target.parameters[name], part)
     return projection.finish(total)
+
+
+def _add_jacobian(projection: Projection, total: Tensor, name: str, parameter: Tensor, jacobian: Tensor) -> None:
+    """Add a parameter's Jacobian [n, O, P]."""
+    size = _rows_of(parameter)
+    add_rows(projection, total, name, jacobian.unflatten(2, (size, -1)), 0, size)
 
 
 def _rows_of(parameter: Tensor) -> int:

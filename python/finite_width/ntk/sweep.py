@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import generic, ops
 from .agreement import agrees
-from .backward import cotangents, output_weights, pull
-from .capture import Capture, Use
+from .backward import cotangents, output_weights, pull, through_made
+from .capture import Capture, Use, made_name
 from .contract import Batch, Target, flatten
 from .factors import ConvInputs, Factor, Ghost, Gram, Jacobian, Last, Tiled, Tokens
 from .layout import Layout, by_rows, multiplied_by_rows, row_shape
-from .plan import Entry, Plan
+from .made import Made
+from .plan import Entry, Plan, Role
 from .probing import Seen, compare
 
 # Relative to a row's cotangent: far above the rounding of sums in another order, far below what another row's factor
@@ -87,7 +89,7 @@ class Rows:
         kept = {axis + 2 - (1 if alone and axis > row_axis else 0) for axis in range(begin, end)}
         product = d if role == "bias" else d * self.inputs().unsqueeze(1)
         summed = [axis for axis in range(2, d.dim()) if axis not in kept]
-        return (product.sum(summed) if summed else product).flatten(2)
+        return (product.sum(summed) if summed else product).reshape(*d.shape[:2], -1)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Tokens [n, T], -1 for padding, and d [n, O, T, D]."""
@@ -103,7 +105,41 @@ class Rows:
         return result.scatter_add_(2, index, d.masked_fill((tokens < 0)[:, None, :, None], 0)).flatten(2)
 
 
-def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, check: bool = False) -> dict[int, Rows]:
+@dataclass
+class Arranged:
+    """What one sweep gave: the uses of the structured entries by rows, by their places, and the made values."""
+
+    uses: dict[int, Rows]
+    made: list[Made]
+
+    def made_jacobian(self, plan: Plan, name: str, parameter: Tensor, own: Sequence[Role]) -> Tensor | None:
+        """[n, O, P]: the Jacobian of the parameter through the values that are made from it, by these roles."""
+        total: Tensor | None = None
+        for index, value in enumerate(plan.made):
+            roles = [(use, role) for use, role in own if self._name(use, role) == made_name(index)]
+            if name in value.names and roles:
+                jacobian = self.jacobian(roles)
+                part = through_made(self.made[index], jacobian, parameter, value.batched)
+                total = part if total is None else total + part
+        return total
+
+    def jacobian(self, roles: Sequence[Role], with_bias: bool = False) -> Tensor:
+        """[n, O, P]: the sum over the uses of one parameter or made value."""
+        total = self.uses[roles[0][0]].jacobian(roles[0][1], with_bias)
+        for index, role in roles[1:]:
+            total = total + self.uses[index].jacobian(role, with_bias)
+        return total
+
+    def direct(self, name: str, own: Sequence[Role]) -> list[Role]:
+        """The roles of the parameter itself."""
+        return [(index, role) for index, role in own if self._name(index, role) == name]
+
+    def _name(self, index: int, role: str) -> str | None:
+        use = self.uses[index].use
+        return use.weight if role == "weight" else use.bias
+
+
+def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, check: bool = False) -> Arranged:
     """The uses of the plan's structured entries on rows [begin, end), by one forward and one batched backward.
 
     Args:
@@ -113,21 +149,22 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
         PlanMismatchError: the block used the parameters in another way than the plan says, or its rows lie otherwise.
     """
     rows, tensors = end - begin, batch.take(begin, end, plan.copies_inputs)
-    arranged: dict[int, Rows] = {}
+    arranged = Arranged({}, [])
     if not any(entry.roles for entry in plan.entries):
         return arranged
-    capture = Capture(target.parameters)
+    capture = Capture(target)
     with capture:
         raw = target.run(batch, tensors)
     flat = flatten(raw)
     uses = capture.uses
-    changed = any(use.input._version != use.version for use in uses)
+    changed = any(use.input._version != use.version for use in uses) or any(made.changed for made in capture.made)
     if (
         changed
         or capture.differentiated
         or flat.shape[1] != plan.outputs
         or [use.signature() for use in uses] != plan.signatures
         or row_shapes(uses, plan.layouts, rows) != plan.row_shapes
+        or [made.names for made in capture.made] != [made.names for made in plan.made]
         or capture.unrecognised(raw) != plan.unrecognised
         or last_use(uses, raw, rows) != plan.last
     ):
@@ -150,7 +187,8 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
         layout = plan.layouts[index]
         assert layout is not None
         delta = deltas[needed.index(index)] if index in needed else None
-        arranged[index] = Rows(uses[index], layout, rows, delta)
+        arranged.uses[index] = Rows(uses[index], layout, rows, delta)
+    arranged.made = capture.made
     return arranged
 
 
@@ -187,7 +225,7 @@ def collect(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
     """The factors of rows [begin, end), one per entry of the plan; see `arrange`."""
     arranged = arrange(target, plan, batch, begin, end, check)
     columns = generic_jacobians(target, plan, batch, batch.take(begin, end, plan.copies_inputs))
-    return [_factor(entry, arranged, plan.outputs) if entry.roles else columns.pop(0) for entry in plan.entries]
+    return [_factor(target, plan, entry, arranged) if entry.roles else columns.pop(0) for entry in plan.entries]
 
 
 def generic_jacobians(target: Target, plan: Plan, batch: Batch, tensors: Sequence[Tensor]) -> list[Jacobian]:
@@ -204,8 +242,8 @@ def generic_jacobians(target: Target, plan: Plan, batch: Batch, tensors: Sequenc
     return [Jacobian(part) for part in jacobian.split(widths, 2)]
 
 
-def _factor(entry: Entry, arranged: dict[int, Rows], outputs: int) -> Factor:
-    uses = [arranged[index] for index, _ in entry.roles]
+def _factor(target: Target, plan: Plan, entry: Entry, arranged: Arranged) -> Factor:
+    uses, outputs = [arranged.uses[index] for index, _ in entry.roles], plan.outputs
     if entry.method == "last":
         return Last(uses[0].inputs().reshape(uses[0].rows, -1), outputs, entry.bias)
     if entry.method in ("gram", "ghost"):
@@ -220,8 +258,11 @@ def _factor(entry: Entry, arranged: dict[int, Rows], outputs: int) -> Factor:
         return Tokens(torch.cat([tokens for tokens, _ in found], 1), torch.cat([d for _, d in found], 2))
     if entry.method == "tiles":
         return Tiled([use.conv() for use in uses], entry.cuts)
-    with_bias = entry.bias != 0
-    total = arranged[entry.roles[0][0]].jacobian(entry.roles[0][1], with_bias)
-    for index, role in entry.roles[1:]:
-        total = total + arranged[index].jacobian(role, with_bias)
-    return Jacobian(total)
+    if entry.method == "made":
+        name = entry.names[0]
+        through = arranged.made_jacobian(plan, name, target.parameters[name], entry.roles)
+        own = arranged.direct(name, entry.roles)
+        if through is None or not own:
+            return Jacobian(arranged.jacobian(own) if through is None else through)
+        return Jacobian(through + arranged.jacobian(own))
+    return Jacobian(arranged.jacobian(entry.roles, entry.bias != 0))
