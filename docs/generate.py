@@ -120,7 +120,7 @@ def aims(row: Row) -> str:
     for aim in row.get("targets", []):
         met = "met" if aim["measured"] >= aim["aim"] else "**not met**"
         if aim["against"] in SHARE_OF:
-            found.append(f"{share(aim['measured'])} of {aim['against']} (aimed at {share(aim['aim'])}: {met})")
+            found.append(f"{share(aim['measured'])} of {aim['against']} (aimed at: at most {share(aim['aim'])}; {met})")
             continue
         other = "" if is_counterpart(row["implementation"], aim["against"]) else "another estimator, "
         found.append(f"{aim['measured']:.2f}× {aim['against']} ({other}aimed at {aim['aim']:g}×: {met})")
@@ -481,7 +481,7 @@ def against(other: Row, ours: Row, aim: float | None, named: bool) -> str:
     ratio, name = other["seconds"] / ours["seconds"], other["implementation"]
     missed = ", not met" if aim is not None and ratio < aim else ""
     if name in SHARE_OF:
-        goal = f" (aim {share(aim)}{missed})" if aim is not None else ""
+        goal = f" (aim: at most {share(aim)}{missed})" if aim is not None else ""
         return f"a step takes {share(ratio)} of {name}{goal}"
     goal = f" (aim {aim:.3g}×{missed})" if aim is not None else ""
     who = f"{ours['implementation']}: " if named else ""
