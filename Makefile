@@ -1,4 +1,4 @@
-# make demo: the main job.   make test: all tests.   Both set up .venv first (python3 3.11 to 3.14, g++, make).
+# make demo: the main job.   make test: the tests but for the slow ones.   Both set up .venv first (python3 3.11 to 3.14, g++, make).
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -35,7 +35,7 @@ $(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(SOURCES)
 demo: setup
 	$(RUN) examples/demo.py
 
-# The whole suite with the kernels, then the op battery without them and with the instruction set forced down.
+# The suite without its slow tests, with the kernels; then the op battery alone, without them and with the instruction set forced down.
 test: setup
 	$(TEST) tests
 	$(TEST) --doctest-modules python -p no:cacheprovider
@@ -53,6 +53,7 @@ fuzz: setup
 fuzz-nightly: setup
 	FINITE_WIDTH_FUZZ=50000 $(TEST) tests/test_fuzz.py
 
+# Not here, since they take long: --wing scale, and the grid of Tensor-Train shapes (--wing tt --case grid).
 bench: setup
 	for wing in gemm ntk tt pathsgd bayes sweeps; do \
 	  $(RUN) benchmarks/run.py --wing $$wing --refcheck --peers --json benchmarks/results/$$wing.json || exit 1; \
@@ -101,4 +102,4 @@ gpu:
 	PYTHON=$(PYTHON) .ci/gpu
 
 clean:
-	rm -rf build dist out site docs/figures docs/benchmarks.md python/*.egg-info python/finite_width/*.so $(VENV)/.built
+	rm -rf build dist out site docs/figures docs/benchmark_figures.md python/*.egg-info python/finite_width/*.so $(VENV)/.built

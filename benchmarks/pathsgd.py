@@ -18,7 +18,7 @@ from resnet import resnet18
 
 LR = 1e-9  # the weights have to stay where they are over many timed steps
 PEERS: dict[str, Callable[[], Any] | str] = {
-    "path-sgd (the authors')": "Lua/Theano-era script, not installable; see docs/pathsgd.md",
+    "path-sgd (the authors')": "published as a script that cannot be installed; see docs/pathsgd.md",
     "pathnorm-pytorch": "has the path norm, no γ and no optimizer",
 }
 

@@ -1,10 +1,14 @@
-"""Writes what the documentation takes from measurements: no figure in it is typed.
+"""Writes the parts of the documentation that are made from recorded measurements.
 
-    python docs/generate.py           docs/benchmarks.md and docs/figures/ from benchmarks/results/*.json,
-                                      and the tables between markers in README.md and docs/results.md
-    python docs/generate.py --check   says what is not current, and fails
+    python docs/generate.py           everything below
+    python docs/generate.py --check   says which committed page is not current, and fails; draws nothing
 
-Needs no torch, so that documentation can be built anywhere.
+From benchmarks/results: docs/benchmarks.md, the tables of ratios in README.md, docs/ntk.md, docs/tt.md, docs/pathsgd.md
+and docs/bayes.md; and, for the site alone, docs/benchmark_figures.md with docs/figures/. From docs/results: the tables
+in docs/results.md, and the MNIST tables of docs/pathsgd.md and docs/bayes.md. In these pages the lines between
+`<!-- name: ... -->` and `<!-- /name -->` are written here; all other text, and what it quotes from records, is typed.
+
+Needs no torch, and matplotlib only for the figures.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import known_results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "figures"
+PAGE, FIGURE_PAGE, FIGURES = (ROOT / "docs" / name for name in ("benchmarks.md", "benchmark_figures.md", "figures"))
 OURS, BASE, PEER, FLOOR = "#e64a19", "#3949ab", "#9fa8da", "#222222"
 TITLES = {
     "sweeps": "How time grows",
@@ -35,17 +39,34 @@ TITLES = {
 }
 # Where a record has more cases than this, its cases become rows of one table.
 MANY_CASES = 20
+# Cases that were made for their errors: they stand in no table of times.
+ACCURACY_CASES = {"one step", "accuracy 1024"}
+# Which of this library's implementations does the same as another's, where it is not the case's first one.
+LIKE_WITH_LIKE = {"local, plain torch": "finite-width local", "bayesian-torch Flipout": "finite-width flipout"}
+# Implementations whose names do not fit behind "as fast as".
+OTHER_WORDS = {"as usually written": "the usual form"}
+INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "generic": "plain x86-64"}
+# No alternative to a step, but what comes before it: the step takes a share of its time.
+SHARE_OF = {"forward + backward"}
 
 # How the benchmark page begins.
 PREAMBLE = """\
 This page is made by `python docs/generate.py` from `benchmarks/results/*.json`, which `benchmarks/run.py` writes. Times
 are medians of interleaved runs, in which every implementation runs once a round in random order; ± is half the distance
 between the quartiles. Memory is the peak beyond what the process held before, measured in a fresh process for each
-implementation. The error is relative (Frobenius), against float64. The floor is the larger of the least operations over
-the machine's best measured matrix-product rate and the least bytes over its measured copy bandwidth: what this machine
-could not beat, save where an algorithm needs fewer operations than are counted (convolutions in Winograd's form). Aims
-are ratios that were set before the work; all are shown, met or not. Tables of figures without implementations are runs
-too long to repeat, made once."""
+implementation. The error is relative (Frobenius), against float64.
+
+The floor is an estimate of the least time: the larger of the least operations over the machine's best measured
+matrix-product rate, and the least bytes over its measured copy bandwidth. An implementation can be faster than its
+floor in two cases. A convolution in Winograd's form needs fewer operations than are counted. And a copy also reads the
+memory that it overwrites, which the measured bandwidth does not count; an update in place, such as an optimizer's step,
+has read that memory anyway.
+
+An aim is a ratio that was set before the code was written, from measurements on a machine with AVX-512. All aims are
+shown, met or not. Tables of figures without implementations are runs that are too long to repeat, made once.
+
+Read ratios rather than times: every time depends on the machine, and every machine was used with two cores. All of it
+is CPU; no GPU has run the CUDA kernels yet. The site that `make docs` builds also has figures of these tables."""
 
 Row = dict[str, Any]
 
@@ -94,12 +115,26 @@ def duration(seconds: float) -> str:
 
 
 def aims(row: Row) -> str:
-    """The issue of each figure that was aimed at: measured, met or not."""
-    return "; ".join(
-        f"{aim['measured']:.2f}× {aim['against']} (aimed at {aim['aim']:g}×: "
-        f"{'met' if aim['measured'] >= aim['aim'] else '**not met**'})"
-        for aim in row.get("targets", [])
-    )
+    """The outcome of each figure that was aimed at: measured, met or not."""
+    found = []
+    for aim in row.get("targets", []):
+        met = "met" if aim["measured"] >= aim["aim"] else "**not met**"
+        if aim["against"] in SHARE_OF:
+            found.append(f"{share(aim['measured'])} of {aim['against']} (aimed at: at most {share(aim['aim'])}; {met})")
+            continue
+        other = "" if is_counterpart(row["implementation"], aim["against"]) else "another estimator, "
+        found.append(f"{aim['measured']:.2f}× {aim['against']} ({other}aimed at {aim['aim']:g}×: {met})")
+    return "; ".join(found)
+
+
+def share(ratio: float) -> str:
+    """The part that 1 is of a ratio, such as 5.8 % for 17.3."""
+    return f"{100 / ratio:.1f} %"
+
+
+def is_counterpart(ours: str, other: str) -> bool:
+    """Whether two implementations do the same: like with like."""
+    return LIKE_WITH_LIKE.get(other, ours) == ours
 
 
 def run_table(row: Row) -> list[str]:
@@ -112,6 +147,11 @@ def case_table(rows: list[Row]) -> list[str]:
     """One case as a Markdown table."""
     if "figures" in rows[0]:
         return run_table(rows[0])
+    if rows[0]["case"] in ACCURACY_CASES and any("relative_error" in row for row in rows):
+        errors = [
+            f"| {row['implementation']} | {row['relative_error']:.1e} |" for row in rows if "relative_error" in row
+        ]
+        return ["| implementation | relative error |", "| --- | ---: |", *errors]
     measured = [row for row in rows if "missing" not in row]
     memory = any(row.get("peak_bytes") is not None for row in measured)
     error = any("relative_error" in row for row in measured)
@@ -143,7 +183,7 @@ def plot_case_bars(name: str, record: dict[str, Any], quantity: str) -> str | No
     shown = {
         case: [row for row in rows if row.get(quantity)]
         for case, rows in cases(record).items()
-        if sum(bool(row.get(quantity)) for row in rows) > 1
+        if case not in ACCURACY_CASES and sum(bool(row.get(quantity)) for row in rows) > 1
     }
     if not shown:
         return None
@@ -197,10 +237,14 @@ def many_cases_table(record: dict[str, Any]) -> list[str]:
     names = list(dict.fromkeys(row["implementation"] for rows in by_case.values() for row in rows))
     lines = ["| case | " + " | ".join(names) + " | best other ÷ ours |", "| --- |" + " ---: |" * (len(names) + 1)]
     for case, rows in by_case.items():
+        if case in ACCURACY_CASES:
+            continue
         seconds = {row["implementation"]: row["seconds"] for row in rows if "seconds" in row}
         ours = ours_of(rows)
         aimed = {aim["against"] for aim in ours.get("targets", [])} if ours else set()
         others = [value for name, value in seconds.items() if (name in aimed if aimed else not is_ours(name))]
+        if SHARE_OF & seconds.keys():
+            others = []
         ratio = f"{min(others) / ours['seconds']:.2f}" if ours and others else "–"
         cells = [duration(seconds[name]) if name in seconds else "–" for name in names]
         lines.append("| " + " | ".join([case, *cells, ratio]) + " |")
@@ -250,7 +294,7 @@ def short(text: str, length: int = 34) -> str:
 SERIES = re.compile(r"^(?P<head>.*?)\b(?P<variable>[A-Za-z]\w*)\s?=\s?(?P<value>\d+)(?P<tail>.*)$")
 
 
-def plot_series(name: str, record: dict[str, Any]) -> list[tuple[str, str]]:
+def plot_series(name: str, record: dict[str, Any]) -> list[tuple[str, str | None]]:
     """Time against a size, for cases whose names differ in one "B=64" alone; (title, file) for each."""
     import matplotlib.pyplot as plt
 
@@ -259,7 +303,7 @@ def plot_series(name: str, record: dict[str, Any]) -> list[tuple[str, str]]:
         if match := SERIES.match(case):
             key = (match["head"].strip(" ,"), match["variable"], match["tail"].strip(" ,"))
             groups[key][int(match["value"])] = rows
-    files = []
+    files: list[tuple[str, str | None]] = []
     for (head, variable, tail), by_size in groups.items():
         if len(by_size) < 3:
             continue
@@ -287,7 +331,8 @@ def plot_series(name: str, record: dict[str, Any]) -> list[tuple[str, str]]:
     return files
 
 
-def write_benchmark_page() -> None:
+def draw_figures() -> None:
+    """docs/figures/*.svg, and the page of the site that shows them."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -296,16 +341,28 @@ def write_benchmark_page() -> None:
     for old in FIGURES.glob("*.svg"):
         old.unlink()
     lines = [
-        "# Benchmarks",
+        "# Benchmarks in figures",
         "",
-        PREAMBLE,
-        "",
-        '!!! note "Read ratios, not times"',
-        "    Every time depends on the machine, and the processor was measured with two cores. All of it is CPU:",
-        "    no GPU has run the CUDA kernels yet.",
-        "",
-        "In the figures: orange this library, blue the baseline, pale the others, dashed the floor; logarithmic axes.",
+        "Drawn from the records of the [benchmark page](benchmarks.md), which says how they were measured. Orange:",
+        "this library; blue: the baseline; pale: the others; dashed: the floor. Axes are logarithmic.",
     ]
+    for name, record in records().items():
+        drawn = plot_series(name, record)
+        if len(cases(record)) > MANY_CASES:
+            drawn.append(("Speed of every case against its baseline", plot_many_ratios(name, record)))
+        else:
+            drawn.append(("Time of every case", plot_case_bars(name, record, "seconds")))
+            drawn.append(("Peak memory of every case", plot_case_bars(name, record, "peak_bytes")))
+        images = [f"![{caption}](figures/{file})" for caption, file in drawn if file]
+        if images:
+            lines += ["", f"## {title(name)}"]
+            lines += [line for image in images for line in ("", image)]
+    FIGURE_PAGE.write_text("\n".join(lines) + "\n")
+
+
+def benchmark_page() -> str:
+    """docs/benchmarks.md."""
+    lines = ["# Benchmarks", "", PREAMBLE]
     found = records()
     if not found:
         lines += ["", "No results are recorded yet: `make bench` writes them."]
@@ -315,40 +372,37 @@ def write_benchmark_page() -> None:
         lines.append(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items()) + ".")
         if "note" in record:
             lines += ["", str(record["note"])]
-        for caption, file in plot_series(name, record):
-            lines += ["", f"![{caption}](figures/{file})"]
         if len(cases(record)) > MANY_CASES:
-            if file := plot_many_ratios(name, record):
-                lines += ["", f"![Speed of every case against its baseline](figures/{file})"]
             if any(row.get("targets") for row in record["rows"]):
                 lines += ["", aims_met(record)]
-            lines += ["", '??? info "Every case"', "", *("    " + line for line in many_cases_table(record))]
+            lines += folded("Every case", many_cases_table(record))
             continue
-        time, memory = (plot_case_bars(name, record, quantity) for quantity in ("seconds", "peak_bytes"))
-        if time:
-            lines += ["", f"![Time of every case](figures/{time})"]
-        if memory:
-            lines += ["", '??? info "Peak memory"', "", f"    ![Peak memory of every case](figures/{memory})"]
         for case, rows in cases(record).items():
             lines += ["", f"### {title(name)}: {case}", "", rows[0].get("what", ""), "", *case_table(rows)]
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         lines += other_machine(folder)
-    PAGE.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
+
+
+def folded(summary: str, lines: list[str]) -> list[str]:
+    """Lines that a reader opens by a click."""
+    return ["", '<details markdown="1">', f"<summary>{summary}</summary>", "", *lines, "", "</details>"]
 
 
 def other_machine(folder: Path) -> list[str]:
     """The records of another machine, made with the library as it was then: a table for each."""
     lines = ["", f"## On another machine: {folder.name}", ""]
-    lines.append("Older records, of the library as it was on their day, from a processor of another generation.")
+    lines.append("Records of the library as it was on their day, from a processor of another generation.")
     for name, record in records(folder).items():
         facts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in record["machine"].items())
-        lines += ["", f'??? info "{title(name)}, {record["date"]}"', "", f"    {facts}.", ""]
-        lines += ["    " + line for line in many_cases_table(record)]
+        note = ["", str(record["note"])] if "note" in record else []
+        table = [f"{facts}.", *note, "", *many_cases_table(record)]
+        lines += folded(f"{title(name)}, {record['date']}", table)
     return lines
 
 
 def ratio_table(wing: str | None = None) -> list[str]:
-    """Every ratio that was aimed at, or else the one to the baseline, and the best other: of one wing, or of all.
+    """What each case was compared with, and the best other: of one wing, or of all; then where each was measured.
 
     Records of many cases (the shared matrix product, growth with size) are on the benchmark page alone.
     """
@@ -356,41 +410,82 @@ def ratio_table(wing: str | None = None) -> list[str]:
         "| case | this library is | best other: its time ÷ ours | peak MB, ours / baseline | floor ÷ time |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
-    machines = set()
+    where, over = [], False
     for name, record in records().items():
         if len(cases(record)) > MANY_CASES or (wing is not None and not name.startswith(wing)):
             continue
-        machines.add(f"{record['machine']['processor']}, {record['machine']['threads']} threads, {record['date']}")
+        before = len(lines)
         for case, rows in cases(record).items():
             ours = ours_of(rows)
             others = [row for row in rows if "seconds" in row and not is_ours(row["implementation"])]
-            if not ours or not others:
+            if not ours or not others or case in ACCURACY_CASES:
                 continue
-            best = min(others, key=lambda row: row["seconds"])
-            aimed = {aim["against"]: aim["aim"] for aim in ours.get("targets", [])}
-            named = aimed or {ours["baseline"]: None}
-            # Of many that were aimed at, the three fastest; the best other stands beside them, so it comes last here.
-            compared = sorted((row for row in others if row["implementation"] in named), key=lambda row: row["seconds"])
-            compared = [against(row, ours, aimed.get(row["implementation"])) for row in reversed(compared[:3])]
+            alternatives = [row for row in others if row["implementation"] not in SHARE_OF]
+            best = min(alternatives, key=lambda row: row["seconds"], default=None)
             base = next((row for row in others if row["implementation"] == ours["baseline"]), None)
             memory = base and base.get("peak_bytes") and ours.get("peak_bytes")
             what = f"**{case}**: {rows[0].get('what', '')}".replace("|", "\\|")
-            cells = [what if wing else f"{title(name, part=False)} {what}", "; ".join(compared)]
-            cells.append(f"{best['seconds'] / ours['seconds']:.2f} ({best['implementation']})")
+            cells = [what if wing else f"{title(name, part=False)} {what}", "; ".join(comparisons(rows, ours))]
+            cells.append(f"{best['seconds'] / ours['seconds']:.2f} ({best['implementation']})" if best else "–")
             cells.append(f"{ours['peak_bytes'] / 1e6:.0f} / {base['peak_bytes'] / 1e6:.0f}" if base and memory else "–")
             floor = ours.get("floor_seconds")
+            over = over or bool(floor and floor > ours["seconds"])
             cells.append(f"{100 * floor / ours['seconds']:.0f} %" if floor else "–")
             lines.append("| " + " | ".join(cells) + " |")
-    if len(lines) == 2:
+        if len(lines) > before:
+            where.append(circumstances(name, record))
+    if not where:
         return ["No results are recorded yet: `make bench` writes them under `benchmarks/results/`."]
-    return [*lines, "", "Measured on: " + "; ".join(sorted(machines)) + "."]
+    if over:
+        lines += [
+            "",
+            "Floor ÷ time can pass 100 %: the copy bandwidth does not count that a copy reads what it overwrites.",
+        ]
+    return [*lines, "", "Measured on:", "", *where]
 
 
-def against(other: Row, ours: Row, aim: float | None) -> str:
-    """ "3.2× as fast as X", below 1 where this library is slower; with the aim where it was not met."""
-    ratio = other["seconds"] / ours["seconds"]
-    missed = f" (aim {aim:.3g}×, not met)" if aim is not None and ratio < aim else ""
-    return f"{ratio:.3g}× as fast as {other['implementation']}{missed}"
+def circumstances(name: str, record: dict[str, Any]) -> str:
+    """When and on what a record was made, and what its note says, as an item of a list."""
+    machine = record["machine"]
+    facts = [
+        record["date"],
+        f"{machine['processor']} ({INSTRUCTION_SETS[machine['isa']]}), {machine['threads']} threads",
+        f"matrix products at {machine['product_rate_gflops']:.0f} GFLOP/s",
+        f"copies at {machine['copy_bandwidth_gb_per_s']:.0f} GB/s",
+    ]
+    note = f" {record['note']}" if "note" in record else ""
+    return f"- {title(name)}: {', '.join(facts)}.{note}"
+
+
+def comparisons(rows: list[Row], ours: Row) -> list[str]:
+    """Each implementation that was aimed at (else the baseline) against the one of ours that does the same.
+
+    Aims that were missed come first, those missed most before the others.
+    """
+    named = {aim["against"] for aim in ours.get("targets", [])} or {ours["baseline"]}
+    mine = {row["implementation"]: row for row in rows if "seconds" in row and is_ours(row["implementation"])}
+    found = []
+    for row in rows:
+        name = row["implementation"]
+        if name not in named or "seconds" not in row:
+            continue
+        like = mine.get(LIKE_WITH_LIKE.get(name, ours["implementation"]), ours)
+        aim = next((aim["aim"] for aim in like.get("targets", []) if aim["against"] == name), None)
+        ratio = row["seconds"] / like["seconds"]
+        found.append((ratio / aim if aim else 1.0, row["seconds"], against(row, like, aim, like is not ours)))
+    return [text for *_, text in sorted(found, key=lambda entry: (entry[0] >= 1, min(entry[0], 1), entry[1]))]
+
+
+def against(other: Row, ours: Row, aim: float | None, named: bool) -> str:
+    """ "3.2× as fast as X", below 1 where this library is slower; with the aim, and whether it was met."""
+    ratio, name = other["seconds"] / ours["seconds"], other["implementation"]
+    missed = ", not met" if aim is not None and ratio < aim else ""
+    if name in SHARE_OF:
+        goal = f" (aim: at most {share(aim)}{missed})" if aim is not None else ""
+        return f"a step takes {share(ratio)} of {name}{goal}"
+    goal = f" (aim {aim:.3g}×{missed})" if aim is not None else ""
+    who = f"{ours['implementation']}: " if named else ""
+    return f"{who}{ratio:.3g}× as fast as {OTHER_WORDS.get(name, name)}{goal}"
 
 
 def between_markers(file: Path, text: str, name: str, lines: list[str]) -> str:
@@ -402,7 +497,7 @@ def between_markers(file: Path, text: str, name: str, lines: list[str]) -> str:
 
 
 def generated_tables() -> dict[Path, str]:
-    """File -> its text with the generated tables made anew."""
+    """File -> its text, made anew: the benchmark page, and the pages with generated tables."""
     docs = ROOT / "docs"
     tables = [
         (ROOT / "README.md", "ratios", ratio_table()),
@@ -411,7 +506,7 @@ def generated_tables() -> dict[Path, str]:
         (docs / "bayes.md", "mnist", known_results.variational_mnist()),
         (docs / "pathsgd.md", "mnist", known_results.path_sgd_mnist()),
     ]
-    texts: dict[Path, str] = {}
+    texts: dict[Path, str] = {PAGE: benchmark_page()}
     for file, name, lines in tables:
         texts[file] = between_markers(file, texts.get(file) or file.read_text(), name, lines)
     return texts
@@ -419,18 +514,20 @@ def generated_tables() -> dict[Path, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where a table is not current")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a page is not current")
     options = parser.parse_args()
     tables = generated_tables()
-    stale = [str(file.relative_to(ROOT)) for file, text in tables.items() if file.read_text() != text]
+    stale = [
+        str(file.relative_to(ROOT)) for file, text in tables.items() if not file.exists() or file.read_text() != text
+    ]
     if options.check:
         if stale:
             sys.exit(f"not current, run python docs/generate.py: {', '.join(stale)}")
         return
     for file, text in tables.items():
         file.write_text(text)
-    write_benchmark_page()
-    print(f"written: {PAGE.relative_to(ROOT)}, {', '.join(str(file.relative_to(ROOT)) for file in tables)}")
+    draw_figures()
+    print(f"written: {', '.join(str(file.relative_to(ROOT)) for file in (*tables, FIGURE_PAGE))}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def ntk_cifar2(monkeypatch):
 
 
 def expected(figures):
-    """The published means: NNGP 72.3 %, NTK 77.2 %."""
+    """Near the expected means over 50 seeds, NNGP 72.33 % and NTK 77.24 % (published, one run: 71.35 and 78.85 %)."""
     assert 71.0 <= figures["nngp"]["mean"] <= 73.5
     assert 76.0 <= figures["ntk"]["mean"] <= 78.5
 
