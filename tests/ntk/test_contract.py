@@ -71,7 +71,7 @@ class BareScale(nn.Module):
         self.layers, self.scale = mlp(), nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x) * self.scale
+        return torch.einsum("no,o->no", self.layers(x), self.scale)
 
 
 class Turning(nn.Module):

@@ -30,7 +30,7 @@ def test_a_convolution_s_tiles_fill_what_a_block_may_take() -> None:
     model = nn.Sequential(nn.Conv2d(256, 512, 3, padding=1), nn.Flatten(), nn.Linear(512 * 9, 10)).eval()
     target = Target(model, None, None)
     x = torch.randn(2, 256, 3, 3)
-    capture = Capture(target.parameters)
+    capture = Capture(target)
     with preserved(model), capture:
         model(x)
     roles = roles_of(capture.uses, list(target.parameters))

@@ -186,6 +186,17 @@ def test_made_weights(name: str, compute: str) -> None:
     assert "made" in {row.method for row in fw.ntk.explain(model, x).rows}
 
 
+@pytest.mark.parametrize("slopes", [1, 3])
+def test_prelu(slopes: int) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 3, 3), nn.PReLU(slopes), nn.Flatten(), nn.Linear(12, 5), nn.PReLU(), nn.Linear(5, 2)]
+    model, x = nn.Sequential(*layers).double(), torch.randn(5, 2, 4, 4).double()
+    j = jacobian(model, x)
+    found = fw.ntk.empirical_ntk(model, x, x[:2])
+    torch.testing.assert_close(found, torch.einsum("nap,mbp->nmab", j, j[:2]), rtol=1e-12, atol=1e-12)
+    assert not {row.method for row in fw.ntk.explain(model, x).rows} & {"vmap", "loop"}
+
+
 def test_made_filters() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Standardised(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 16, 2)).double()

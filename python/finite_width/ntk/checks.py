@@ -69,6 +69,7 @@ class _Probe:
     capture: Capture
     raw: Tensor
     flat: Tensor
+    unrecognised: set[str]
     layouts: list[Layout | None]
     sure: list[bool]
     batched_backward: bool
@@ -108,7 +109,7 @@ def _probe(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool)
             capture, raw = _run(target, batch, copies)
     if len(tensors[0]) > 1:
         target.row_shape = raw.shape[1:]
-    flat = flatten(raw)
+    flat, unrecognised = flatten(raw), capture.unrecognised(raw)
     if flat.shape[1] == 0:
         raise ValueError(f"the model's output must have at least one value per row, got {list(raw.shape)}")
     uses, floats = capture.uses, [leaf for leaf in leaves if leaf.requires_grad]
@@ -116,12 +117,12 @@ def _probe(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool)
     batched = True
     if flat.requires_grad and (uses or floats):
         test = RowTest(flat, uses, floats)
-        if check and not all(test.fits(place, Layout(0)) for place in range(len(uses), len(test.edges))):
+        if check and not all(test.fitting(place, [Layout(0)]) for place in range(len(uses), len(test.edges))):
             raise mixes()
         found = [test.layout(place, row_axes(use)) for place, use in enumerate(uses)]
         batched = test.batched
     layouts, sure = [layout for layout, _ in found], [certain for _, certain in found]
-    return _Probe(capture, raw, flat, layouts, sure, batched, any(copy._version for copy in copies))
+    return _Probe(capture, raw, flat, unrecognised, layouts, sure, batched, any(copy._version for copy in copies))
 
 
 def make_plan(
@@ -153,7 +154,6 @@ def make_plan(
     capture, flat, uses, layouts = probe.capture, probe.flat, probe.capture.uses, probe.layouts
     rows = len(flat)
     sizes = replace(sizes, outputs=flat.shape[1])
-    unrecognised = capture.unrecognised(probe.raw)
     certain = [layout if sure else None for layout, sure in zip(layouts, probe.sure, strict=True)]
     seen = Seen.of(flat, capture, layouts)
     compared = compared and batch.rows > rows
@@ -165,7 +165,7 @@ def make_plan(
     generic_names = [
         name
         for name in names
-        if name in unrecognised
+        if name in probe.unrecognised
         or not structured
         or method == "jacobian"
         or capture.differentiated
@@ -199,7 +199,7 @@ def make_plan(
         layouts=layouts,
         row_shapes=row_shapes(uses, layouts, rows),
         made=made,
-        unrecognised=unrecognised,
+        unrecognised=probe.unrecognised,
         block=block_rows(touched + 2 * kept, target.device),
         batched_backward=probe.batched_backward,
         last=last,

@@ -55,14 +55,17 @@ class RowTest:
                     return stacked
         return pull(self.flat, self.edges, both, batched=False)
 
-    def fits(self, place: int, layout: Layout) -> bool:
-        """Whether each row's part of the tensor, by this layout, depends on that row alone."""
+    def fitting(self, place: int, layouts: Sequence[Layout]) -> list[Layout]:
+        """Those of the layouts by which each row's part of the tensor depends on that row alone."""
         value = self.found[place]
         if value is None:
-            return True
+            return list(layouts)
         one, two = value.reshape(2, *self.shapes[place])
-        if multiplied_by_rows(one, two, layout, self.factors):
-            return True
+        # Where one layout fits exactly, the bits repeat, and the others do not fit.
+        exact = [layout for layout in layouts if multiplied_by_rows(one, two, layout, self.factors)]
+        return exact or [layout for layout in layouts if self._confined(place, layout)]
+
+    def _confined(self, place: int, layout: Layout) -> bool:
         if self._by_row is None:
             unit = torch.eye(self.rows, dtype=self.flat.dtype, device=self.flat.device)
             each = [pull(self.flat, self.edges, (self.cotangent * row[:, None])[None], batched=False) for row in unit]
@@ -79,7 +82,7 @@ class RowTest:
         numbers of rows may lie otherwise. Then each block must show that its own rows lie so.
         """
         shape = self.shapes[place]
-        fitting = [layout for layout in candidates(shape, self.rows, axes) if self.fits(place, layout)]
+        fitting = self.fitting(place, candidates(shape, self.rows, axes))
         value = self.found[place]
         for layout in fitting:
             if value is not None and rows_reached(value[0].reshape(shape), layout, self.rows) > 1:

@@ -18,6 +18,7 @@ from .._gemm import gemm
 from .contract import FLOATS
 from .layers import Convolved, Dense
 from .made import common_axes
+from .recurrent import RECURRENT
 
 if TYPE_CHECKING:
     from .capture import Capture
@@ -350,6 +351,18 @@ def _batch_norm(
     return _scaled(capture, normal, weight, bias, (1, 2))
 
 
+def _prelu(capture: Capture, input: Tensor, weight: Tensor) -> Any:
+    if not _counts(capture, input, weight, None) or (weight.numel() > 1 and input.dim() < 2):
+        return NotImplemented
+    axes = (1, 2) if weight.numel() > 1 else (input.dim(), input.dim())
+
+    def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert weight is not None
+        return torch.prelu(input, weight)
+
+    return capture.record("scale", weight, None, input.clamp(max=0), call, axes=axes)
+
+
 def _embedding(
     capture: Capture,
     weight: Tensor,
@@ -434,7 +447,9 @@ RECOGNISED: dict[Any, Callable[..., Any]] = {
     torch.layer_norm: _layer_norm,
     torch.group_norm: _group_norm,
     torch.batch_norm: _batch_norm,
+    torch.prelu: _prelu,
     torch.embedding: _embedding,
     torch.embedding_bag: _embedding_bag,
     torch.embedding_renorm_: _renormed,
+    **RECURRENT,
 }

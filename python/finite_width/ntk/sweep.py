@@ -77,10 +77,7 @@ class Rows:
             a, d = self.dense()
             if role == "bias":
                 return d.sum(2) if d.shape[2] != 1 else d[:, :, 0]
-            gradients = ops.position_gradients(a, d)
-            if self.use.options["flipped"]:
-                gradients = gradients.unflatten(2, (d.shape[3], a.shape[2])).transpose(2, 3).flatten(2)
-            return gradients
+            return dense_gradients(a, d, self.use.options["flipped"])
         if kind == "embedding":
             return self._embedding()
         # A scale: behind the rows and the outputs stand the other axes in their order; those of the weight stay.
@@ -105,6 +102,20 @@ class Rows:
         return result.scatter_add_(2, index, d.masked_fill((tokens < 0)[:, None, :, None], 0)).flatten(2)
 
 
+def dense_gradients(a: Tensor, d: Tensor, flipped: bool) -> Tensor:
+    """[n, O, P] from a [n, T, I] and d [n, O, T, C]: P is C · I, or I · C where flipped."""
+    gradients = ops.position_gradients(a, d)
+    return gradients.unflatten(2, (d.shape[3], a.shape[2])).transpose(2, 3).flatten(2) if flipped else gradients
+
+
+def _side_by_side(uses: Sequence[Rows]) -> tuple[Tensor, Tensor]:
+    """a [n, T, I] and d [n, O, T, C] of several dense uses of one weight, over the positions of all."""
+    pairs = [use.dense() for use in uses]
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([a for a, _ in pairs], 1), torch.cat([d for _, d in pairs], 2)
+
+
 @dataclass
 class Arranged:
     """What one sweep gave: the uses of the structured entries by rows, by their places, and the made values."""
@@ -125,6 +136,11 @@ class Arranged:
 
     def jacobian(self, roles: Sequence[Role], with_bias: bool = False) -> Tensor:
         """[n, O, P]: the sum over the uses of one parameter or made value."""
+        uses = [self.uses[index] for index, _ in roles]
+        dense = all(use.use.kind == "dense" and role == "weight" for use, (_, role) in zip(uses, roles, strict=True))
+        flipped = {use.use.options["flipped"] for use in uses} if dense else set()
+        if len(uses) > 1 and len(flipped) == 1:  # such as a recurrent layer's, step by step
+            return dense_gradients(*_side_by_side(uses), flipped.pop())
         total = self.uses[roles[0][0]].jacobian(roles[0][1], with_bias)
         for index, role in roles[1:]:
             total = total + self.uses[index].jacobian(role, with_bias)
@@ -247,9 +263,7 @@ def _factor(target: Target, plan: Plan, entry: Entry, arranged: Arranged) -> Fac
     if entry.method == "last":
         return Last(uses[0].inputs().reshape(uses[0].rows, -1), outputs, entry.bias)
     if entry.method in ("gram", "ghost"):
-        pairs = [use.dense() for use in uses]
-        a = torch.cat([a for a, _ in pairs], 1) if len(pairs) > 1 else pairs[0][0]
-        d = torch.cat([d for _, d in pairs], 2) if len(pairs) > 1 else pairs[0][1]
+        a, d = _side_by_side(uses)
         return Gram(a[:, 0], d[:, :, 0], entry.bias) if entry.method == "gram" else Ghost(a, d, entry.bias)
     if entry.method == "tokens":
         found = [use.tokens() for use in uses]
