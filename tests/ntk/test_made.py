@@ -66,6 +66,8 @@ JOINED = {
     "positions on the left": (lambda m, h: torch.add(m.p, h), {"p": (POSITIONS, WIDTH)}),
     "a slice": (lambda m, h: m.p[: h.shape[1]] + h, {"p": (9, WIDTH)}),
     "a shift": (lambda m, h: h + m.p, {"p": (WIDTH,)}),
+    "a shift back": (lambda m, h: h - m.p, {"p": (WIDTH,)}),
+    "a slice taken off": (lambda m, h: torch.sub(h, m.p[:POSITIONS]), {"p": (9, WIDTH)}),
     "a shift, written over": (lambda m, h: (h + m.p).relu_(), {"p": (WIDTH,)}),
     "one value per position": (lambda m, h: h + m.p, {"p": (POSITIONS, 1)}),
     "a number": (lambda m, h: h + m.p, {"p": ()}),

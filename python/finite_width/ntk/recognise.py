@@ -230,6 +230,15 @@ def _sum(capture: Capture, input: Any, other: Any, *, alpha: float = 1) -> Any:
     return NotImplemented if alpha != 1 else _with_shared(capture, input, other, product=False)
 
 
+def _difference(capture: Capture, input: Any, other: Any, *, alpha: float = 1) -> Any:
+    """Rows minus such a one: plus its negative, a made value."""
+    if alpha != 1 or not isinstance(input, Tensor) or not isinstance(other, Tensor) or not other.requires_grad:
+        return NotImplemented
+    if common_axes(input.shape, other.shape) is None:
+        return NotImplemented
+    return _with_shared(capture, input, -other, product=False)
+
+
 def _product(capture: Capture, input: Any, other: Any) -> Any:
     """Rows times a parameter, or a value made from parameters, that all rows share."""
     return _with_shared(capture, input, other, product=True)
@@ -439,6 +448,8 @@ RECOGNISED: dict[Any, Callable[..., Any]] = {
     torch.conv_transpose3d: _conv_transpose(torch.conv_transpose3d, 3),
     torch.add: _sum,
     Tensor.add: _sum,
+    torch.sub: _difference,
+    Tensor.sub: _difference,
     torch.mul: _product,
     Tensor.mul: _product,
     Tensor.expand: _expanded(Tensor.expand),
