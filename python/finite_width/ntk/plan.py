@@ -301,7 +301,8 @@ def sweep_bytes(uses: Sequence[Use], outputs: int, rows: int, itemsize: int) -> 
     """Bytes per row that one block's forward and batched backward touch at once, as far as the uses tell."""
     total = 0
     for use in uses:
-        total += use.input.numel() * use.input.element_size() // rows
+        if any(use.input.stride()):  # else one value stands for an input that is not kept
+            total += use.input.numel() * use.input.element_size() // rows
         # The output and its activation; the cotangents of the layer and, for a moment, of the activation before it.
         total += (2 + 2 * outputs) * (math.prod(use.shape) // rows) * itemsize
     return total
