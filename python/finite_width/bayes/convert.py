@@ -168,8 +168,7 @@ def convert(
         0     Linear  [4, 3]  converted
         2     Linear  [1, 4]  converted
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check.is_module("model", model)
     _check.one_of("init", init, ("default", "moped"))
     _check.one_of("estimator", estimator, ESTIMATORS)
     if prior is None:

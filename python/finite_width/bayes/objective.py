@@ -15,8 +15,7 @@ from .layers import BayesLayer
 
 def layers_of(model: Any) -> dict[str, BayesLayer]:
     """Name -> layer of the model's variational layers, each once; ValueError where there are none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check.is_module("model", model)
     found = {name: module for name, module in model.named_modules() if isinstance(module, BayesLayer)}
     if not found:
         raise ValueError("model has no variational layer: build it with fw.bayes.BayesLinear, or fw.bayes.convert it")

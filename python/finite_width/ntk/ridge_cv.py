@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _check
 from .estimators import RegressorProtocol
 from .regression import NTKEstimator
+from .solve import refuse_unless_finite
 
 
 class NTKRidgeCV(RegressorProtocol, NTKEstimator):
@@ -81,8 +82,7 @@ class NTKRidgeCV(RegressorProtocol, NTKEstimator):
     def _fit_system(self, x: Any, y: Tensor) -> None:
         # Negative eigenvalues of a kernel are rounding.
         K = self._kernel(x).double()
-        if not bool(torch.isfinite(K).all()):
-            raise ValueError("the kernel holds NaN or infinite entries; look at the model's outputs and parameters")
+        refuse_unless_finite(K)
         eigenvalues, self._eigenvectors = torch.linalg.eigh(K)
         self._eigenvalues = eigenvalues.clamp_min(0)
         rotated = self._eigenvectors.mT @ y

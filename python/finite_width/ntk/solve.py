@@ -175,15 +175,16 @@ def cholesky(K: Tensor, ridge: float, jitter: float = 0.0) -> tuple[Tensor, floa
     Raises:
         ValueError: K + ρI is not positive definite in float64, or not finite; the message says what helps.
     """
-    _refuse_unless_finite(K)
+    refuse_unless_finite(K)
     system = K.to(torch.float64, copy=True)
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     scale = float(diagonal.mean()) if diagonal.numel() else 0.0
     added = 0.0
     diagonal += ridge
     for step in (0.0, jitter, 10 * jitter, 100 * jitter):
-        diagonal += step * scale - added
-        added = step * scale
+        wanted = step * max(scale, 0.0)
+        diagonal += wanted - added
+        added = wanted
         factor, failed = torch.linalg.cholesky_ex(system)
         if not failed.any():
             return factor, added
@@ -195,9 +196,9 @@ def cholesky(K: Tensor, ridge: float, jitter: float = 0.0) -> tuple[Tensor, floa
     )
 
 
-def _refuse_unless_finite(K: Tensor) -> None:
-    if not bool(torch.isfinite(K).all()):
-        raise ValueError("K holds NaN or infinite entries; look at the model's outputs and parameters")
+def refuse_unless_finite(K: Tensor) -> None:
+    """Raise ValueError where a kernel holds a NaN or an infinity."""
+    _check.is_finite("K", K, "look at the model's outputs and parameters")
 
 
 def fits_dense(size: int, device: torch.device, memory_budget: int | None) -> bool:
@@ -295,7 +296,7 @@ def _conjugate_gradients(
     def checked(v: Tensor) -> Tensor:
         image = product(v)
         if bool(torch.isfinite(v).all()):
-            _refuse_unless_finite(image)
+            refuse_unless_finite(image)
         return image
 
     iterations = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ def companion(name: str, value: Tensor | None, of: str, param: Tensor) -> None:
 def doubles(name: str, value: Tensor, size: int, holds: str, like: Tensor) -> None:
     """A float64 vector of this size, on the weight's device."""
     _check.is_tensor(name, value)
-    _check.is_float(name, value, (torch.float64,))
+    _check.is_dtype(name, value, (torch.float64,))
     if value.shape != (size,):
         raise ValueError(f"{name} must have shape [{size}], {holds}, got {list(value.shape)}")
     if value.device != like.device:
@@ -78,7 +77,7 @@ def device_exponent(exponent: float | Tensor, like: Tensor) -> Tensor:
     """On the device: one number, float64."""
     if not isinstance(exponent, Tensor):
         return torch.full((), float(exponent), dtype=torch.float64, device=like.device)
-    _check.is_float("exponent", exponent, (torch.float64,))
+    _check.is_dtype("exponent", exponent, (torch.float64,))
     if exponent.numel() != 1:
         raise ValueError(f"exponent must have one element, got shape {list(exponent.shape)}")
     if exponent.device != like.device:
@@ -87,10 +86,12 @@ def device_exponent(exponent: float | Tensor, like: Tensor) -> Tensor:
 
 
 def number(name: str, value: Any) -> float:
-    """The value as a float."""
-    if not isinstance(value, (numbers.Real, Tensor)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if isinstance(value, Tensor) and value.numel() != 1:
+    """The value as a float, of a number or a tensor of one element."""
+    if not isinstance(value, Tensor):
+        _check.number(name, value)
+    elif value.dtype == torch.bool:
+        raise TypeError(f"{name} must be a number, got a tensor of bool")
+    elif value.numel() != 1:
         raise ValueError(f"{name} must be a number or a tensor of one element, got shape {list(value.shape)}")
     return float(value)
 

@@ -164,9 +164,9 @@ def _window(
 ) -> Window:
     """stride, padding, dilation and groups, checked against x and weight."""
     _check.is_tensor("x", x)
-    _check.is_float("x", x, (torch.float64,))
+    _check.is_dtype("x", x, (torch.float64,))
     _check.is_tensor("weight", weight)
-    _check.is_float("weight", weight, DTYPES)
+    _check.is_dtype("weight", weight, DTYPES)
     spatial = weight.dim() - 2
     if not 1 <= spatial <= 3:
         raise ValueError(f"weight must have shape [O, C / groups, *kernel] with 3 to 5 axes, got {list(weight.shape)}")

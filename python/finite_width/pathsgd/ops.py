@@ -83,7 +83,7 @@ def path_sweep(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
     """
     _check.is_tensor("weight", weight)
-    _check.is_float("weight", weight, DTYPES)
+    _check.is_dtype("weight", weight, DTYPES)
     _check.has_dim("weight", weight, 2, "[rows, cols]")
     rows, cols = weight.shape
     companion("grad", grad, "weight", weight)
@@ -192,7 +192,7 @@ def path_step(
             raise ValueError(f"{name} must be as long as weights, {len(weights)}, got {len(entries)}")
     for i, weight in enumerate(weights):
         _check.is_tensor(f"weights[{i}]", weight)
-        _check.is_float(f"weights[{i}]", weight, DTYPES)
+        _check.is_dtype(f"weights[{i}]", weight, DTYPES)
         _check.has_dim(f"weights[{i}]", weight, 2, "[rows, cols]")
         _check.like(f"weights[{i}]", weight, "weights[0]", weights[0])
         if i and weight.shape[1] != weights[i - 1].shape[0]:
@@ -269,12 +269,12 @@ def path_update(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
     """
     _check.is_tensor("param", param)
-    _check.is_float("param", param, DTYPES)
+    _check.is_dtype("param", param, DTYPES)
     _check.is_tensor("grad", grad)
     companion("grad", grad, "param", param)
     companion("momentum", momentum, "param", param)
     _check.is_tensor("mass", mass)
-    _check.is_float("mass", mass, (torch.float64,))
+    _check.is_dtype("mass", mass, (torch.float64,))
     if mass.shape != param.shape:
         raise ValueError(f"mass must have shape {list(param.shape)}, as param has, got {list(mass.shape)}")
     finite_power(p)

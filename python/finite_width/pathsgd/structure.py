@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .. import _check
 from .operations import (
     ADD_FUNCTIONS,
     CONVOLUTION_FUNCTIONS,
@@ -90,8 +91,7 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
         TypeError: not a module, an input_shape that holds no ints.
         ValueError: parameters that are not initialised yet, an operation without paths, by its qualified name, and why.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check.is_module("model", model)
     model = unwrapped(model)
     for name, each in model.named_parameters():
         if nn.parameter.is_lazy(each):

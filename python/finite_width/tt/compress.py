@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import _check, _replace
 from .conv import TTConv2d
+from .decomposition import one_given
 from .embedding import TTEmbedding, unlike_a_train
 from .linear import TTLinear
 
@@ -118,10 +119,8 @@ def compress(
         >>> type(model[0]).__name__, report.layers[0].parameters_after
         ('TTLinear', 1024)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if eps is None and max_rank is None and ratio is None:
-        raise ValueError("give eps (relative error), max_rank, ratio, or several of them; got none")
+    _check.is_module("model", model)
+    one_given(eps=eps, max_rank=max_rank, ratio=ratio)
     if ratio is not None:
         _check.number("ratio", ratio)
         if not ratio > 1:
