@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import generic
-from .agreement import agrees, mixes, refuse_other_bits, refusing_random_numbers
+from .agreement import agrees, refuse_other_bits, refusing_random_numbers, row_mixing_error
 from .backward import output_weights
 from .capture import Capture
 from .contract import Batch, Target, flatten
@@ -35,7 +35,7 @@ def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [value.clone().requires_grad_(value.is_floating_point()) for value in tensors]
 
 
-def _unstructured(names: list[str], differs: bool) -> ValueError:
+def _unstructured_error(names: list[str], differs: bool) -> ValueError:
     which = f"parameter {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     why = "differently from row to row" if differs else "in a way that is not recognised"
     return ValueError(
@@ -110,7 +110,7 @@ def make_plan(
     if flat.requires_grad and (uses or floats):
         test = RowTest(flat, uses, floats)
         if check and not all(test.fits(place, Layout(0)) for place in range(len(uses), len(test.edges))):
-            raise mixes()
+            raise row_mixing_error()
         found = [test.layout(place, row_axes(use)) for place, use in enumerate(uses)]
         layouts, batches = [layout for layout, _ in found], test.batched
         certain = [layout if sure else None for layout, sure in found]
@@ -130,8 +130,8 @@ def make_plan(
         or any(layouts[index] is None or uses[index].input._version != uses[index].version for index, _ in roles[name])
     ]
     if method == "structured" and generic_names:
-        raise _unstructured(generic_names, not structured)
-    last = last_use(uses, raw, rows)
+        raise _unstructured_error(generic_names, not structured)
+    last = last_use(uses, raw)
     if last is not None and layouts[last] != Layout(0):
         last = None
     roles = {name: own for name, own in roles.items() if name not in generic_names}

@@ -146,7 +146,7 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
     if node.op == "call_module":
         module = structure.module.get_submodule(str(node.target))
         if isinstance(module, (nn.SyncBatchNorm,)) or module_kind(module) is None:
-            raise _no_paths(str(node.target), type(module), structure)
+            raise _no_paths_error(str(node.target), type(module))
         if isinstance(module, nn.RNN) and module.nonlinearity != "relu":
             raise ValueError(
                 f"{node.target}: RNN with {module.nonlinearity} has no paths: {HOMOGENEOUS}; use nonlinearity='relu'"
@@ -188,14 +188,14 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
             torch.sum,
         )
         if target not in known:
-            raise _no_paths(place(node), target, structure)
+            raise _no_paths_error(place(node), target)
         if target in (operator.mul, operator.floordiv) and any(_is_value(structure, arg) for arg in node.args):
             raise ValueError(f"{place(node)}: a product or quotient of activations has no paths: {HOMOGENEOUS}")
         if target is getattr and node.args[1] not in (*VIEW_ATTRIBUTES, *SIZE_ATTRIBUTES):
-            raise _no_paths(place(node), node.args[1], structure)
+            raise _no_paths_error(place(node), node.args[1])
         return
     if node.target not in (*IDENTITY_METHODS, *SHAPE_METHODS, "mean", "sum", "add", "add_"):
-        raise _no_paths(place(node), node.target, structure)
+        raise _no_paths_error(place(node), node.target)
 
 
 def is_weight(node: Any) -> bool:
@@ -253,7 +253,7 @@ def place(node: fx.Node) -> str:
     return (list(stack.values())[-1][0] or "the model's forward") if stack else "the model's forward"
 
 
-def _no_paths(place: str, what: Any, structure: Structure) -> ValueError:
+def _no_paths_error(place: str, what: Any) -> ValueError:
     name = what if isinstance(what, str) else getattr(what, "__name__", repr(what))
     reason = next((why for kind, why in REASONS.items() if isinstance(what, type) and issubclass(what, kind)), None)
     return ValueError(f"{place}: {name} has no paths: {reason or HOMOGENEOUS}")
