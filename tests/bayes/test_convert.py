@@ -94,8 +94,8 @@ def test_include_and_exclude() -> None:
     model = Mixed()
     report = fw.bayes.convert(model, include=["head.*"], exclude=["head.2"])
     assert report.converted == ["head.0"]
-    assert {row.name: row.reason for row in report.rows}["head.2"] == "excluded"
-    assert {row.name: row.reason for row in report.rows}["conv"] == "not included"
+    assert {layer.name: layer.reason for layer in report.layers}["head.2"] == "excluded"
+    assert {layer.name: layer.reason for layer in report.layers}["conv"] == "not included"
     again = fw.bayes.convert(model, include=["head.2"])
     assert again.converted == ["head.2"]
 
@@ -118,7 +118,7 @@ def test_hooks_are_not_lost() -> None:
     model[0].register_forward_hook(lambda *_: seen.append(1))
     report = fw.bayes.convert(model)
     assert report.converted == ["1"]
-    assert "it has hooks" in report.rows[0].reason
+    assert "it has hooks" in report.layers[0].reason
     model(torch.ones(2, 3))
     assert seen == [1]
     model[1].register_forward_hook(lambda *_: None)

@@ -180,6 +180,8 @@ def test_planner_finds_the_known_orders():
     assert "forward" in text
     assert "backward" in text
     assert "MB" in text
+    assert "estimated cost (relative)" in text
+    assert " ms" not in text
     small = four_axis_shapes(fw.tt.TTLinear(784, 10, rank=5, layout="in_out").cores, 4)
     assert small[0][1] == 1
 

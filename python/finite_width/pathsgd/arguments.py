@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 UNCHANGED = (0.0, 0.0, 0.0, 1.0, 1.0)  # lr, momentum, nesterov, keep, sign
 
 
-def companion(name: str, value: Tensor | None, of: str, param: Tensor) -> None:
+def like_parameter(name: str, value: Tensor | None, of: str, param: Tensor) -> None:
     """A tensor beside a parameter, such as its gradient, or None: of the parameter's shape, dtype and device."""
     if value is None:
         return
@@ -24,7 +24,7 @@ def companion(name: str, value: Tensor | None, of: str, param: Tensor) -> None:
         raise ValueError(f"{name} must have shape {list(param.shape)}, as {of} has, got {list(value.shape)}")
 
 
-def doubles(name: str, value: Tensor, size: int, holds: str, like: Tensor) -> None:
+def float64_vector(name: str, value: Tensor, size: int, holds: str, like: Tensor) -> None:
     """A float64 vector of this size, on the weight's device."""
     _check.is_tensor(name, value)
     _check.is_dtype(name, value, (torch.float64,))
@@ -36,7 +36,7 @@ def doubles(name: str, value: Tensor, size: int, holds: str, like: Tensor) -> No
 
 def path_vector(name: str, value: Tensor, units: int, like: Tensor) -> None:
     """The path sums of a layer's units, and their exponent behind them."""
-    doubles(name, value, units + 1, "one value per unit and the exponent", like)
+    float64_vector(name, value, units + 1, "one value per unit and the exponent", like)
 
 
 def step_rates(name: str, rates: Sequence[float]) -> list[float]:
@@ -68,7 +68,7 @@ def amp_scaling(
 def device_lr(name: str, value: Tensor | None, like: Tensor) -> Tensor | None:
     """lr and keep in a tensor, checked."""
     if value is not None:
-        doubles(name, value, 2, "lr and keep", like)
+        float64_vector(name, value, 2, "lr and keep", like)
         value = value.contiguous()
     return value
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import _check, _library
 from .arguments import DTYPES, number, path_power
 from .batches import BatchDeviations
-from .chain import UNSCALED, Given, Norm, PathVectors, Scaling, find_chain, nothing
+from .chain import UNSCALED, Given, Norm, PathVectors, Scaling, find_chain, no_update
 from .convolution import ConvolutionMass
 from .dense_chain import KNOWS_BACKWARD, KNOWS_FORWARD, DenseChain, fits, is_remote
 from .interruption import uninterrupted
@@ -204,7 +204,7 @@ class PathSGD(Optimizer):
         with _library.grad_mode(False):
             self._renew_masters()
             if self._chain is not None and self._on_device:
-                self._chain.step(nothing, UNSCALED, KNOWS_BACKWARD)
+                self._chain.step(no_update, UNSCALED, KNOWS_BACKWARD)
                 self._ready, self._seen = True, self._versions()
 
     def _forget(self) -> None:
@@ -253,7 +253,7 @@ class PathSGD(Optimizer):
                 self._apply(self._masses(sigma), given, scaling)
             elif sigma or (self._on_device and not fits(self._vectors)):
                 self._ready = False
-                self._vectors.run(True, nothing, sigma)
+                self._vectors.run(True, no_update, sigma)
                 self._vectors.run(False, given.get, sigma, scaling)
             else:
                 self._alternate(self._vectors, given, scaling)
@@ -315,9 +315,9 @@ class PathSGD(Optimizer):
             if self._vectors is None:
                 self._kept = self._masses(sigma)
             else:
-                self._vectors.run(True, nothing, sigma)
+                self._vectors.run(True, no_update, sigma)
                 forward = [vector.clone() for vector in self._vectors.forward]
-                self._vectors.run(False, nothing, sigma)
+                self._vectors.run(False, no_update, sigma)
                 self._kept = KeptVectors(forward, [vector.clone() for vector in self._vectors.backward], dict(sigma))
         self._age += 1
         if isinstance(self._kept, Masses):
