@@ -114,14 +114,9 @@ def solve(
         tensor([ 0.3750, -0.1250])
     """
     _check.one_of("method", method, ("auto", "cholesky", "cg"))
+    _check_settings(ridge, tol, max_iterations, rank, jitter, memory_budget)
     _check.is_tensor("y", y)
     _check.is_float("y", y)
-    if max_iterations is not None:
-        _check.positive_int("max_iterations", max_iterations)
-    if rank is not None:
-        _check.integer("rank", rank, least=0)
-    if memory_budget is not None:
-        _check.positive_int("memory_budget", memory_budget)
     if is_stored(K_or_operator) and not hasattr(K_or_operator, "to_dense"):
         K_or_operator = StoredKernel(K_or_operator, memory_budget)
     size = _check_square(K_or_operator)
@@ -129,9 +124,6 @@ def solve(
         raise ValueError(f"y must have shape [{size}] or [{size}, C], as K has {size} rows, got {list(y.shape)}")
     if y.device != K_or_operator.device:
         raise ValueError(f"y is on {y.device}, but K is on {K_or_operator.device}; move one of them")
-    _check.not_negative("ridge", ridge)
-    _check.positive("tol", tol)
-    _check.not_negative("jitter", jitter)
     _check.is_finite("y", y)
     columns = y.double().reshape(size, -1)
     # Norms of very large or small columns would overflow or vanish. A power of two, so that nothing is rounded.
@@ -149,10 +141,9 @@ def solve(
         x, iterations, residual, added = columns, 0, 0.0, 0.0
     else:
         added = 0.0
-        product = _product(K_or_operator)
         default_rank = min(size // 4, 256 if isinstance(K_or_operator, Tensor | StoredKernel) else 64)
         x, iterations, residual = _conjugate_gradients(
-            product,
+            _product(K_or_operator),
             columns,
             ridge=float(ridge),
             tol=tol,
@@ -162,6 +153,21 @@ def solve(
             progress=progress,
         )
     return Solution((x * scale).reshape(y.shape).to(y.dtype), method, iterations, residual, added)
+
+
+def _check_settings(
+    ridge: float, tol: float, max_iterations: int | None, rank: int | None, jitter: float, memory_budget: int | None
+) -> None:
+    """Checks the numbers."""
+    _check.not_negative("ridge", ridge)
+    _check.positive("tol", tol)
+    _check.not_negative("jitter", jitter)
+    if max_iterations is not None:
+        _check.positive_int("max_iterations", max_iterations)
+    if rank is not None:
+        _check.integer("rank", rank, least=0)
+    if memory_budget is not None:
+        _check.positive_int("memory_budget", memory_budget)
 
 
 def cholesky(K: Tensor, ridge: float, jitter: float = 0.0) -> tuple[Tensor, float]:
