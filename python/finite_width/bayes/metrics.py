@@ -99,6 +99,8 @@ def brier(probabilities: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError, TypeError: as `ece`, and no row.
 
+    Source: Brier, "Verification of forecasts expressed in terms of probability", Monthly Weather Review 78, 1950.
+
     Example:
         >>> import torch, finite_width as fw
         >>> fw.bayes.brier(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
@@ -122,6 +124,9 @@ def predictive_entropy(probabilities: Tensor) -> Tensor:
 
     Returns:
         [N].
+
+    Raises:
+        ValueError, TypeError: what is no table of probabilities.
 
     Example:
         >>> import torch, finite_width as fw

@@ -53,6 +53,9 @@ def kl(model: nn.Module) -> Tensor:
 
     Raises:
         ValueError: no variational layer; a parameter with NaN, named.
+        TypeError: not a module.
+
+    Source: Blundell et al., "Weight uncertainty in neural networks", ICML 2015.
 
     Example:
         >>> import torch, finite_width as fw

@@ -12,7 +12,12 @@ from .. import _check
 
 
 class Flow(NamedTuple):
-    """Outputs along gradient flow: on the training points, and on the test points (None where K_test is None)."""
+    """What `gradient_flow` returns: outputs along gradient flow, in y's dtype.
+
+    Attributes:
+        train: [N] or [N, C], as y, on the training points; with a leading axis T for a tensor of times.
+        test: [M] or [M, C] on the test points, likewise; None where K_test is None.
+    """
 
     train: Tensor
     test: Tensor | None

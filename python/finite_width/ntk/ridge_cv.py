@@ -34,6 +34,10 @@ class NTKRidgeCV(RegressorProtocol, NTKEstimator):
         best_score_: −min(loo_mse_), as in scikit-learn's RidgeCV.
         model_, x_fit_, dual_coef_: as in `NTKRegressor`.
 
+    Raises:
+        ValueError: from `fit`: no ridges, one that is not positive and finite, and as `NTKRegressor`.
+        TypeError: from `fit`: ridges that are no sequence of numbers, and as `NTKRegressor`.
+
     Source:
         Rifkin, Lippert, "Notes on regularized least squares", MIT-CSAIL-TR-2007-025, sections 3 and 4.
 

@@ -83,6 +83,8 @@ def path_gamma(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | N
     Raises:
         ValueError: as path_norm.
 
+    Source: Neyshabur, Salakhutdinov, Srebro, "Path-SGD: Path-Normalized Optimization in Deep Neural Networks" (2015).
+
     Example:
         >>> import torch, finite_width as fw
         >>> fw.pathsgd.path_gamma(torch.nn.Linear(2, 1, bias=False))

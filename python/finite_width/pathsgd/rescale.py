@@ -208,6 +208,8 @@ def rescale_(
             of a parameter's dtype, a layer that is called twice or reads a view; nothing is changed then.
         TypeError: a seed that is no int, factors that are no numbers.
 
+    Source: Neyshabur, Salakhutdinov, Srebro, "Path-SGD: Path-Normalized Optimization in Deep Neural Networks" (2015).
+
     Example:
         >>> import torch, finite_width as fw
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))

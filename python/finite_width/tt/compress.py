@@ -110,7 +110,11 @@ def compress(
         ValueError: none of eps, max_rank and ratio; a ratio that a layer cannot reach; a pattern that no layer has;
             NaN weights; a weight that two layers share, or that is made from other parameters; hooks on a layer, which
             would be lost.
-        TypeError: eps or ratio that is no number, patterns that are no list.
+        TypeError: not a module, eps or ratio that is no number, patterns that are no list.
+
+    Source: Oseledets, "Tensor-Train Decomposition", SIAM J. Sci. Comput. 33(5), 2011; for layers Novikov et al.,
+    "Tensorizing Neural Networks", NeurIPS 2015, and Garipov et al., "Ultimate tensorization: compressing convolutional
+    and FC layers alike", 2016.
 
     Example:
         >>> import torch, finite_width as fw
