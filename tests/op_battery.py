@@ -196,7 +196,7 @@ def has_kernel(case: OpCase, sample: Sample) -> bool:
 
 
 def _check_threads(case: OpCase) -> None:
-    """The same bits with 1 thread and with 2; on a GPU, in two runs."""
+    """The same bits with 1 thread and with 2 and 3; on a GPU, in several runs."""
     if not fw.has_kernels():
         pytest.skip("same bits for any number of threads is a promise of the kernels, not of torch's own products")
     if not has_kernel(case, case.samples(torch.float32, torch.Generator())[0]):
@@ -206,14 +206,15 @@ def _check_threads(case: OpCase) -> None:
     for dtype in case.dtypes:
         for sample in make(dtype, torch.Generator().manual_seed(1)):
             results = []
-            for count in (1, 2):
+            for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 try:
                     results.append(_run(case.call, sample))
                 finally:
                     torch.set_num_threads(threads)
-            for one, two in zip(*results, strict=True):
-                torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+            for result in results[1:]:
+                for one, other in zip(results[0], result, strict=True):
+                    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _check_bad_input(case: OpCase) -> None:

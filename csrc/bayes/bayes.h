@@ -31,6 +31,7 @@ enum class Made {
   sample,    // μ + σ ε
   centred,   // σ ε
   variance,  // σ²
+  nothing,   // on a GPU, where a launch is chosen by it; here `weight` is null then
 };
 
 // Elements [begin, begin + count) of a tensor of weights, begin a multiple of kNoiseGroup; pointers to the first of
@@ -46,7 +47,7 @@ struct Span {
   Prior<T> prior;
 };
 
-// out [count], normals.
+// out [count], normals. Floor: the noise itself, a Philox block for each four, and one write.
 template <class T>
 void noise(const NoiseKey& key, int64_t count, T* out);
 
@@ -62,6 +63,7 @@ void sample_backward(const Span<T>& span, const NoiseKey& key, T grad_kl, const 
 
 // The KL of several whole tensors in one parallel pass, and its gradients: spans [tensors], their `weight` null.
 //   grad_mu, grad_rho  [tensors] pointers to as many elements as the span has
+// Floor: μ and ρ read once, 8 bytes a weight (float32), and their gradients written, 16; 4 more with a prior's mean.
 template <class T>
 double kl(int64_t tensors, const Span<T>* spans);
 template <class T>

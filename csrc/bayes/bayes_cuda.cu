@@ -52,9 +52,10 @@ __device__ inline Place place_of(const Tensors<T>& all) {
   return place;
 }
 
-template <class T, class Stored, Makes kMakes, bool kKl>
+// kMade: sample stands for centred as well.
+template <class T, class Stored, Made kMade, bool kKl>
 __global__ void __launch_bounds__(kThreads) sample_kernel(Tensors<T> all, Call<T> call, double* partial) {
-  constexpr bool kNoise = kMakes == Makes::sample;
+  constexpr bool kNoise = kMade == Made::sample;
   const Place place = place_of(all);
   const Weights<T>& to = all.of[place.tensor];
   float normal[kQuads][4];
@@ -75,9 +76,10 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Tensors<T> all, Call<T
     for (int c = 0; c < 4; ++c) {
       const Sigma<T> sigma(rho.value[c]);
       if constexpr (kNoise) {
-        narrow(fma(sigma.sigma, static_cast<T>(normal[w][c]), call.centred ? T(0) : mu.value[c]), weight.value[c]);
+        narrow(fma(sigma.sigma, static_cast<T>(normal[w][c]), call.made == Made::centred ? T(0) : mu.value[c]),
+               weight.value[c]);
       }
-      if constexpr (kMakes == Makes::variance) narrow(sigma.sigma * sigma.sigma, weight.value[c]);
+      if constexpr (kMade == Made::variance) narrow(sigma.sigma * sigma.sigma, weight.value[c]);
       if constexpr (kKl) {
         const T distance = mu.value[c] - mean.value[c];
         const T spread = fma(distance, distance, sigma.sigma * sigma.sigma);
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Tensors<T> all, Call<T
         if (c < valid) terms += term;
       }
     }
-    if constexpr (kMakes != Makes::nothing) {
+    if constexpr (kMade != Made::nothing) {
       store_quad(static_cast<Stored*>(to.weight) + at, valid, all.wide, weight);
     }
     if (kKl && to.prior.present) kl += static_cast<double>(terms);
@@ -105,9 +107,9 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const double* partial,
   if (threadIdx.x == 0) *kl = static_cast<T>(sum);
 }
 
-template <class T, class Stored, Makes kMakes>
+template <class T, class Stored, Made kMade>
 __global__ void __launch_bounds__(kThreads) backward_kernel(Tensors<T> all, Call<T> call) {
-  constexpr bool kNoise = kMakes == Makes::sample, kVariance = kMakes == Makes::variance;
+  constexpr bool kNoise = kMade == Made::sample, kVariance = kMade == Made::variance;
   const Place place = place_of(all);
   const Weights<T>& to = all.of[place.tensor];
   float normal[kQuads][4];
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Tensors<T> all, Call
       T mu_part = precision * (mu.value[c] - mean.value[c]), sigma_part = precision * sigma.sigma;
       if constexpr (kNoise) {
         const T normal_here = static_cast<T>(normal[w][c]), grad = widened(grads.value[c]);
-        if (!call.centred) mu_part += grad;
+        if (call.made != Made::centred) mu_part += grad;
         sigma_part = fma(grad, normal_here, sigma_part);
         narrow(fma(sigma.sigma, normal_here, mu.value[c]), weight.value[c]);
       }
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Tensors<T> all, Call
     }
     store_quad(to.grad_mu + at, valid, all.wide, grad_mu);
     store_quad(to.grad_rho + at, valid, all.wide, grad_rho);
-    if constexpr (kMakes != Makes::nothing) {
+    if constexpr (kMade != Made::nothing) {
       if (to.weight) store_quad(static_cast<Stored*>(to.weight) + at, valid, all.wide, weight);
     }
   }
@@ -196,10 +198,10 @@ void with_stored(Stored stored, const Run& run) {
 
 template <class T, bool kKl>
 void (*sample_kernel_of(const Call<T>& call))(Tensors<T>, Call<T>, double*) {
-  void (*kernel)(Tensors<T>, Call<T>, double*) = sample_kernel<T, T, Makes::variance, kKl>;
-  if (call.makes == Makes::nothing) kernel = sample_kernel<T, T, Makes::nothing, kKl>;
-  if (call.makes == Makes::sample) {
-    with_stored<T>(call.stored, [&]<class S>(S*) { kernel = sample_kernel<T, S, Makes::sample, kKl>; });
+  void (*kernel)(Tensors<T>, Call<T>, double*) = sample_kernel<T, T, Made::variance, kKl>;
+  if (call.made == Made::nothing) kernel = sample_kernel<T, T, Made::nothing, kKl>;
+  if (call.made == Made::sample || call.made == Made::centred) {
+    with_stored<T>(call.stored, [&]<class S>(S*) { kernel = sample_kernel<T, S, Made::sample, kKl>; });
   }
   return kernel;
 }
@@ -216,7 +218,7 @@ void sample(const Weights<T>* tensors, int count, const Call<T>& call, double* s
     if (with_kl) {
       launch("bayes sample and kl", sample_kernel_of<T, true>(call), grid_of(blocks), kThreads, kReduceBytes, stream,
              all, call, scratch + done);
-    } else if (call.makes != Makes::nothing) {
+    } else if (call.made != Made::nothing) {
       launch("bayes sample", sample_kernel_of<T, false>(call), grid_of(blocks), kThreads, 0, stream, all, call,
              scratch);
     }
@@ -229,10 +231,10 @@ void sample(const Weights<T>* tensors, int count, const Call<T>& call, double* s
 
 template <class T>
 void sample_backward(const Weights<T>* tensors, int count, const Call<T>& call, CUstream_st* stream) {
-  void (*kernel)(Tensors<T>, Call<T>) = backward_kernel<T, T, Makes::variance>;
-  if (call.makes == Makes::nothing) kernel = backward_kernel<T, T, Makes::nothing>;
-  if (call.makes == Makes::sample) {
-    with_stored<T>(call.stored, [&]<class S>(S*) { kernel = backward_kernel<T, S, Makes::sample>; });
+  void (*kernel)(Tensors<T>, Call<T>) = backward_kernel<T, T, Made::variance>;
+  if (call.made == Made::nothing) kernel = backward_kernel<T, T, Made::nothing>;
+  if (call.made == Made::sample || call.made == Made::centred) {
+    with_stored<T>(call.stored, [&]<class S>(S*) { kernel = backward_kernel<T, S, Made::sample>; });
   }
   for (int first = 0; first < count; first += kMostTensors) {
     int64_t blocks;

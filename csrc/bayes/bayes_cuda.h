@@ -16,8 +16,6 @@ struct CUstream_st;
 
 namespace finite_width::cuda {
 
-// What a tensor's `weight` gets, and what its `grad` is the gradient of: the sample, or σ² for local reparametrisation.
-enum class Makes { nothing, sample, variance };
 // The type of `weight` and `grad`: T, or where T is float one of 16 bits.
 enum class Stored { whole, bfloat16, float16 };
 
@@ -30,7 +28,7 @@ struct Weights {
   const T* mu;          // [count]
   const T* rho;         // [count]
   const T* prior_mean;  // [count], null: 0
-  void* weight;         // [count], written unless null: μ + σ ε, or σ ε where centred, or σ²
+  void* weight;         // [count], written unless null: what the call's `made` says
   const void* grad;     // [count], backward: ∂L/∂weight, null: 0; may be grad_mu
   T* grad_mu;           // [count], backward; added to where grad is that of σ²
   T* grad_rho;          // [count], backward
@@ -43,10 +41,9 @@ struct Weights {
 template <class T>
 struct Call {
   const int64_t* seed;  // [1] on the device; null where no noise is wanted
-  Makes makes;
+  Made made = Made::nothing;
   Stored stored;
   uint32_t sample;
-  bool centred;
   const T* grad_kl;  // [1] on the device; null: 0
 };
 
@@ -54,7 +51,7 @@ struct Call {
 template <class T>
 int64_t scratch_of(const Weights<T>* tensors, int count);
 
-// Writes every tensors[i].weight (as call.makes says), and the KL of all of them together that have a prior (else 0). A
+// Writes every tensors[i].weight (as call.made says), and the KL of all of them together that have a prior (else 0). A
 // launch takes kMostTensors.
 //   tensors  [count]
 //   scratch  [scratch_of(tensors, count)] on the device
@@ -76,7 +73,7 @@ template <class T>
 void perturb_backward(const int64_t* seed, uint32_t noise_stream, int64_t count, const T* deviation, const T* grad,
                       T* grad_variance, CUstream_st* stream);
 
-// out [count] += 2 x v, element by element.
+// out [count] += 2 x v, element by element; x and v [count]. Floor: three reads and one write, 16 bytes in float32.
 template <class T>
 void add_twice_product(int64_t count, const T* x, const T* v, T* out, CUstream_st* stream);
 

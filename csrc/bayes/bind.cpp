@@ -17,12 +17,12 @@ using bayes::MaybeTensor;
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 
-void here(const Tensor& tensor, const char* name, const Tensor&) {
+void check_place(const Tensor& tensor, const char* name, const Tensor&) {
   check_cpu(tensor, name);
 }
 
 uint64_t seed_of(const Tensor& seed) {
-  bayes::check_scalar(here, seed, "seed", ScalarType::Long, seed);
+  bayes::check_scalar(check_place, seed, "seed", ScalarType::Long, seed);
   return static_cast<uint64_t>(seed.const_data_ptr<int64_t>()[0]);
 }
 
@@ -42,12 +42,12 @@ Span<T> span_of(const Distribution& one, const std::optional<double>& prior_std,
 template <class T>
 T scale_of(const MaybeTensor& grad_kl, const std::optional<double>& prior_std, const Tensor& like) {
   if (!grad_kl || !prior_std) return T(0);
-  bayes::check_scalar(here, *grad_kl, "grad_kl", like.scalar_type(), like);
+  bayes::check_scalar(check_place, *grad_kl, "grad_kl", like.scalar_type(), like);
   return grad_kl->const_data_ptr<T>()[0];
 }
 
 Tensor noise_cpu(const Tensor& like, const Tensor& seed, int64_t sample, int64_t stream) {
-  here(like, "like", like);
+  check_place(like, "like", like);
   Tensor out = new_empty(like, like.sizes());
   for_dtype(like, "like", [&]<class T>(T) {
     const NoiseKey key{seed_of(seed), static_cast<uint32_t>(sample), static_cast<uint32_t>(stream)};
@@ -59,7 +59,7 @@ Tensor noise_cpu(const Tensor& like, const Tensor& seed, int64_t sample, int64_t
 std::tuple<Tensor, Tensor> sample_cpu(const Tensor& mu, const Tensor& rho, const Tensor& seed,
                                       const MaybeTensor& prior_mean, std::optional<double> prior_std, int64_t stream,
                                       bool centred, std::optional<ScalarType> dtype) {
-  const Distribution weights(here, mu, rho, prior_mean);
+  const Distribution weights(check_place, mu, rho, prior_mean);
   const ScalarType stored = bayes::stored_dtype(mu, dtype);
   Tensor weight = new_empty(mu, mu.sizes()), kl = new_empty(mu, {});
   for_dtype(mu, "mu", [&]<class T>(T) {
@@ -75,11 +75,11 @@ std::tuple<Tensor, Tensor> sample_backward_cpu(const MaybeTensor& grad, const Ma
                                                const Tensor& rho, const MaybeTensor& seed,
                                                const MaybeTensor& prior_mean, std::optional<double> prior_std,
                                                int64_t stream, bool centred) {
-  const Distribution weights(here, mu, rho, prior_mean);
+  const Distribution weights(check_place, mu, rho, prior_mean);
   Tensor grad_mu = new_empty(mu, mu.sizes()), grad_rho = new_empty(mu, mu.sizes());
   STD_TORCH_CHECK(seed || !grad, "finite_width: grad needs the seed");
   MaybeTensor incoming;
-  if (grad) incoming = bayes::checked_grad(here, *grad, mu);
+  if (grad) incoming = bayes::checked_grad(check_place, *grad, mu);
   if (grad && grad->scalar_type() != mu.scalar_type()) incoming = torch::stable::to(*incoming, mu.scalar_type());
   for_dtype(mu, "mu", [&]<class T>(T) {
     const NoiseKey key{seed ? seed_of(*seed) : 0, 0, static_cast<uint32_t>(stream)};
@@ -99,7 +99,7 @@ std::vector<Span<T>> spans_of(const std::vector<Distribution>& all, const std::v
 
 Tensor kl_cpu(const std::vector<Tensor>& mu, const std::vector<Tensor>& rho, const std::vector<Tensor>& prior_mean,
               const std::vector<double>& prior_std) {
-  const std::vector<Distribution> all = bayes::distributions(here, mu, rho, prior_mean, prior_std.size());
+  const std::vector<Distribution> all = bayes::distributions(check_place, mu, rho, prior_mean, prior_std.size());
   Tensor total = new_empty(mu[0], {});
   for_dtype(mu[0], "mu", [&]<class T>(T) {
     const std::vector<Span<T>> spans = spans_of<T>(all, prior_std);
@@ -111,7 +111,7 @@ Tensor kl_cpu(const std::vector<Tensor>& mu, const std::vector<Tensor>& rho, con
 // ∂μ of each tensor, then ∂ρ of each.
 std::vector<Tensor> kl_backward_cpu(const Tensor& grad, const std::vector<Tensor>& mu, const std::vector<Tensor>& rho,
                                     const std::vector<Tensor>& prior_mean, const std::vector<double>& prior_std) {
-  const std::vector<Distribution> all = bayes::distributions(here, mu, rho, prior_mean, prior_std.size());
+  const std::vector<Distribution> all = bayes::distributions(check_place, mu, rho, prior_mean, prior_std.size());
   std::vector<Tensor> result;
   for (int half = 0; half < 2; ++half) {
     for (const Tensor& each : mu) result.push_back(new_empty(each, each.sizes()));
@@ -141,8 +141,8 @@ std::tuple<Tensor, Tensor> linear_cpu(const Tensor& x, const Tensor& weight_mu, 
                                       const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed,
                                       const MaybeTensor& weight_mean, const MaybeTensor& bias_mean,
                                       std::optional<double> prior_std) {
-  const LinearDistribution weights(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
-  weights.check_fits(here, x, "x", {-1, weights.in()});
+  const LinearDistribution weights(check_place, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  weights.check_fits(check_place, x, "x", {-1, weights.in()});
   Tensor y = new_empty(x, {x.size(0), weights.out()}), kl = new_empty(x, {});
   for_dtype(x, "x", [&]<class T>(T) {
     *kl.mutable_data_ptr<T>() =
@@ -161,8 +161,8 @@ FiveTensors linear_gradients(const LinearDistribution& weights, const Tensor& gr
                              const Tensor& x, const Tensor& seed, const std::optional<double>& prior_std, bool needs_x,
                              const Run& run) {
   const int64_t in = weights.in(), out = weights.out(), batch = x.size(0), bias_size = weights.bias ? out : 0;
-  weights.check_fits(here, x, "x", {-1, in});
-  weights.check_fits(here, grad_y, "grad_y", {batch, out});
+  weights.check_fits(check_place, x, "x", {-1, in});
+  weights.check_fits(check_place, grad_y, "grad_y", {batch, out});
   Tensor grad_x = needs_x ? new_empty(x, {batch, in}) : new_empty(x, {0});
   Tensor grad_mu = new_empty(x, {out, in}), grad_rho = new_empty(x, {out, in});
   Tensor grad_bias_mu = new_empty(x, {bias_size}), grad_bias_rho = new_empty(x, {bias_size});
@@ -179,7 +179,7 @@ FiveTensors linear_backward_cpu(const Tensor& grad_y, const MaybeTensor& grad_kl
                                 const Tensor& weight_mu, const Tensor& weight_rho, const MaybeTensor& bias_mu,
                                 const MaybeTensor& bias_rho, const Tensor& seed, const MaybeTensor& weight_mean,
                                 const MaybeTensor& bias_mean, std::optional<double> prior_std, bool needs_x) {
-  const LinearDistribution weights(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  const LinearDistribution weights(check_place, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
   return linear_gradients(weights, grad_y, grad_kl, x, seed, prior_std, needs_x,
                           [&]<class T>(const LinearLayer<T>& layer, T scale, const LinearGradients<T>& to) {
                             linear_backward<T>(layer, x.size(0), x.const_data_ptr<T>(), x.stride(0), x.stride(1),
@@ -192,8 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> local_cpu(const Tensor& x, const Tensor& weig
                                              const MaybeTensor& bias_mu, const MaybeTensor& bias_rho,
                                              const Tensor& seed, const MaybeTensor& weight_mean,
                                              const MaybeTensor& bias_mean, std::optional<double> prior_std) {
-  const LinearDistribution weights(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
-  weights.check_fits(here, x, "x", {-1, weights.in()});
+  const LinearDistribution weights(check_place, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  weights.check_fits(check_place, x, "x", {-1, weights.in()});
   Tensor y = new_empty(x, {x.size(0), weights.out()}), deviation = new_empty(x, {x.size(0), weights.out()});
   Tensor kl = new_empty(x, {});
   for_dtype(x, "x", [&]<class T>(T) {
@@ -209,8 +209,8 @@ FiveTensors local_backward_cpu(const Tensor& grad_y, const MaybeTensor& grad_kl,
                                const MaybeTensor& bias_rho, const Tensor& seed, const MaybeTensor& weight_mean,
                                const MaybeTensor& bias_mean, std::optional<double> prior_std, const Tensor& deviation,
                                bool needs_x) {
-  const LinearDistribution weights(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
-  weights.check_fits(here, deviation, "deviation", {x.size(0), weights.out()});
+  const LinearDistribution weights(check_place, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  weights.check_fits(check_place, deviation, "deviation", {x.size(0), weights.out()});
   const Tensor spread = contiguous(deviation);
   return linear_gradients(weights, grad_y, grad_kl, x, seed, prior_std, needs_x,
                           [&]<class T>(const LinearLayer<T>& layer, T scale, const LinearGradients<T>& to) {
@@ -223,8 +223,8 @@ FiveTensors local_backward_cpu(const Tensor& grad_y, const MaybeTensor& grad_kl,
 Tensor linear_samples_cpu(const Tensor& x, const Tensor& weight_mu, const Tensor& weight_rho,
                           const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed, int64_t first,
                           int64_t samples) {
-  const LinearDistribution weights(here, weight_mu, weight_rho, bias_mu, bias_rho, {}, {});
-  weights.check_samples(here, x, samples);
+  const LinearDistribution weights(check_place, weight_mu, weight_rho, bias_mu, bias_rho, {}, {});
+  weights.check_samples(check_place, x, samples);
   const Tensor input = contiguous(x);
   Tensor y = new_empty(x, {samples, x.size(1), weights.out()});
   for_dtype(x, "x", [&]<class T>(T) {

@@ -20,7 +20,7 @@ using bayes::MaybeTensor;
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 
-void here(const Tensor& tensor, const char* name, const Tensor& like) {
+void check_place(const Tensor& tensor, const char* name, const Tensor& like) {
   check_here(tensor, name, like);
 }
 
@@ -52,12 +52,12 @@ template <class T>
 Call<T> call_of(const MaybeTensor& seed, const MaybeTensor& grad_kl, const Tensor& like) {
   Call<T> call{};
   if (seed) {
-    bayes::check_scalar(here, *seed, "seed", ScalarType::Long, like);
+    bayes::check_scalar(check_place, *seed, "seed", ScalarType::Long, like);
     call.seed = seed->const_data_ptr<int64_t>();
-    call.makes = Makes::sample;
+    call.made = Made::sample;
   }
   if (grad_kl) {
-    bayes::check_scalar(here, *grad_kl, "grad_kl", like.scalar_type(), like);
+    bayes::check_scalar(check_place, *grad_kl, "grad_kl", like.scalar_type(), like);
     call.grad_kl = grad_kl->const_data_ptr<T>();
   }
   return call;
@@ -78,7 +78,7 @@ Stored stored_as(ScalarType dtype) {
 
 Tensor noise_cuda(const Tensor& like, const Tensor& seed, int64_t sample, int64_t stream) {
   check_here(like, "like", like);
-  bayes::check_scalar(here, seed, "seed", ScalarType::Long, like);
+  bayes::check_scalar(check_place, seed, "seed", ScalarType::Long, like);
   const OnDevice device(like);
   Tensor out = new_empty(like, like.sizes());
   for_dtype(like, "like", [&]<class T>(T) {
@@ -91,7 +91,7 @@ Tensor noise_cuda(const Tensor& like, const Tensor& seed, int64_t sample, int64_
 std::tuple<Tensor, Tensor> sample_cuda(const Tensor& mu, const Tensor& rho, const Tensor& seed,
                                        const MaybeTensor& prior_mean, std::optional<double> prior_std, int64_t stream,
                                        bool centred, std::optional<ScalarType> dtype) {
-  const Distribution one(here, mu, rho, prior_mean);
+  const Distribution one(check_place, mu, rho, prior_mean);
   const ScalarType stored = bayes::stored_dtype(mu, dtype);
   const OnDevice device(mu);
   Tensor weight = new_empty(mu, mu.sizes(), stored), kl = new_empty(mu, {});
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> sample_cuda(const Tensor& mu, const Tensor& rho, cons
     Weights<T> weights = weights_of<T>(one, prior_std, stream);
     weights.weight = weight.mutable_data_ptr();
     Call<T> call = call_of<T>(seed, {}, mu);
-    call.centred = centred;
+    if (centred && call.made == Made::sample) call.made = Made::centred;
     call.stored = stored_as(stored);
     sample_all<T>(&weights, 1, call, kl.mutable_data_ptr<T>(), mu, device.stream());
   });
@@ -110,19 +110,19 @@ std::tuple<Tensor, Tensor> sample_backward_cuda(const MaybeTensor& grad, const M
                                                 const Tensor& rho, const MaybeTensor& seed,
                                                 const MaybeTensor& prior_mean, std::optional<double> prior_std,
                                                 int64_t stream, bool centred) {
-  const Distribution one(here, mu, rho, prior_mean);
+  const Distribution one(check_place, mu, rho, prior_mean);
   STD_TORCH_CHECK(seed || !grad, "finite_width: grad needs the seed");
   const OnDevice device(mu);
   Tensor grad_mu = new_empty(mu, mu.sizes()), grad_rho = new_empty(mu, mu.sizes());
   MaybeTensor incoming;
-  if (grad) incoming = bayes::checked_grad(here, *grad, mu);
+  if (grad) incoming = bayes::checked_grad(check_place, *grad, mu);
   for_dtype(mu, "mu", [&]<class T>(T) {
     Weights<T> weights = weights_of<T>(one, prior_std, stream);
     weights.grad = incoming ? incoming->const_data_ptr() : nullptr;
     weights.grad_mu = grad_mu.mutable_data_ptr<T>();
     weights.grad_rho = grad_rho.mutable_data_ptr<T>();
     Call<T> call = call_of<T>(grad ? seed : MaybeTensor(), prior_std ? grad_kl : MaybeTensor(), mu);
-    call.centred = centred;
+    if (centred && call.made == Made::sample) call.made = Made::centred;
     call.stored = stored_as(incoming ? incoming->scalar_type() : mu.scalar_type());
     sample_backward<T>(&weights, 1, call, device.stream());
   });
@@ -138,7 +138,7 @@ std::vector<Weights<T>> all_of(const std::vector<Distribution>& all, const std::
 
 Tensor kl_cuda(const std::vector<Tensor>& mu, const std::vector<Tensor>& rho, const std::vector<Tensor>& prior_mean,
                const std::vector<double>& prior_std) {
-  const std::vector<Distribution> all = bayes::distributions(here, mu, rho, prior_mean, prior_std.size());
+  const std::vector<Distribution> all = bayes::distributions(check_place, mu, rho, prior_mean, prior_std.size());
   const OnDevice device(mu[0]);
   Tensor total = new_empty(mu[0], {});
   for_dtype(mu[0], "mu", [&]<class T>(T) {
@@ -152,7 +152,7 @@ Tensor kl_cuda(const std::vector<Tensor>& mu, const std::vector<Tensor>& rho, co
 // ∂μ of each tensor, then ∂ρ of each.
 std::vector<Tensor> kl_backward_cuda(const Tensor& grad, const std::vector<Tensor>& mu, const std::vector<Tensor>& rho,
                                      const std::vector<Tensor>& prior_mean, const std::vector<double>& prior_std) {
-  const std::vector<Distribution> all = bayes::distributions(here, mu, rho, prior_mean, prior_std.size());
+  const std::vector<Distribution> all = bayes::distributions(check_place, mu, rho, prior_mean, prior_std.size());
   const OnDevice device(mu[0]);
   std::vector<Tensor> result;
   for (int half = 0; half < 2; ++half) {
@@ -188,8 +188,8 @@ std::tuple<Tensor, Tensor> linear_cuda(const Tensor& x, const Tensor& weight_mu,
                                        const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed,
                                        const MaybeTensor& weight_mean, const MaybeTensor& bias_mean,
                                        std::optional<double> prior_std) {
-  const LinearDistribution layer(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
-  layer.check_fits(here, x, "x", {-1, layer.in()});
+  const LinearDistribution layer(check_place, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  layer.check_fits(check_place, x, "x", {-1, layer.in()});
   const OnDevice device(x);
   Tensor weight = new_empty(x, weight_mu.sizes()), kl = new_empty(x, {});
   MaybeTensor bias = bias_mu ? MaybeTensor(new_empty(x, bias_mu->sizes())) : MaybeTensor();
@@ -206,10 +206,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cuda(
     const Tensor& grad_y, const MaybeTensor& grad_kl, const Tensor& x, const Tensor& weight_mu,
     const Tensor& weight_rho, const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed,
     const MaybeTensor& weight_mean, const MaybeTensor& bias_mean, std::optional<double> prior_std, bool needs_x) {
-  const LinearDistribution layer(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  const LinearDistribution layer(check_place, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
   const int64_t in = layer.in(), out = layer.out();
-  layer.check_fits(here, x, "x", {-1, in});
-  layer.check_fits(here, grad_y, "grad_y", {x.size(0), out});
+  layer.check_fits(check_place, x, "x", {-1, in});
+  layer.check_fits(check_place, grad_y, "grad_y", {x.size(0), out});
   const OnDevice device(x);
   // ∂W is where ∂μ will be: the kernel reads an element of it before it writes there.
   Tensor grad_mu = contiguous(torch::stable::matmul(torch::stable::transpose(grad_y, 0, 1), x));
@@ -246,9 +246,9 @@ std::tuple<Tensor, Tensor, Tensor> local_cuda(const Tensor& x, const Tensor& wei
                                               const MaybeTensor& bias_mu, const MaybeTensor& bias_rho,
                                               const Tensor& seed, const MaybeTensor& weight_mean,
                                               const MaybeTensor& bias_mean, std::optional<double> prior_std) {
-  const LinearDistribution layer(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
-  layer.check_fits(here, x, "x", {-1, layer.in()});
-  bayes::check_scalar(here, seed, "seed", ScalarType::Long, x);
+  const LinearDistribution layer(check_place, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  layer.check_fits(check_place, x, "x", {-1, layer.in()});
+  bayes::check_scalar(check_place, seed, "seed", ScalarType::Long, x);
   const OnDevice device(x);
   Tensor variance = new_empty(x, weight_mu.sizes()), kl = new_empty(x, {});
   MaybeTensor bias = bias_mu ? MaybeTensor(new_empty(x, bias_mu->sizes())) : MaybeTensor();
@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> local_cuda(const Tensor& x, const Tensor& wei
     both[0].weight = variance.mutable_data_ptr();
     both[1].weight = bias ? bias->mutable_data_ptr() : nullptr;
     Call<T> call{};
-    call.makes = Makes::variance;
+    call.made = Made::variance;
     sample_all<T>(both.data(), count_of(layer), call, kl.mutable_data_ptr<T>(), x, device.stream());
   });
   Tensor y = contiguous(affine(x, weight_mu, bias_mu)), deviation = contiguous(affine(squared(x), variance, bias));
@@ -273,12 +273,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_backward_cuda(
     const Tensor& weight_rho, const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed,
     const MaybeTensor& weight_mean, const MaybeTensor& bias_mean, std::optional<double> prior_std,
     const Tensor& deviation, bool needs_x) {
-  const LinearDistribution layer(here, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
+  const LinearDistribution layer(check_place, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
   const int64_t in = layer.in(), out = layer.out();
-  layer.check_fits(here, x, "x", {-1, in});
-  layer.check_fits(here, grad_y, "grad_y", {x.size(0), out});
-  layer.check_fits(here, deviation, "deviation", {x.size(0), out});
-  bayes::check_scalar(here, seed, "seed", ScalarType::Long, x);
+  layer.check_fits(check_place, x, "x", {-1, in});
+  layer.check_fits(check_place, grad_y, "grad_y", {x.size(0), out});
+  layer.check_fits(check_place, deviation, "deviation", {x.size(0), out});
+  bayes::check_scalar(check_place, seed, "seed", ScalarType::Long, x);
   const OnDevice device(x);
   const Tensor grad = contiguous(grad_y), spread = contiguous(deviation), input = contiguous(x);
   Tensor grad_variance = new_empty(x, {x.size(0), out});
@@ -306,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_backward_cuda(
       both[1].grad_rho = grad_bias_rho.mutable_data_ptr<T>();
     }
     Call<T> call = call_of<T>({}, prior_std ? grad_kl : MaybeTensor(), x);
-    call.makes = Makes::variance;
+    call.made = Made::variance;
     sample_backward<T>(both.data(), count_of(layer), call, device.stream());
   });
   if (!needs_x) return {new_empty(x, {0}), grad_mu, grad_rho, grad_bias_mu, grad_bias_rho};
@@ -322,13 +322,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_backward_cuda(
 Tensor linear_samples_cuda(const Tensor& x, const Tensor& weight_mu, const Tensor& weight_rho,
                            const MaybeTensor& bias_mu, const MaybeTensor& bias_rho, const Tensor& seed, int64_t first,
                            int64_t samples) {
-  const LinearDistribution layer(here, weight_mu, weight_rho, bias_mu, bias_rho, {}, {});
-  layer.check_samples(here, x, samples);
+  const LinearDistribution layer(check_place, weight_mu, weight_rho, bias_mu, bias_rho, {}, {});
+  layer.check_samples(check_place, x, samples);
   const OnDevice device(x);
   Tensor y = new_empty(x, {samples, x.size(1), weight_mu.size(0)});
   if (x.scalar_type() == ScalarType::Float && x.size(1) <= kMostRows) {
     const Tensor input = contiguous(x);
-    bayes::check_scalar(here, seed, "seed", ScalarType::Long, x);
+    bayes::check_scalar(check_place, seed, "seed", ScalarType::Long, x);
     finite_width::cuda::samples(
         seed.const_data_ptr<int64_t>(), static_cast<uint32_t>(first), samples, x.size(1), layer.in(), layer.out(),
         x.size(0) == 1, input.const_data_ptr<float>(), layer.weight.mu.const_data_ptr<float>(),

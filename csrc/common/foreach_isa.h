@@ -1,13 +1,14 @@
 // Compiles one kernel file once per instruction set, each copy in a namespace of its own.
 //
 //   #include <cmath>                              // every header that the kernel file needs, first
-//   #define FW_KERNEL_FILE "bayes/sample_kernel.h"
+//   #define FW_KERNEL_FILE "pathsgd/sweep_kernel.h"
 //   #include "common/foreach_isa.h"               // finite_width::generic::, ::avx2::, ::avx512::
-//   ... FW_DISPATCH(sample_block)(arguments);     // common/isa.h: the variant in force
+//   ... FW_DISPATCH(path_forward_block<float>)(arguments);  // common/isa.h: the variant in force
 //
-// The kernel file has no include guard, includes nothing but common/simd.h, and puts all it defines in
-// namespace finite_width::FW_ISA. Whatever it includes for the first time would be compiled for the wrong
-// instruction set, hence the rule that the includes come first.
+// The kernel file has no include guard and puts all it defines in namespace finite_width::FW_ISA. It may include only
+// files of its own kind, which do the same: common/simd.h, common/gemm_tile.h, other kernel files. Any other header
+// that it included for the first time would be compiled for one instruction set and used by all, hence the rule that
+// such includes come first, in the .cpp.
 //
 // The whole project is compiled with -ffp-contract=off: a multiply and an add are fused where the source says
 // simd::fma and nowhere else, so that a kernel that only uses elementwise arithmetic and fma gives the same

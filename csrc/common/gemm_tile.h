@@ -15,8 +15,8 @@
 //     void pack_right(T* panel, int64_t first, int count, int64_t k, int64_t depth) const;   // B
 // that writes panel[j * width + i] = element(first + i, k + j) for i < count, j < depth, and 0 for count <= i < width,
 // where width is kTileRows<T> on the left and kTileColumns<T> on the right. It may write up to kSlack values past
-// width * depth. `Strided` reads through strides; `Elements` packs from any function of (index, k), and so does an
-// unfold, a conversion from bfloat16 or a gather without the matrix ever standing in memory.
+// width * depth. `Strided` and `Nested` read through strides; an operand of a kernel's own can pack an unfold, a
+// conversion from bfloat16 or a gather without the matrix ever standing in memory.
 //
 // Epilogue. `void operator()(int64_t m, int rows, int64_t n, int columns, T* values, int64_t row_step) const`, called
 // once for each finished strip while it is in the first cache: values[i * row_step + j] is C[m + i, n + j], with
@@ -124,33 +124,6 @@ struct Nested {
   }
 };
 
-// An operand given by a function: element(index, k).
-template <class T, class Function>
-struct Elements {
-  Function element;
-
-  void pack_left(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
-    pack<kTileRows<T>>(panel, first, count, k, depth);
-  }
-  void pack_right(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
-    pack<kTileColumns<T>>(panel, first, count, k, depth);
-  }
-
- private:
-  template <int Width>
-  void pack(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
-    for (int64_t j = 0; j < depth; ++j, panel += Width) {
-      for (int i = 0; i < count; ++i) panel[i] = element(first + i, k + j);
-      for (int i = count; i < Width; ++i) panel[i] = T(0);
-    }
-  }
-};
-
-template <class T, class Function>
-inline Elements<T, Function> elements(Function element) {
-  return {element};
-}
-
 struct NoEpilogue {
   template <class T>
   void operator()(int64_t, int, int64_t, int, T*, int64_t) const {}
@@ -161,11 +134,12 @@ struct NoLimit {
   int64_t operator()(int64_t) const { return INT64_MAX; }
 };
 
-// Scratch for the packed panels: thread_workspace slots 0 and 1. A caller that nests products keeps to others.
+// Scratch for the packed panels. A caller that nests products keeps to other slots.
+constexpr int kLeftSlot = 0, kRightSlot = 1;
 template <class T>
 struct Panels {
-  T* left = thread_workspace<T>(0, kTileRows<T>* kDepth + kSlack<T>);
-  T* right = thread_workspace<T>(1, (kBlockColumns<T> + kTileColumns<T>)*kDepth + kSlack<T>);
+  T* left = thread_workspace<T>(kLeftSlot, kTileRows<T>* kDepth + kSlack<T>);
+  T* right = thread_workspace<T>(kRightSlot, (kBlockColumns<T> + kTileColumns<T>)*kDepth + kSlack<T>);
 };
 
 inline int64_t smaller(int64_t a, int64_t b) {

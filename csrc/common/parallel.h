@@ -1,7 +1,8 @@
-// Runs fixed blocks of work on torch's intra-op threads.
+// Runs blocks of work on torch's intra-op threads.
 //
-// Work is cut into blocks by shape alone, never by the number of threads, and each block writes its own part of
-// the result: so the result has the same bits for any number of threads.
+// The house rule: every sum runs in an order that the shape alone decides, and each block writes its own part of the
+// result, so the result has the same bits for any number of threads. Blocks that sum are cut by shape alone; where the
+// cut changes no sum, as between the rows of a product, it may follow the number of threads.
 #pragma once
 
 #include <algorithm>

@@ -4,6 +4,9 @@
 namespace finite_width::FW_ISA {
 namespace {
 
+// Slots of scratch (common/workspace.h), beside those of the tile products.
+constexpr int kTransposedSlot = 2;
+
 // Columns padded to whole vectors cost what they would cost if they were wanted. Cᵀ = Bᵀ Aᵀ pads M instead of N; it
 // is the better product where that saves more than writing C transposed costs, about a cycle for each value.
 template <class T>
@@ -25,7 +28,7 @@ template <class T>
 void gemm_transposed(const tile::Strided<T>& a, const tile::Strided<T>& b, int64_t m0, int64_t M, int64_t N, int64_t K,
                      const T* bias, T* c, int64_t c_row) {
   constexpr int64_t kRows = tile::kBlockColumns<T>;
-  T* block = thread_workspace<T>(2, N * kRows);
+  T* block = thread_workspace<T>(kTransposedSlot, N * kRows);
   for (int64_t m = m0; m < m0 + M; m += kRows) {
     const int64_t rows = tile::smaller(kRows, m0 + M - m);
     tile::multiply_block<T>(b, a, 0, N, m, rows, K, block, kRows);

@@ -11,6 +11,9 @@
 
 namespace finite_width::FW_ISA::ntk {
 
+// Slots of scratch (common/workspace.h), beside those of the tile products.
+constexpr int kImagesSlot = 3, kStripSlot = 4, kOffsetsSlot = 5, kFiltersSlot = 6;
+
 // Positions of a strip of kTileRows<T> output channels, kept in the first cache until it is written out.
 constexpr int64_t kStripPositions = 512;
 // Images share a scratch until it has so many positions; below, register tiles would stay partly empty.
@@ -135,12 +138,12 @@ struct Convolving {
   // Positions [begin, end) of the scratch, of `count` images from `first` on.
   void run(int64_t group, int64_t first, int64_t count, int64_t begin, int64_t end) const {
     constexpr int Rows = tile::kTileRows<T>, Columns = tile::kTileColumns<T>;
-    T* scratch = thread_workspace<T>(3, channels * layout.channel + Columns);
+    T* scratch = thread_workspace<T>(kImagesSlot, channels * layout.channel + Columns);
     const T* from = input + (first * shape.channels_in + group * channels) * layout.volume;
     for (int64_t i = 0; i < channels; ++i) {
       layout.copy(from + i * layout.volume, shape.channels_in * layout.volume, count, scratch + i * layout.channel);
     }
-    T* strip = thread_workspace<T>(4, Rows * kStripPositions);
+    T* strip = thread_workspace<T>(kStripSlot, Rows * kStripPositions);
     for (int64_t at = begin; at < end; at += kStripPositions) {
       const int64_t some = tile::smaller(kStripPositions, end - at);
       for (int64_t m = 0; m < filters; m += Rows) {
@@ -214,7 +217,7 @@ void convolve(int64_t N, const Convolution& shape, const T* input, const T* weig
   const Layout layout(shape, std::max<int64_t>(1, N * groups / wanted));
 
   const int64_t taps = shape.kernel[0] * shape.kernel[1] * shape.kernel[2], depth = channels * taps;
-  int64_t* offsets = thread_workspace<int64_t>(5, depth);
+  int64_t* offsets = thread_workspace<int64_t>(kOffsetsSlot, depth);
   for (int64_t k = 0; k < depth; ++k) {
     const int64_t tap = k / channels, x = tap % shape.kernel[2], y = tap / shape.kernel[2] % shape.kernel[1];
     const int64_t z = tap / (shape.kernel[1] * shape.kernel[2]);
@@ -222,7 +225,7 @@ void convolve(int64_t N, const Convolution& shape, const T* input, const T* weig
                  y * shape.dilation[1] * layout.steps[2] + x * shape.dilation[2];
   }
   const int64_t group_weights = (filters + Rows - 1) / Rows * Rows * depth;
-  T* weights = thread_workspace<T>(6, groups * group_weights + tile::kSlack<T>);
+  T* weights = thread_workspace<T>(kFiltersSlot, groups * group_weights + tile::kSlack<T>);
   for (int64_t group = 0; group < groups; ++group) {
     for (int64_t m = 0; m < filters; m += Rows) {
       const int rows = static_cast<int>(tile::smaller(Rows, filters - m));

@@ -3,6 +3,9 @@
 
 namespace finite_width::FW_ISA::ntk {
 
+// Slots of scratch (common/workspace.h), beside those of the tile products.
+constexpr int kUnfoldSlot = 3;
+
 // The unfolded input of one example and group, as an operand: index (channel, tap), k over positions.
 template <class T>
 struct Unfolded {
@@ -21,7 +24,7 @@ struct Unfolded {
 
   // Rows of the unfold side by side in scratch, then transposed into the panel as a matrix is.
   void pack_right(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
-    T* rows = thread_workspace<T>(3, tile::kTileColumns<T> * tile::kDepth);
+    T* rows = thread_workspace<T>(kUnfoldSlot, tile::kTileColumns<T> * tile::kDepth);
     for (int i = 0; i < count; ++i) copy_row(first + i, k, depth, rows + i * depth);
     tile::pack_right<T>(rows, depth, 1, count, depth, panel);
   }

@@ -3,6 +3,9 @@
 
 namespace finite_width::FW_ISA::ntk {
 
+// Slots of scratch (common/workspace.h), beside those of the tile products.
+constexpr int kFactorsSlot = 3, kProductsSlot = 4;
+
 using finite_width::ntk::Contraction;
 using finite_width::ntk::Side;
 using finite_width::ntk::Tile;
@@ -58,7 +61,7 @@ struct Gram {
     const int64_t rows = one.positions * N, columns = two.positions * M;
     T* factors = nullptr;
     if (inner) {
-      factors = thread_workspace<T>(3, rows * columns);
+      factors = thread_workspace<T>(kFactorsSlot, rows * columns);
       tile::multiply_block<T>(tile::Strided<T>{one.a, one.a_row, one.a_col},
                               tile::Strided<T>{two.a, two.a_row, two.a_col}, n0 * one.positions, rows,
                               m0 * two.positions, columns, I, factors, columns, tile::NoEpilogue{},
@@ -80,7 +83,7 @@ struct Gram {
     const int64_t step = two.positions * O, block = tile::kBlockColumns<T>;
     const int64_t examples = step < block ? block / step : 1;
     const int64_t rows = N * one.positions * O;
-    T* products = thread_workspace<T>(4, block * (step < block ? block : step));
+    T* products = thread_workspace<T>(kProductsSlot, block * (step < block ? block : step));
     for (int64_t row = 0; row < rows; row += block) {
       const int64_t some_rows = tile::smaller(block, rows - row);
       for (int64_t m = 0; m < M; m += examples) {

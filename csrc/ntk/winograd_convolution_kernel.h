@@ -4,6 +4,9 @@
 
 namespace finite_width::FW_ISA::ntk {
 
+// Slots of scratch (common/workspace.h), beside those of the tile products.
+constexpr int kTransformedSlot = 3, kProductsSlot = 4, kTapsSlot = 5, kFiltersSlot = 6, kLinesSlot = 7;
+
 // Bytes of transformed input that a block of tiles takes, and the fewest tiles of a block. Smaller blocks, which fit
 // the second cache with all they meet, read more borders and were slower.
 constexpr int64_t kTransformedBytes = 1 << 20;
@@ -26,7 +29,7 @@ template <class T>
 void transform_weights(const T* weight, const Strips<T>& strips, int64_t channels, int64_t panel_step, T* to) {
   constexpr int Rows = tile::kTileRows<T>, L = simd::kLanes<T>;
   const int64_t panel = channels * Rows;
-  T* taps = thread_workspace<T>(5, 9 * panel + tile::kSlack<T> + L);
+  T* taps = thread_workspace<T>(kTapsSlot, 9 * panel + tile::kSlack<T> + L);
   for (int64_t s = 0; s < strips.count; ++s, to += winograd::kFrequencies * panel_step) {
     const T* filters = weight + strips.first(s) * channels * 9;
     for (int64_t tap = 0; tap < 9; ++tap) {
@@ -74,8 +77,9 @@ struct WinogradConvolving {
     // share a few sets of the first cache.
     const int64_t count = (end - begin) * tiles.across, step = ((count + Columns) / kLine / 2 * 2 + 3) * kLine;
     const int64_t inputs = winograd::apart<T>(channels * step), outputs = winograd::apart<T>(filters * step);
-    T* transformed = thread_workspace<T>(3, winograd::kFrequencies * inputs);  // [frequencies, channels, step]
-    T* products = thread_workspace<T>(4, winograd::kFrequencies * outputs);    // [frequencies, filters, step]
+    T* transformed =
+        thread_workspace<T>(kTransformedSlot, winograd::kFrequencies * inputs);  // [frequencies, channels, step]
+    T* products = thread_workspace<T>(kProductsSlot, winograd::kFrequencies * outputs);  // [frequencies, filters, step]
     transform(begin, end, transformed, step, inputs);
     for (int f = 0; f < winograd::kFrequencies; ++f) {
       const T* right = transformed + f * inputs;
@@ -114,7 +118,7 @@ struct WinogradConvolving {
   void write(const T* from, int64_t step, int64_t filter, int64_t begin, int64_t end) const {
     constexpr int L = simd::kLanes<T>;
     const int64_t count = (end - begin) * tiles.across, room = (count + L - 1) / L * 2 * L;
-    T* upper = thread_workspace<T>(7, 2 * room);  // positions of the even lines, then of the odd ones
+    T* upper = thread_workspace<T>(kLinesSlot, 2 * room);  // positions of the even lines, then of the odd ones
     for (int64_t t = 0; t < count; t += L) {
       simd::Vec<T> s[2][4];
 #pragma GCC unroll 4
@@ -152,7 +156,7 @@ void winograd_convolve(int64_t N, const Convolution& shape, const T* input, cons
   const int64_t channels = shape.channels_in, filters = shape.channels_out;
   const int64_t panel_step = (channels * Rows + L - 1) / L * L;
   const Strips<T> strips{filters};
-  T* weights = thread_workspace<T>(6, strips.count * winograd::kFrequencies * panel_step);
+  T* weights = thread_workspace<T>(kFiltersSlot, strips.count * winograd::kFrequencies * panel_step);
   transform_weights(weight, strips, channels, panel_step, weights);
 
   const winograd::Tiles tiles(shape);

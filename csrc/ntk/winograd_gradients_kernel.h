@@ -5,6 +5,9 @@
 
 namespace finite_width::FW_ISA::ntk {
 
+// Slots of scratch (common/workspace.h), beside those of the tile products.
+constexpr int kTransformedSlot = 3, kSumsSlot = 4, kInputsSlot = 5, kCotangentsSlot = 6, kPositionsSlot = 7;
+
 // Tiles summed in one chain, as far as whole lines allow: transformed and packed, they are to stay in the second cache.
 // Part of the bits.
 constexpr int64_t kChainTiles = 112;
@@ -35,11 +38,11 @@ class WinogradGradients {
 
   void block(int64_t first, int64_t count, int64_t channel, int64_t channels) const {
     const int64_t strips = (count + Rows - 1) / Rows, wide = (channels + Columns - 1) / Columns * Columns;
-    T* sums = thread_workspace<T>(4, strips * F * Rows * wide);  // [strips, F, Rows, wide]
+    T* sums = thread_workspace<T>(kSumsSlot, strips * F * Rows * wide);  // [strips, F, Rows, wide]
     const int64_t most = lines_ * tiles_.across;
-    T* right = thread_workspace<T>(5, F * wide / Columns * panel_step(most));
-    T* left = thread_workspace<T>(6, F * (Rows * most + L));
-    T* positions = thread_workspace<T>(7, (2 * lines_ * shape_.positions[2] + 1) * Rows + tile::kSlack<T>);
+    T* right = thread_workspace<T>(kInputsSlot, F * wide / Columns * panel_step(most));
+    T* left = thread_workspace<T>(kCotangentsSlot, F * (Rows * most + L));
+    T* positions = thread_workspace<T>(kPositionsSlot, (2 * lines_ * shape_.positions[2] + 1) * Rows + tile::kSlack<T>);
     const Summed<T> cotangents{cotangents_.rows, channel == 0 ? cotangents_.sums : nullptr, cotangents_.step};
     for (int64_t line = 0; line < tiles_.lines; line += lines_) {
       const int64_t end = std::min(tiles_.lines, line + lines_), depth = (end - line) * tiles_.across;
@@ -70,7 +73,7 @@ class WinogradGradients {
   void pack_inputs(int64_t channel, int64_t channels, int64_t line, int64_t end, T* right) const {
     const int64_t depth = (end - line) * tiles_.across, wide = (channels + Columns - 1) / Columns * Columns;
     const int64_t volume = shape_.size[1] * shape_.size[2], step = (depth + L) * Columns;
-    T* transformed = thread_workspace<T>(3, F * step);  // [F, Columns, depth + L]
+    T* transformed = thread_workspace<T>(kTransformedSlot, F * step);  // [F, Columns, depth + L]
     const winograd::TransformedInput<T> transform(shape_, tiles_);
     for (int64_t j = 0; j < wide; j += Columns) {
       const int some = static_cast<int>(tile::smaller(Columns, channels - j));

@@ -73,18 +73,18 @@ void path_step_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>
   tensors.check(check_cpu);
   const Scaling scaling = scaling_of(grad_scale, found_inf);
   with_type(weights[0], [&]<class T>(T*) {
-    std::vector<Sweep<T>> there = tensors.there<T>();
-    for (size_t i = 0; i < there.size(); ++i) {
-      there[i].weight_rates = rates_now(there[i].weight_rates, entry(lrs, 2 * i), "lrs");
-      there[i].bias_rates = rates_now(there[i].bias_rates, entry(lrs, 2 * i + 1), "lrs");
-      apply(scaling, there[i]);
+    std::vector<Sweep<T>> sweeps = tensors.forward_sweeps<T>();
+    for (size_t i = 0; i < sweeps.size(); ++i) {
+      sweeps[i].weight_rates = rates_now(sweeps[i].weight_rates, entry(lrs, 2 * i), "lrs");
+      sweeps[i].bias_rates = rates_now(sweeps[i].bias_rates, entry(lrs, 2 * i + 1), "lrs");
+      apply(scaling, sweeps[i]);
     }
     if (rebuild) {
-      std::vector<Sweep<T>> still = there;
+      std::vector<Sweep<T>> still = sweeps;
       for (Sweep<T>& task : still) task.grad = task.bias_grad = nullptr;
-      chain_sweep<T>(tensors.chain(), still.data(), tensors.back(still).data(), static_cast<int>(rebuild));
+      chain_sweep<T>(tensors.chain(), still.data(), tensors.backward_sweeps(still).data(), static_cast<int>(rebuild));
     }
-    chain_sweep<T>(tensors.chain(), there.data(), tensors.back(there).data(), 0);
+    chain_sweep<T>(tensors.chain(), sweeps.data(), tensors.backward_sweeps(sweeps).data(), 0);
   });
 }
 
@@ -106,7 +106,7 @@ void path_update_cpu(const Tensor& param, const Tensor& grad, const MaybeTensor&
 // The shape of a convolution of x [1, Cin, *S] with weight [Cout, Cin / groups, *kernel].
 Convolution shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
-  check_doubles(check_cpu, x, "x");
+  check_float64(check_cpu, x, "x");
   check_cpu(weight, "weight");
   check_contiguous(weight, "weight");
   std::vector<int64_t> kernel;
@@ -126,7 +126,7 @@ std::vector<int64_t> sizes_of(const Convolution& shape, int64_t spatial) {
 }
 
 void check_known(const Tensor& known, const Convolution& shape, int64_t spatial) {
-  check_doubles(check_cpu, known, "known");
+  check_float64(check_cpu, known, "known");
   const std::vector<int64_t> sizes = sizes_of(shape, spatial);
   check_dim(known, "known", static_cast<int64_t>(sizes.size()));
   for (size_t axis = 0; axis < sizes.size(); ++axis) {

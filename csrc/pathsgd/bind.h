@@ -1,6 +1,6 @@
 // What the bindings of Path-SGD for the CPU and for CUDA share: dtypes, rates, and what each op checks of its tensors.
 //
-// `here(tensor, name)` is the device's own check: it throws unless the tensor is where the kernel runs.
+// `check_place(tensor, name)` is the device's own check: it throws unless the tensor is where the kernel runs.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -32,7 +32,7 @@ void with_type(const Tensor& tensor, const Run& run) {
       run(static_cast<double*>(nullptr));
       break;
     case ScalarType::BFloat16:
-      run(static_cast<Bf16*>(nullptr));
+      run(static_cast<Bfloat16*>(nullptr));
       break;
     default:
       STD_TORCH_CHECK(false, "finite_width: the parameter must be float32, float64 or bfloat16");
@@ -45,46 +45,47 @@ T* pointer(const MaybeTensor& tensor) {
 }
 
 // A companion of `tensor`: same dtype and number of elements, contiguous.
-template <class Here>
-void check_companion(const Here& here, const MaybeTensor& companion, const char* name, const Tensor& tensor) {
+template <class CheckPlace>
+void check_like_parameter(const CheckPlace& check_place, const MaybeTensor& companion, const char* name,
+                          const Tensor& tensor) {
   if (!companion) return;
-  here(*companion, name);
+  check_place(*companion, name);
   check_dtype(*companion, name, tensor.scalar_type());
   check_contiguous(*companion, name);
   STD_TORCH_CHECK(companion->numel() == tensor.numel(), "finite_width: ", name, " has another size than its parameter");
 }
 
 // Doubles, contiguous.
-template <class Here>
-void check_doubles(const Here& here, const Tensor& tensor, const char* name) {
-  here(tensor, name);
+template <class CheckPlace>
+void check_float64(const CheckPlace& check_place, const Tensor& tensor, const char* name) {
+  check_place(tensor, name);
   check_dtype(tensor, name, ScalarType::Double);
   check_contiguous(tensor, name);
 }
 
 // grad_scale or found_inf: one float, or nothing.
-template <class Here>
-const float* element(const Here& here, const MaybeTensor& value, const char* name) {
+template <class CheckPlace>
+const float* element(const CheckPlace& check_place, const MaybeTensor& value, const char* name) {
   if (!value) return nullptr;
-  here(*value, name);
+  check_place(*value, name);
   check_dtype(*value, name, ScalarType::Float);
   STD_TORCH_CHECK(value->numel() == 1, "finite_width: ", name, " must have one element");
   return value->const_data_ptr<float>();
 }
 
 // lr and keep, in doubles; null where there is none.
-template <class Here>
-const double* lr_of(const Here& here, const MaybeTensor& lr, const char* name) {
+template <class CheckPlace>
+const double* lr_of(const CheckPlace& check_place, const MaybeTensor& lr, const char* name) {
   if (!lr) return nullptr;
-  check_doubles(here, *lr, name);
+  check_float64(check_place, *lr, name);
   STD_TORCH_CHECK(lr->numel() == 2, "finite_width: ", name, " must have two elements, lr and keep");
   return lr->const_data_ptr<double>();
 }
 
 // An exponent: one double.
-template <class Here>
-const double* exponent_of(const Here& here, const Tensor& exponent) {
-  check_doubles(here, exponent, "exponent");
+template <class CheckPlace>
+const double* exponent_of(const CheckPlace& check_place, const Tensor& exponent) {
+  check_float64(check_place, exponent, "exponent");
   STD_TORCH_CHECK(exponent.numel() == 1, "finite_width: exponent must have one element");
   return exponent.const_data_ptr<double>();
 }
@@ -98,24 +99,24 @@ struct SweepTensors {
   double p;
   const std::vector<double>&weight_rates, &bias_rates;
 
-  template <class Here>
-  void check(const Here& here) const {
-    here(weight, "weight");
+  template <class CheckPlace>
+  void check(const CheckPlace& check_place) const {
+    check_place(weight, "weight");
     check_dim(weight, "weight", 2);
     check_contiguous(weight, "weight");
-    check_companion(here, grad, "grad", weight);
-    check_companion(here, momentum, "momentum", weight);
+    check_like_parameter(check_place, grad, "grad", weight);
+    check_like_parameter(check_place, momentum, "momentum", weight);
     const int64_t rows = weight.size(0), cols = weight.size(1);
     if (bias) {
-      here(*bias, "bias");
+      check_place(*bias, "bias");
       check_dtype(*bias, "bias", weight.scalar_type());
       check_contiguous(*bias, "bias");
       check_shape(*bias, "bias", {rows});
-      check_companion(here, bias_grad, "bias_grad", *bias);
-      check_companion(here, bias_momentum, "bias_momentum", *bias);
+      check_like_parameter(check_place, bias_grad, "bias_grad", *bias);
+      check_like_parameter(check_place, bias_momentum, "bias_momentum", *bias);
     }
     const auto vector = [&](const Tensor& each, const char* name, int64_t size) {
-      check_doubles(here, each, name);
+      check_float64(check_place, each, name);
       check_shape(each, name, {size});
     };
     vector(from_old, "from_old", (forward ? cols : rows) + 1);
@@ -148,17 +149,17 @@ struct SweepTensors {
 };
 
 // What every update checks of the parameter that it writes.
-template <class Here>
-void check_update(const Here& here, const Tensor& param, const Tensor& grad, const MaybeTensor& momentum) {
-  here(param, "param");
+template <class CheckPlace>
+void check_update(const CheckPlace& check_place, const Tensor& param, const Tensor& grad, const MaybeTensor& momentum) {
+  check_place(param, "param");
   check_contiguous(param, "param");
-  check_companion(here, grad, "grad", param);
-  check_companion(here, momentum, "momentum", param);
+  check_like_parameter(check_place, grad, "grad", param);
+  check_like_parameter(check_place, momentum, "momentum", param);
 }
 
-template <class Here>
-void check_mass(const Here& here, const Tensor& mass, const Tensor& param) {
-  check_doubles(here, mass, "mass");
+template <class CheckPlace>
+void check_mass(const CheckPlace& check_place, const Tensor& mass, const Tensor& param) {
+  check_float64(check_place, mass, "mass");
   STD_TORCH_CHECK(mass.numel() == param.numel(), "finite_width: mass has another size than its parameter");
 }
 

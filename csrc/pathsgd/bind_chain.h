@@ -44,8 +44,8 @@ struct ChainTensors {
 
   size_t layers() const { return weights.size(); }
 
-  template <class Here>
-  void check(const Here& here) const {
+  template <class CheckPlace>
+  void check(const CheckPlace& check_place) const {
     STD_TORCH_CHECK(layers() > 0, "finite_width: weights must hold at least one tensor");
     for (const auto* list : {&grads, &momenta, &biases, &bias_grads, &bias_momenta}) {
       STD_TORCH_CHECK(list->size() == layers(), "finite_width: all lists must be as long as weights");
@@ -54,25 +54,25 @@ struct ChainTensors {
     STD_TORCH_CHECK(lrs.empty() || lrs.size() == 2 * layers(),
                     "finite_width: lrs must be empty or hold two tensors a layer");
     STD_TORCH_CHECK(rebuild >= 0 && rebuild <= 2, "finite_width: rebuild must be 0, 1 or 2");
-    check_doubles(here, vectors, "vectors");
-    check_doubles(here, state, "state");
+    check_float64(check_place, vectors, "vectors");
+    check_float64(check_place, state, "state");
     check_shape(state, "state", {4});
     for (size_t i = 0; i < layers(); ++i) {
-      here(weights[i], "weights");
+      check_place(weights[i], "weights");
       check_dim(weights[i], "weights", 2);
       check_dtype(weights[i], "weights", weights[0].scalar_type());
       check_contiguous(weights[i], "weights");
       const int64_t rows = weights[i].size(0), cols = weights[i].size(1);
       STD_TORCH_CHECK(i == 0 || cols == weights[i - 1].size(0), "finite_width: weights do not fit each other");
-      check_companion(here, entry(grads, i), "grads", weights[i]);
-      check_companion(here, entry(momenta, i), "momenta", weights[i]);
+      check_like_parameter(check_place, entry(grads, i), "grads", weights[i]);
+      check_like_parameter(check_place, entry(momenta, i), "momenta", weights[i]);
       if (const MaybeTensor bias = entry(biases, i)) {
-        here(*bias, "biases");
+        check_place(*bias, "biases");
         check_dtype(*bias, "biases", weights[0].scalar_type());
         check_contiguous(*bias, "biases");
         check_shape(*bias, "biases", {rows});
-        check_companion(here, entry(bias_grads, i), "bias_grads", *bias);
-        check_companion(here, entry(bias_momenta, i), "bias_momenta", *bias);
+        check_like_parameter(check_place, entry(bias_grads, i), "bias_grads", *bias);
+        check_like_parameter(check_place, entry(bias_momenta, i), "bias_momenta", *bias);
       }
     }
     const PathPieces at = pieces();
@@ -102,7 +102,7 @@ struct ChainTensors {
 
   // Each layer's sweep in forward order; F is carried and B is known.
   template <class T>
-  std::vector<Sweep<T>> there() const {
+  std::vector<Sweep<T>> forward_sweeps() const {
     const PathPieces at = pieces();
     std::vector<Sweep<T>> sweeps;
     for (size_t i = 0; i < layers(); ++i) {
@@ -119,7 +119,7 @@ struct ChainTensors {
 
   // The same layers' sweeps the other way; B is carried and F is known.
   template <class T>
-  std::vector<Sweep<T>> back(std::vector<Sweep<T>> sweeps) const {
+  std::vector<Sweep<T>> backward_sweeps(std::vector<Sweep<T>> sweeps) const {
     const PathPieces at = pieces();
     for (size_t i = 0; i < layers(); ++i) {
       sweeps[i].forward = false;

@@ -15,9 +15,10 @@ namespace {
 
 using pathsgd::MaybeTensor;
 
-template <class Here>
-Scaling scaling_of(const Here& here, const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
-  return {pathsgd::element(here, grad_scale, "grad_scale"), pathsgd::element(here, found_inf, "found_inf")};
+template <class CheckPlace>
+Scaling scaling_of(const CheckPlace& check_place, const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
+  return {pathsgd::element(check_place, grad_scale, "grad_scale"),
+          pathsgd::element(check_place, found_inf, "found_inf")};
 }
 
 void path_sweep_cuda(const Tensor& weight, const MaybeTensor& grad, const MaybeTensor& momentum,
@@ -26,13 +27,13 @@ void path_sweep_cuda(const Tensor& weight, const MaybeTensor& grad, const MaybeT
                      const Tensor& mass, bool forward, double p, const std::vector<double>& weight_rates,
                      const std::vector<double>& bias_rates, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
                      const MaybeTensor& weight_lr, const MaybeTensor& bias_lr) {
-  const auto here = [&](const Tensor& tensor, const char* name) { check_here(tensor, name, weight); };
+  const auto check_place = [&](const Tensor& tensor, const char* name) { check_here(tensor, name, weight); };
   const pathsgd::SweepTensors tensors{weight, grad,  momentum, bias,    bias_grad, bias_momentum, from_old,  from_new,
                                       across, fresh, mass,     forward, p,         weight_rates,  bias_rates};
-  tensors.check(here);
-  const Scaling scaling = scaling_of(here, grad_scale, found_inf);
-  const double *weight_now = pathsgd::lr_of(here, weight_lr, "weight_lr"),
-               *bias_now = pathsgd::lr_of(here, bias_lr, "bias_lr");
+  tensors.check(check_place);
+  const Scaling scaling = scaling_of(check_place, grad_scale, found_inf);
+  const double *weight_now = pathsgd::lr_of(check_place, weight_lr, "weight_lr"),
+               *bias_now = pathsgd::lr_of(check_place, bias_lr, "bias_lr");
   const OnDevice device(weight);
   const Tensor scratch = torch::stable::new_empty(from_old, {sweep_scratch(weight.size(0), weight.size(1), forward)});
   pathsgd::with_type(weight, [&]<class T>(T*) {
@@ -49,49 +50,51 @@ void path_step_cuda(const std::vector<Tensor>& weights, const std::vector<Tensor
                     int64_t rebuild) {
   const pathsgd::ChainTensors tensors{weights, grads, momenta, biases, bias_grads, bias_momenta,
                                       vectors, state, p,       rates,  lrs,        rebuild};
-  const auto here = [&](const Tensor& tensor, const char* name) { check_here(tensor, name, weights[0]); };
-  tensors.check(here);
+  const auto check_place = [&](const Tensor& tensor, const char* name) { check_here(tensor, name, weights[0]); };
+  tensors.check(check_place);
   const size_t layers = tensors.layers();
   int64_t scratch_size = 0;
   for (const Tensor& weight : weights) {
     const int64_t rows = weight.size(0), cols = weight.size(1);
     scratch_size = std::max({scratch_size, sweep_scratch(rows, cols, true), sweep_scratch(rows, cols, false)});
   }
-  const Scaling scaling = scaling_of(here, grad_scale, found_inf);
+  const Scaling scaling = scaling_of(check_place, grad_scale, found_inf);
   const pathsgd::Chain chain = tensors.chain();
   const OnDevice device(weights[0]);
   const Tensor scratch = torch::stable::new_empty(state, {scratch_size});
   pathsgd::with_type(weights[0], [&]<class T>(T*) {
-    const std::vector<pathsgd::Sweep<T>> forward = tensors.there<T>(), backward = tensors.back(forward);
-    std::vector<Layer<T>> there, back;
+    const std::vector<pathsgd::Sweep<T>> forward = tensors.forward_sweeps<T>(),
+                                         backward = tensors.backward_sweeps(forward);
+    std::vector<Layer<T>> forward_layers, backward_layers;
     for (size_t i = 0; i < layers; ++i) {
-      const double *weight_lr = pathsgd::lr_of(here, pathsgd::entry(lrs, 2 * i), "lrs"),
-                   *bias_lr = pathsgd::lr_of(here, pathsgd::entry(lrs, 2 * i + 1), "lrs");
+      const double *weight_lr = pathsgd::lr_of(check_place, pathsgd::entry(lrs, 2 * i), "lrs"),
+                   *bias_lr = pathsgd::lr_of(check_place, pathsgd::entry(lrs, 2 * i + 1), "lrs");
       double* const mass_exponents = chain.masses + 4 * i + 2;
-      there.push_back({forward[i], scaling, weight_lr, bias_lr, mass_exponents});
-      back.push_back({backward[i], scaling, weight_lr, bias_lr, mass_exponents});
+      forward_layers.push_back({forward[i], scaling, weight_lr, bias_lr, mass_exponents});
+      backward_layers.push_back({backward[i], scaling, weight_lr, bias_lr, mass_exponents});
     }
     double* const work = scratch.mutable_data_ptr<double>();
     if (rebuild) {
-      std::vector<Layer<T>> still_there = there, still_back = back;
-      for (auto* layers_of_one : {&still_there, &still_back}) {
+      std::vector<Layer<T>> still_forward = forward_layers, still_backward = backward_layers;
+      for (auto* layers_of_one : {&still_forward, &still_backward}) {
         for (Layer<T>& layer : *layers_of_one) layer.sweep.grad = layer.sweep.bias_grad = nullptr;
       }
-      chain_sweep<T>(chain, still_there.data(), still_back.data(), static_cast<int>(rebuild), work, device.stream());
+      chain_sweep<T>(chain, still_forward.data(), still_backward.data(), static_cast<int>(rebuild), work,
+                     device.stream());
     }
-    chain_sweep<T>(chain, there.data(), back.data(), 0, work, device.stream());
+    chain_sweep<T>(chain, forward_layers.data(), backward_layers.data(), 0, work, device.stream());
   });
 }
 
 void path_update_cuda(const Tensor& param, const Tensor& grad, const MaybeTensor& momentum, const Tensor& mass,
                       const Tensor& exponent, double p, const std::vector<double>& rates, const MaybeTensor& grad_scale,
                       const MaybeTensor& found_inf, const MaybeTensor& lr) {
-  const auto here = [&](const Tensor& tensor, const char* name) { check_here(tensor, name, param); };
-  pathsgd::check_update(here, param, grad, momentum);
-  pathsgd::check_mass(here, mass, param);
+  const auto check_place = [&](const Tensor& tensor, const char* name) { check_here(tensor, name, param); };
+  pathsgd::check_update(check_place, param, grad, momentum);
+  pathsgd::check_mass(check_place, mass, param);
   const pathsgd::Rates how = pathsgd::rates_of(rates);
-  const Scaling scaling = scaling_of(here, grad_scale, found_inf);
-  const double *power = pathsgd::exponent_of(here, exponent), *now = pathsgd::lr_of(here, lr, "lr");
+  const Scaling scaling = scaling_of(check_place, grad_scale, found_inf);
+  const double *power = pathsgd::exponent_of(check_place, exponent), *now = pathsgd::lr_of(check_place, lr, "lr");
   const OnDevice device(param);
   pathsgd::with_type(param, [&]<class T>(T*) {
     update<T>(param.numel(), static_cast<T*>(param.mutable_data_ptr()), static_cast<const T*>(grad.const_data_ptr()),

@@ -46,9 +46,9 @@ FW_HOST_DEVICE void conclude(double* state, bool forward, bool rebuilt, const Pa
 
 // A whole chain on the CPU in the direction that its state asks for: forward where B is known, backward where F is.
 // With rebuild = kKnowsForward or kKnowsBackward, in the direction that makes those vectors, and without a look at Φ.
-//   there, back  [layers] the layers' sweeps forward and backward, both from the input on
+//   forward_sweeps, backward_sweeps  [layers] the layers' sweeps forward and backward, both from the input on
 // Floor: that of the sweeps.
 template <class T>
-void chain_sweep(const Chain& chain, const Sweep<T>* there, const Sweep<T>* back, int rebuild);
+void chain_sweep(const Chain& chain, const Sweep<T>* forward_sweeps, const Sweep<T>* backward_sweeps, int rebuild);
 
 }  // namespace finite_width::pathsgd

@@ -40,18 +40,18 @@ void make_ones(double* vector, int64_t units) {
 }  // namespace
 
 template <class T>
-void chain_sweep(const Chain& chain, const Sweep<T>* there, const Sweep<T>* back, int rebuild) {
+void chain_sweep(const Chain& chain, const Sweep<T>* forward_sweeps, const Sweep<T>* backward_sweeps, int rebuild) {
   const bool forward = rebuild ? rebuild == kKnowsForward : chain.state[0] == kKnowsBackward;
   for (int64_t k = 0; k < chain.layers; ++k) {
     const int64_t layer = forward ? k : chain.layers - 1 - k;
-    const Sweep<T>& task = forward ? there[layer] : back[layer];
+    const Sweep<T>& task = forward ? forward_sweeps[layer] : backward_sweeps[layer];
     const int64_t entered = forward ? task.cols : task.rows;
     const double old_exponent = task.from_old[entered], new_exponent = task.from_new[entered];
     sweep(task);
     chain.masses[4 * layer + 2] = old_exponent;
     chain.masses[4 * layer + 3] = new_exponent;
   }
-  const double p = there[0].p;
+  const double p = forward_sweeps[0].p;
   const int64_t units = forward ? chain.outputs : chain.inputs, layers = forward ? 0 : chain.layers;
   const double* met = forward ? chain.last_backward : chain.first_forward;
   const double* left = forward ? chain.last_forward : chain.first_backward;
@@ -63,6 +63,6 @@ void chain_sweep(const Chain& chain, const Sweep<T>* there, const Sweep<T>* back
 
 template void chain_sweep<float>(const Chain&, const Sweep<float>*, const Sweep<float>*, int);
 template void chain_sweep<double>(const Chain&, const Sweep<double>*, const Sweep<double>*, int);
-template void chain_sweep<Bf16>(const Chain&, const Sweep<Bf16>*, const Sweep<Bf16>*, int);
+template void chain_sweep<Bfloat16>(const Chain&, const Sweep<Bfloat16>*, const Sweep<Bfloat16>*, int);
 
 }  // namespace finite_width::pathsgd

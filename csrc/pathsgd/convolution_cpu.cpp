@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "common/parallel.h"
-#include "common/workspace.h"
 #include "pathsgd/path_math.h"
+#include "pathsgd/workspace.h"
 
 #define FW_KERNEL_FILE "pathsgd/convolution_kernel.h"
 #include "common/foreach_isa.h"
@@ -39,7 +39,7 @@ void update_convolution(const Convolution& shape, const double* x, const double*
                                       double, const Rates&);
 FW_INSTANTIATE(float)
 FW_INSTANTIATE(double)
-FW_INSTANTIATE(Bf16)
+FW_INSTANTIATE(Bfloat16)
 #undef FW_INSTANTIATE
 
 }  // namespace finite_width::pathsgd

@@ -23,7 +23,7 @@ struct Padded {
       positions *= shape.positions[axis];
       volume *= size[axis];
     }
-    place = thread_workspace<int64_t>(8, positions + channels * taps);
+    place = thread_workspace<int64_t>(pathsgd::kPlacesSlot, positions + channels * taps);
     step = place + positions;
     grid(shape.positions, shape.stride, place);
     grid(shape.kernel, shape.dilation, step);
@@ -171,8 +171,8 @@ void convolve_back_group(const Convolution& shape, const Padded& padded, const d
   constexpr int64_t kColumns = tile::kBlockColumns<double>;
   parallel_blocks((channels + block - 1) / block, [&](int64_t index) {
     const int64_t first = index * block, some = tile::smaller(block, channels - first);
-    double* strips = thread_workspace<double>(9, some * taps * kColumns);
-    double* sums = thread_workspace<double>(10, some * padded.volume);
+    double* strips = thread_workspace<double>(pathsgd::kStripsSlot, some * taps * kColumns);
+    double* sums = thread_workspace<double>(pathsgd::kSumsSlot, some * padded.volume);
     std::fill(sums, sums + some * padded.volume, 0.0);
     const auto add = [&](int64_t m, int rows, int64_t n, int columns, double* values, int64_t row_step) {
       for (int i = 0; i < rows; ++i, values += row_step) {
@@ -216,7 +216,7 @@ void update_group(const Convolution& shape, const Padded& padded, const double* 
   parallel_blocks(grid.row_tasks * grid.column_tasks, [&](int64_t task) {
     const int64_t m0 = task / grid.column_tasks * grid.rows, n0 = task % grid.column_tasks * grid.columns;
     const int64_t m1 = tile::smaller(m0 + grid.rows, filters), n1 = tile::smaller(n0 + grid.columns, row);
-    double* masses = thread_workspace<double>(9, kRows * kColumns);
+    double* masses = thread_workspace<double>(pathsgd::kMassesSlot, kRows * kColumns);
     for (int64_t m = m0; m < m1; m += kRows) {
       for (int64_t n = n0; n < n1; n += kColumns) {
         tile::multiply_block<double>(tile::Strided<double>{known, padded.positions, 1}, unfolded, m,
@@ -231,7 +231,7 @@ void update_group(const Convolution& shape, const Padded& padded, const double* 
 inline const double* padded_copy(const Convolution& shape, const Padded& padded, const double* x) {
   const int64_t volume = shape.size[0] * shape.size[1] * shape.size[2];
   // A vector more, which packing may read and leave.
-  double* copy = thread_workspace<double>(11, shape.channels_in * padded.volume + kWide);
+  double* copy = thread_workspace<double>(pathsgd::kPaddedSlot, shape.channels_in * padded.volume + kWide);
   parallel_blocks(shape.channels_in, [&](int64_t c) { padded.pad(shape, x + c * volume, copy + c * padded.volume); });
   return copy;
 }

@@ -4,7 +4,6 @@
 
 namespace finite_width::FW_ISA {
 
-using pathsgd::Bf16;
 using pathsgd::Rates;
 using pathsgd::StepScale;
 
@@ -40,7 +39,7 @@ FW_INLINE Part load_part(const float* from) {
   return widened(value);
 }
 
-FW_INLINE Part load_part(const Bf16* from) {
+FW_INLINE Part load_part(const Bfloat16* from) {
   HalfPart bits;
   std::memcpy(&bits, from, sizeof bits);
   const WordPart words = __builtin_convertvector(bits, WordPart) << 16;
@@ -59,7 +58,7 @@ FW_INLINE Part store_part(float* to, Part value) {
   return widened(rounded);
 }
 
-FW_INLINE Part store_part(Bf16* to, Part value) {
+FW_INLINE Part store_part(Bfloat16* to, Part value) {
   const FloatPart rounded = __builtin_convertvector(value, FloatPart);
   const WordPart words = (WordPart)rounded;
   const WordPart nearest = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;  // ties to even

@@ -19,11 +19,8 @@ FW_HOST_DEVICE double load(const double* from) {
 FW_HOST_DEVICE double load(const float* from) {
   return *from;
 }
-FW_HOST_DEVICE double load(const Bf16* from) {
-  const uint32_t word = static_cast<uint32_t>(from->bits) << 16;
-  float value;
-  memcpy(&value, &word, sizeof value);
-  return value;
+FW_HOST_DEVICE double load(const Bfloat16* from) {
+  return widened(*from);
 }
 
 // Rounds once, to the nearest.
@@ -33,11 +30,8 @@ FW_HOST_DEVICE void store(double* to, double value) {
 FW_HOST_DEVICE void store(float* to, double value) {
   *to = static_cast<float>(value);
 }
-FW_HOST_DEVICE void store(Bf16* to, double value) {
-  const float rounded = static_cast<float>(value);
-  uint32_t word;
-  memcpy(&word, &rounded, sizeof word);
-  to->bits = static_cast<uint16_t>(rounded != rounded ? 0x7fc0u : (word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+FW_HOST_DEVICE void store(Bfloat16* to, double value) {
+  narrow(static_cast<float>(value), *to);
 }
 
 FW_HOST_DEVICE double power(double w, double p) {

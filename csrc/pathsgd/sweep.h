@@ -11,12 +11,9 @@
 
 #include <cstdint>
 
-namespace finite_width::pathsgd {
+#include "common/half.h"
 
-// bfloat16 storage: the upper half of a float.
-struct Bf16 {
-  uint16_t bits;
-};
+namespace finite_width::pathsgd {
 
 // A step's numbers for one parameter. keep = 1 - lr * weight_decay; sign = -1 where the objective is maximised.
 struct Rates {
@@ -24,7 +21,7 @@ struct Rates {
   bool nesterov;
 };
 
-// T: float, double or Bf16. A path vector of n units is n doubles and, last, the power of two they share.
+// T: float, double or Bfloat16. A path vector of n units is n doubles and, last, the power of two they share.
 template <class T>
 struct Sweep {
   int64_t rows, cols;

@@ -9,7 +9,6 @@
 namespace finite_width::cuda {
 namespace {
 
-using pathsgd::Bf16;
 using pathsgd::Chain;
 using pathsgd::kKnowsBackward;
 using pathsgd::kKnowsForward;

@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "common/parallel.h"
 #include "pathsgd/path_math.h"
+#include "pathsgd/workspace.h"
 
 #define FW_KERNEL_FILE "pathsgd/sweep_kernel.h"
 #include "common/foreach_isa.h"
@@ -40,13 +40,6 @@ int64_t blocks(int64_t count, int64_t size) {
   return (count + size - 1) / size;
 }
 
-// Doubles that live as long as the thread, so that a step touches no fresh memory.
-double* workspace(int64_t count) {
-  thread_local std::vector<double> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(static_cast<size_t>(count));
-  return memory.data();
-}
-
 // One bias's update.
 template <class T>
 void update_bias(const Sweep<T>& task, int64_t row, double mass, double exponent) {
@@ -59,7 +52,7 @@ void update_bias(const Sweep<T>& task, int64_t row, double mass, double exponent
 template <class T>
 void sweep_forward(const Sweep<T>& task) {
   const int64_t rows = task.rows, cols = task.cols, padded = blocks(cols, 8) * 8;
-  double* in_factor = workspace(3 * padded + 3 * rows);
+  double* in_factor = thread_workspace<double>(kSweepSlot, 3 * padded + 3 * rows);
   double *old_source = in_factor + padded, *new_source = old_source + padded;
   double *out_factor = new_source + padded, *sum_old = out_factor + rows, *sum_new = sum_old + rows;
   const double old_exponent = task.from_old[cols], new_exponent = task.from_new[cols];
@@ -97,7 +90,8 @@ void sweep_backward(const Sweep<T>& task) {
   const int64_t row_tiles = blocks(rows, kBackwardRows);
   const int64_t tile_cols = row_tiles < 2 * num_threads() ? kTileCols : kWideTileCols;
   const int64_t col_tiles = blocks(cols, tile_cols);
-  double* in_factor = workspace(padded + 3 * rows + 2 * std::max<int64_t>(row_tiles, 1) * padded);
+  double* in_factor =
+      thread_workspace<double>(kSweepSlot, padded + 3 * rows + 2 * std::max<int64_t>(row_tiles, 1) * padded);
   double *out_factor = in_factor + padded, *mass_old = out_factor + rows, *mass_new = mass_old + rows;
   double* sums = mass_new + rows;
   const double old_exponent = task.from_old[rows];
@@ -175,9 +169,10 @@ void update(int64_t count, T* param, const T* grad, T* momentum, const double* m
 
 template void sweep<float>(const Sweep<float>&);
 template void sweep<double>(const Sweep<double>&);
-template void sweep<Bf16>(const Sweep<Bf16>&);
+template void sweep<Bfloat16>(const Sweep<Bfloat16>&);
 template void update<float>(int64_t, float*, const float*, float*, const double*, double, double, const Rates&);
 template void update<double>(int64_t, double*, const double*, double*, const double*, double, double, const Rates&);
-template void update<Bf16>(int64_t, Bf16*, const Bf16*, Bf16*, const double*, double, double, const Rates&);
+template void update<Bfloat16>(int64_t, Bfloat16*, const Bfloat16*, Bfloat16*, const double*, double, double,
+                               const Rates&);
 
 }  // namespace finite_width::pathsgd

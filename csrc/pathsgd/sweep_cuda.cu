@@ -267,9 +267,10 @@ template <class T>
 void chain_sweep(const Chain& chain, const Layer<T>* forward, const Layer<T>* backward, int rebuild, double* scratch,
                  CUstream_st* stream) {
   for (int64_t i = 0; i < chain.layers; ++i) {
-    const Layer<T>&there = forward[i], &back = backward[chain.layers - 1 - i];
+    const Layer<T>&forward_layer = forward[i], &backward_layer = backward[chain.layers - 1 - i];
     const bool both = rebuild == 0, first = rebuild == kKnowsForward;
-    launch_sweep<T>({there, back, both ? chain.state : nullptr, first}, both || first, both || !first, scratch, stream);
+    launch_sweep<T>({forward_layer, backward_layer, both ? chain.state : nullptr, first}, both || first, both || !first,
+                    scratch, stream);
   }
   launch("path step, conclusion", conclude_kernel, dim3(1), kThreads, kReduceBytes, stream, chain, forward[0].sweep.p,
          rebuild);
@@ -289,6 +290,6 @@ void update(int64_t count, T* param, const T* grad, T* momentum, const double* m
                           const Scaling&, const double*, CUstream_st*);
 FW_INSTANTIATE(float)
 FW_INSTANTIATE(double)
-FW_INSTANTIATE(Bf16)
+FW_INSTANTIATE(Bfloat16)
 
 }  // namespace finite_width::cuda

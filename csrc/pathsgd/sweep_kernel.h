@@ -84,10 +84,21 @@ FW_INLINE void edge(T* weight, const T* grad, T* momentum, Part in_factor, doubl
   }
 }
 
-// A row's last columns, fewer than eight, in a buffer of eight with zeros behind.
-template <class T>
+// A row's last columns, fewer than eight, in a buffer of eight with zeros behind: so they take the steps of the others.
+template <class T, Rule R>
 struct Tail {
   T weight[8] = {}, grad[8] = {}, momentum[8] = {};
+
+  FW_INLINE Tail(const Sweep<T>& task, int64_t place, size_t bytes) {
+    std::memcpy(weight, task.weight + place, bytes);
+    if constexpr (R != Rule::none) std::memcpy(grad, task.grad + place, bytes);
+    if constexpr (R == Rule::momentum) std::memcpy(momentum, task.momentum + place, bytes);
+  }
+
+  FW_INLINE void write(const Sweep<T>& task, int64_t place, size_t bytes) const {
+    if constexpr (R != Rule::none) std::memcpy(task.weight + place, weight, bytes);
+    if constexpr (R == Rule::momentum) std::memcpy(task.momentum + place, momentum, bytes);
+  }
 };
 
 // `Count` rows from `row` on: the sums over their columns, each in eight lanes.
@@ -130,11 +141,7 @@ void forward_rows(const Sweep<T>& shared, int64_t row, const double* in_factor, 
     const size_t bytes = static_cast<size_t>(cols - whole) * sizeof(T);
     for (int r = 0; r < Count; ++r) {
       const int64_t place = first + r * cols + whole;
-      Tail<T> tail;
-      std::memcpy(tail.weight, task.weight + place, bytes);
-      if constexpr (R != Rule::none) std::memcpy(tail.grad, R == Rule::none ? nullptr : task.grad + place, bytes);
-      if constexpr (R == Rule::momentum)
-        std::memcpy(tail.momentum, R == Rule::momentum ? task.momentum + place : nullptr, bytes);
+      Tail<T, R> tail(task, place, bytes);
       for (int part = 0; part < kParts; ++part) {
         const int at = part * kLanes;
         Part power_old, power_new;
@@ -144,9 +151,7 @@ void forward_rows(const Sweep<T>& shared, int64_t row, const double* in_factor, 
         old_sum = collect<N>(power_old, simd::load(old_source + whole + at), old_sum);
         new_sum = collect<N>(power_new, simd::load(new_source + whole + at), new_sum);
       }
-      if constexpr (R != Rule::none) std::memcpy(task.weight + place, tail.weight, bytes);
-      if constexpr (R == Rule::momentum)
-        std::memcpy(R == Rule::momentum ? task.momentum + place : nullptr, tail.momentum, bytes);
+      tail.write(task, place, bytes);
     }
   }
   for (int r = 0; r < Count; ++r) {
@@ -227,11 +232,7 @@ void backward_rows(const Sweep<T>& shared, int64_t row, int64_t col_begin, int64
     const size_t bytes = static_cast<size_t>(col_end - whole) * sizeof(T);
     for (int r = 0; r < Count; ++r) {
       const int64_t place = first + r * cols + whole;
-      Tail<T> tail;
-      std::memcpy(tail.weight, task.weight + place, bytes);
-      if constexpr (R != Rule::none) std::memcpy(tail.grad, R == Rule::none ? nullptr : task.grad + place, bytes);
-      if constexpr (R == Rule::momentum)
-        std::memcpy(tail.momentum, R == Rule::momentum ? task.momentum + place : nullptr, bytes);
+      Tail<T, R> tail(task, place, bytes);
       for (int at = 0; at < 8; at += kLanes) {
         Part power_old, power_new;
         edge<T, N, R>(tail.weight + at, tail.grad + at, tail.momentum + at, simd::load(in_factor + whole + at),
@@ -240,9 +241,7 @@ void backward_rows(const Sweep<T>& shared, int64_t row, int64_t col_begin, int64
         simd::store(old_sum, collect<N>(power_old, simd::broadcast(row_old[r]), simd::load(old_sum)));
         simd::store(new_sum, collect<N>(power_new, simd::broadcast(row_new[r]), simd::load(new_sum)));
       }
-      if constexpr (R != Rule::none) std::memcpy(task.weight + place, tail.weight, bytes);
-      if constexpr (R == Rule::momentum)
-        std::memcpy(R == Rule::momentum ? task.momentum + place : nullptr, tail.momentum, bytes);
+      tail.write(task, place, bytes);
     }
   }
 }

@@ -28,21 +28,25 @@ struct CoreChain {
   std::vector<const S*> products;  // [0] is unused: the first core itself
 };
 
-// The half in the layout, rounded once; fills chain.products but for the last one.
+// The half in the layout [layout.size], rounded once; fills chain.products but for the last one.
+// Floor: that of tt::merge (tt/chain.h); for cores this small, a launch for each.
 template <class T, class S>
 const T* merge(CoreChain<T, S>& chain, const HalfLayout& layout, const Allocate& allocate, CUstream_st* stream);
 
-// The gradients of the cores [as the cores] from that of the half in the layout; after merge.
+// The gradients of the cores [as the cores] from that of the half in the layout [layout.size]; after merge.
+// Floor: twice that of merge.
 template <class T, class S>
 void unmerge(const CoreChain<T, S>& chain, const HalfLayout& layout, const S* gradient,
              const std::vector<T*>& core_gradients, const Allocate& allocate, CUstream_st* stream);
 
 // to[k] = sum over slots of slots[slot, k], in order.
-//   slots  [count_of_slots, count]
+//   slots  [slot_count, count]
+//   to     [count]
+// Floor: one read of the slots.
 template <class S, class Out>
 void add_slots(const S* slots, int64_t slot_count, int64_t count, Out* to, CUstream_st* stream);
 
-// to [columns] = the sums over the rows of `from` [rows, columns].
+// to [columns] = the sums over the rows of `from` [rows, columns]. Floor: one read of `from`.
 template <class T, class S>
 void column_sums(const T* from, int64_t rows, int64_t columns, T* to, const Allocate& allocate, CUstream_st* stream);
 

@@ -10,6 +10,7 @@ namespace finite_width::tt {
 //   b     element (o, k, n) at b[o * b_outer + k * b_inner + n]
 //   c     element (m, n) at c[m * c_row + n]
 //   init  element (m, n) at init[m * init_row + n], or null for zero; init = c accumulates
+// Floor: outer rows lanes inner multiply-adds at the rate of the register tiles, with A, B and C in cache.
 template <class T>
 struct Product {
   int64_t rows, lanes, inner;
@@ -35,6 +36,7 @@ void run_parallel(const Product<T>& product);
 // A matrix transposed into panels of panel_width<T>() columns, the last filled up with zeros:
 //   from  [rows, columns], contiguous
 //   to    [panels, columns, width]: row r of `from` is column r % width of panel r / width; panels_size(..) values
+// Floor: one read and one write of each value.
 template <class T>
 int64_t panel_width();
 template <class T>
@@ -45,7 +47,8 @@ template <class T>
 void transpose_panels(int64_t rows, int64_t columns, const T* from, T* to);
 constexpr int64_t kPanelSlack = 16;  // what transpose_panels may write beyond
 
-// to[c * to_row + r] = from[r * from_row + c], r < rows, c < columns, on the calling thread.
+// to[c * to_row + r] = from[r * from_row + c], r < rows, c < columns, on the calling thread. Floor: one read and one
+// write of each value.
 template <class T>
 void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row);
 

@@ -23,9 +23,9 @@ def is_module(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
-def is_float(name: str, value: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64)) -> None:
-    """Raise TypeError unless the tensor has one of the given dtypes."""
-    is_dtype(name, value, dtypes)
+def is_float(name: str, value: Tensor) -> None:
+    """Raise TypeError unless the tensor is float32 or float64."""
+    is_dtype(name, value, (torch.float32, torch.float64))
 
 
 def is_dtype(name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -35,10 +35,10 @@ def is_dtype(name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
         raise TypeError(f"{name} must be {allowed}, got {str(value.dtype).removeprefix('torch.')}")
 
 
-def is_finite(name: str, value: Tensor) -> None:
-    """Raise ValueError where the tensor holds a NaN or an infinity."""
+def is_finite(name: str, value: Tensor, advice: str = "all must be finite") -> None:
+    """Raise ValueError where the tensor holds a NaN or an infinity; `advice` ends the message."""
     if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name} holds NaN or infinite entries; all must be finite")
+        raise ValueError(f"{name} holds NaN or infinite entries; {advice}")
 
 
 def is_dense(name: str, value: Tensor) -> None:

@@ -41,4 +41,5 @@ def test_digits(tmp_path: Path) -> None:
     names = ("mean network", "10 samples")
     for name in ("deterministic", *names, *(f"{name}, scale mixture" for name in names)):
         assert figures[name]["error_percent"] < 15
-        assert 0 <= figures[name]["ece"] <= 1
+        # Confidences that say nothing, 0.1 for each of ten digits, would be 0.75 or more away from this accuracy.
+        assert 0 < figures[name]["ece"] < 0.4

@@ -163,7 +163,8 @@ def test_tied_weights_with_an_estimated_kl() -> None:
     exactly[0].load_state_dict(layers[0].state_dict())
     exactly[1].load_state_dict(layers[1].state_dict())
     found = [fw.bayes.kl(nn.Sequential(*each)).item() for each in (layers, exactly)]
-    assert found[0] == pytest.approx(found[1], rel=0.05)
+    # Estimates of one sample stray by 0.2 %; a tensor left out, or counted twice, makes a third.
+    assert found[0] == pytest.approx(found[1], rel=0.01)
 
 
 def test_a_new_prior_brings_its_mean() -> None:

@@ -202,11 +202,11 @@ def test_scores_against_torch() -> None:
 def test_metrics_bad_input() -> None:
     p = torch.full((3, 2), 0.5)
     for function in (fw.bayes.ece, fw.bayes.nll, fw.bayes.brier):
-        with pytest.raises(ValueError, match="rows that sum to 1"):
-            function(torch.randn(3, 2), torch.zeros(3).long())
+        with pytest.raises(ValueError, match=r"rows that sum to 1.*got entries from 0\.5 and sums from 1\.5 to 1\.5"):
+            function(torch.tensor([[0.5, 1.0]]), torch.zeros(1).long())
         with pytest.raises(ValueError, match=r"labels must have shape \[3\]"):
             function(p, torch.zeros(2).long())
-        with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\)"):
+        with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\), got values from 2 to 2"):
             function(p, torch.full((3,), 2))
         with pytest.raises(TypeError, match="labels must be integers, got float32"):
             function(p, torch.zeros(3))

@@ -473,6 +473,14 @@ def test_progress_shows_a_bar(capfd: pytest.CaptureFixture[str]) -> None:
     assert "empirical NTK" in capfd.readouterr().err
 
 
+def test_explain_reads_well_where_little_is_to_be_done() -> None:
+    text = str(fw.ntk.explain(torch.nn.Linear(2, 1), torch.randn(3, 2)))
+    assert text.splitlines()[-1].startswith("outputs: 1; blocks of ")
+    assert " rows: 1, recomputed: 0; " in text
+    assert "e-" not in text.splitlines()[1]
+    assert " FLOP" in text
+
+
 def test_explain_prints_a_table() -> None:
     plan = fw.ntk.explain(convolutions(), torch.randn(5, 3, 9, 9))
     text = str(plan)

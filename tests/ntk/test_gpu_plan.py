@@ -35,11 +35,10 @@ def test_a_convolution_s_tiles_fill_what_a_block_may_take() -> None:
         model(x)
     roles = roles_of(capture.uses, list(target.parameters))
     sizes = Sizes(32, 32, 10, "full", 4, False)
-    layouts = [("axis", 0)] * len(capture.uses)
     cuts, limit = {}, block_limits(GPU)[1] // 16
     for device in (torch.device("cpu"), GPU):
         target.device = device
-        entry = Planner(target, capture.uses, layouts, 2, sizes, True).entries(roles, None)[0]
+        entry = Planner(target, capture.uses, 2, sizes, True).entries(roles, None)[0]
         assert (entry.method, entry.cuts[0], entry.cuts[-1]) == ("tiles", 0, 512)
         cuts[device.type] = entry.cuts
         if device is GPU:

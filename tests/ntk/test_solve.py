@@ -166,6 +166,11 @@ def test_jitter_only_when_asked():
     assert fw.ntk.solve(K, vector, ridge=0.1, method="cholesky", jitter=1e-6).jitter == 0
 
 
+def test_the_error_of_a_negative_kernel_names_no_negative_jitter():
+    with pytest.raises(ValueError, match=r"diagonal -1, jitter 0\)"):
+        fw.ntk.solve(-torch.eye(3), torch.ones(3), ridge=0.0, method="cholesky", jitter=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

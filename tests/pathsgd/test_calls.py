@@ -177,12 +177,14 @@ def test_a_layer_may_have_the_name_of_a_method(name) -> None:
 def test_arguments_are_named() -> None:
     model = mlp(4, 3, 2)
     for settings, error, message in (
-        ({"p": "2"}, TypeError, "p must be a number, got '2'"),
-        ({"p": None}, TypeError, "p must be a number, got None"),
-        ({"lr": "a"}, TypeError, "lr must be a number, got 'a'"),
-        ({"lr": None}, TypeError, "lr must be a number, got None"),
-        ({"momentum": "a"}, TypeError, "momentum must be a number, got 'a'"),
-        ({"weight_decay": None}, TypeError, "weight_decay must be a number, got None"),
+        ({"p": "2"}, TypeError, "p must be a number, got str"),
+        ({"p": None}, TypeError, "p must be a number, got NoneType"),
+        ({"lr": "a"}, TypeError, "lr must be a number, got str"),
+        ({"lr": True}, TypeError, "lr must be a number, got bool"),
+        ({"lr": torch.tensor(True)}, TypeError, "lr must be a number, got a tensor of bool"),
+        ({"lr": None}, TypeError, "lr must be a number, got NoneType"),
+        ({"momentum": "a"}, TypeError, "momentum must be a number, got str"),
+        ({"weight_decay": None}, TypeError, "weight_decay must be a number, got NoneType"),
         ({"input_shape": 4}, TypeError, "input_shape must be a tuple of ints .*, got 4"),
         ({"input_shape": "a"}, TypeError, "input_shape must be a tuple of ints .*, got 'a'"),
         ({"input_shape": (2.5,)}, TypeError, "input_shape must be a tuple of ints"),
@@ -190,7 +192,7 @@ def test_arguments_are_named() -> None:
         with pytest.raises(error, match=message):
             P.PathSGD(model, **{"lr": 0.1, **settings})
     for call in (P.path_norm, P.path_gamma, P.max_norm, P.balance_):
-        with pytest.raises(TypeError, match="p must be a number, got '2'"):
+        with pytest.raises(TypeError, match="p must be a number, got str"):
             call(model, "2")
     lazy = nn.Sequential(nn.LazyLinear(3), nn.ReLU(), nn.Linear(3, 2))
     refused(lazy, r"0\.weight is not initialised yet: run the model once", input_shape=(4,))

@@ -281,8 +281,12 @@ def test_bad_input() -> None:
         fw.pathsgd.rescale_(model, factors=[1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="no hidden unit"):
         fw.pathsgd.rescale_(nn.Sequential(nn.Linear(3, 2)))
-    with pytest.raises(ValueError, match="powers of two"):
+    with pytest.raises(ValueError, match=r"powers of two.*got 3"):
         fw.pathsgd.rescale_(model, factors=[1.0, 2.0, 3.0, 4.0], power_of_two=True)
+    with pytest.raises(ValueError, match="factors must be positive and finite, got -2"):
+        fw.pathsgd.rescale_(model, factors=[1.0, -2.0, 3.0, 4.0])
+    with pytest.raises(TypeError, match="seed must be an int, got str"):
+        fw.pathsgd.rescale_(model, seed="a")
     with pytest.raises(ValueError, match="chain of Linear"):
         fw.pathsgd.balance_(lenet(), input_shape=(1, 28, 28))
 

@@ -265,7 +265,7 @@ BAD = [
     (lambda: fw.tt.TTConv2d(4, 6, 3, stride=2, padding="same"), ValueError, "needs a stride of 1"),
     (lambda: fw.tt.TTConv2d(6, 4, 3, groups=3), ValueError, "groups must divide out_channels = 4, got 3"),
     (lambda: fw.tt.TTEmbedding(60, 12, padding_idx=60), ValueError, "padding_idx must lie between -60 and 59, got 60"),
-    (lambda: fw.tt.TTConv2d.from_conv(nn.Conv2d(4, 4, 3)), ValueError, "give eps"),
+    (lambda: fw.tt.TTConv2d.from_conv(nn.Conv2d(4, 4, 3)), ValueError, "give eps, max_rank or target_params"),
     (lambda: fw.tt.TTConv2d.from_conv(nn.Linear(4, 4), max_rank=2), TypeError, "conv must be an nn.Conv2d"),
 ]
 

@@ -180,6 +180,8 @@ def test_planner_finds_the_known_orders():
     assert "forward" in text
     assert "backward" in text
     assert "MB" in text
+    assert "estimated cost (relative)" in text
+    assert " ms" not in text
     small = four_axis_shapes(fw.tt.TTLinear(784, 10, rank=5, layout="in_out").cores, 4)
     assert small[0][1] == 1
 
@@ -214,8 +216,8 @@ def test_cuda_precision_is_checked_and_restored():
     with fw.tt.cuda_precision("split"), fw.tt.cuda_precision("tf32"):
         assert precision.chosen() == "tf32"
     assert precision.chosen() == "ieee"
-    with pytest.raises(ValueError, match="precision must be one of"), fw.tt.cuda_precision("fast"):
-        pass
+    with pytest.raises(ValueError, match="precision must be one of"):
+        fw.tt.cuda_precision("fast")  # at once, not on entering the block
 
 
 def test_bfloat16_sums_in_float32():
@@ -372,7 +374,7 @@ BAD = [
     (lambda: fw.tt.TTLinear(0, 18), "in_features must be at least 1"),
     (lambda: fw.tt.TTLinear(24, 18)(torch.randn(3, 23)), "x must have a last dimension of in_features = 24"),
     (lambda: fw.tt.TTLinear(24, 18).reset_parameters(0.0), "variance must be positive"),
-    (lambda: fw.tt.TTLinear.from_linear(nn.Linear(24, 18)), "give eps"),
+    (lambda: fw.tt.TTLinear.from_linear(nn.Linear(24, 18)), "give eps, max_rank or target_params"),
     (lambda: fw.tt.TTLinear.from_linear(nn.Linear(24, 18), max_rank=0), "max_rank must be at least 1"),
     (lambda: fw.tt.TTLinear.from_linear(nn.Linear(24, 18), target_params=20), "target_params = 20 leaves 2 parameters"),
     (lambda: fw.tt.TTLinear(24, 18).explain(0), "batch must be at least 1"),
@@ -383,6 +385,14 @@ BAD = [
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("cores", [torch.randn(1, 18, 24, 1), 3, None])
+def test_cores_that_are_no_list(cores):
+    with pytest.raises(TypeError, match=f"cores must be a list or tuple of tensors, got {type(cores).__name__}"):
+        fw.tt.tt_linear(torch.randn(3, 24), cores)
+    with pytest.raises(TypeError, match="cores must be a list"):
+        fw.tt.tt_to_dense(cores)
 
 
 def test_another_dtype_is_refused():

@@ -2,7 +2,7 @@
 
 from . import metrics as metrics
 from .conv import BayesConv1d, BayesConv2d, BayesConv3d
-from .convert import ConversionReport, convert
+from .convert import ConversionReport, ConvertedLayer, convert
 from .linear import BayesLinear
 from .mean import freeze_, mean_mode
 from .metrics import brier, ece, mutual_information, nll, predictive_entropy
@@ -16,6 +16,7 @@ __all__ = [
     "BayesConv3d",
     "BayesLinear",
     "ConversionReport",
+    "ConvertedLayer",
     "GaussianPrior",
     "MopedPrior",
     "Prediction",

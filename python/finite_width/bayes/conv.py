@@ -133,7 +133,20 @@ class _BayesConv(BayesLayer):
 
 
 class BayesConv1d(_BayesConv):
-    """A 1-D convolution with a Gaussian over each weight; arguments as nn.Conv1d, and those of `BayesLinear`.
+    """A 1-D convolution with a Gaussian over each weight: W ~ N(μ, σ²), σ = softplus(ρ).
+
+    It takes x [batch, in_channels, W], or without the batch axis, to [batch, out_channels, W'].
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in nn.Conv1d.
+        bias, prior, estimator, device, dtype: as in `BayesLinear`.
+        init_std: σ at the start; default 0.1 over the square root of an output's inputs.
+
+    Raises:
+        ValueError: sizes < 1, a negative padding, channels that groups do not divide, and as `BayesLinear`.
+        TypeError: sizes that are no ints, and as `BayesLinear`.
+
+    Source: as `BayesLinear`.
 
     Example:
         >>> import torch, finite_width as fw
@@ -145,7 +158,20 @@ class BayesConv1d(_BayesConv):
 
 
 class BayesConv2d(_BayesConv):
-    """A 2-D convolution with a Gaussian over each weight; arguments as nn.Conv2d, and those of `BayesLinear`.
+    """A 2-D convolution with a Gaussian over each weight: W ~ N(μ, σ²), σ = softplus(ρ).
+
+    It takes x [batch, in_channels, H, W], or without the batch axis, to [batch, out_channels, H', W'].
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in nn.Conv2d.
+        bias, prior, estimator, device, dtype: as in `BayesLinear`.
+        init_std: σ at the start; default 0.1 over the square root of an output's inputs.
+
+    Raises:
+        ValueError: sizes < 1, a negative padding, channels that groups do not divide, and as `BayesLinear`.
+        TypeError: sizes that are no ints, and as `BayesLinear`.
+
+    Source: as `BayesLinear`.
 
     Example:
         >>> import torch, finite_width as fw
@@ -157,7 +183,20 @@ class BayesConv2d(_BayesConv):
 
 
 class BayesConv3d(_BayesConv):
-    """A 3-D convolution with a Gaussian over each weight; arguments as nn.Conv3d, and those of `BayesLinear`.
+    """A 3-D convolution with a Gaussian over each weight: W ~ N(μ, σ²), σ = softplus(ρ).
+
+    It takes x [batch, in_channels, D, H, W], or without the batch axis, to [batch, out_channels, D', H', W'].
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in nn.Conv3d.
+        bias, prior, estimator, device, dtype: as in `BayesLinear`.
+        init_std: σ at the start; default 0.1 over the square root of an output's inputs.
+
+    Raises:
+        ValueError: sizes < 1, a negative padding, channels that groups do not divide, and as `BayesLinear`.
+        TypeError: sizes that are no ints, and as `BayesLinear`.
+
+    Source: as `BayesLinear`.
 
     Example:
         >>> import torch, finite_width as fw

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,40 +29,81 @@ _NORMS = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """One module of the report."""
+class ConvertedLayer:
+    """What became of one module with weights.
+
+    Attributes:
+        name: its name in the model.
+        module: its class before.
+        shape: of its weight, or "-" where it has none.
+        result: "converted" or "kept".
+        reason: why it was kept, or "".
+    """
 
     name: str
     module: str
     shape: str
-    result: str  # "converted" or "kept"
-    reason: str
+    result: str
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert` did, module by module; prints as a table."""
+    """What `convert` did; prints as a table.
 
-    rows: list[Row]
+    Attributes:
+        layers: one for every module that holds weights, in the model's order.
+    """
+
+    layers: tuple[ConvertedLayer, ...]
 
     @property
     def converted(self) -> list[str]:
         """Names of the layers that are variational now."""
-        return [row.name for row in self.rows if row.result == "converted"]
+        return [layer.name for layer in self.layers if layer.result == "converted"]
 
     @property
     def left_alone(self) -> list[str]:
         """Names of the modules with weights that are as they were."""
-        return [row.name for row in self.rows if row.result == "kept"]
+        return [layer.name for layer in self.layers if layer.result == "kept"]
 
     def __str__(self) -> str:
-        table = [("name", "module", "weight", "result", "why"), *((*vars(row).values(),) for row in self.rows)]
+        table = [("name", "module", "weight", "result", "why"), *((*vars(layer).values(),) for layer in self.layers)]
         widths = [max(len(str(line[column])) for line in table) for column in range(5)]
         lines = [
             "  ".join(str(text).ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
             for line in table
         ]
         return "\n".join(lines)
+
+
+def _modules_with_weights(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Module -> its names; several where it stands in several places."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(p is not None for p in module._parameters.values()) or parametrize.is_parametrized(module):
+            names.setdefault(module, []).append(name)
+    return names
+
+
+def _users(model: nn.Module) -> dict[int, int]:
+    """id of a parameter -> how many modules hold it."""
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    return users
+
+
+def _using_their_own_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules with their names, but for variational ones and those whose weights an attention uses itself."""
+    inside_attention: list[str] = []  # prefixes of names
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside_attention) or isinstance(module, BayesLayer):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            inside_attention.append(f"{name}.")
+        yield name, module
 
 
 def _reason_to_keep(module: nn.Module, users: dict[int, int]) -> str | None:
@@ -150,7 +191,7 @@ def convert(
             cannot be replaced (hooks, a shared weight, ...), instead of naming it in the report.
 
     Returns:
-        ConversionReport: one row per module that holds weights; prints as a table.
+        A `ConversionReport`: one `ConvertedLayer` for every module that holds weights; prints as a table.
 
     Raises:
         ValueError: nothing to convert, an unknown init or estimator, a weight with NaN, a lazy layer without weights
@@ -168,8 +209,7 @@ def convert(
         0     Linear  [4, 3]  converted
         2     Linear  [1, 4]  converted
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check.is_module("model", model)
     _check.one_of("init", init, ("default", "moped"))
     _check.one_of("estimator", estimator, ESTIMATORS)
     if prior is None:
@@ -179,24 +219,12 @@ def convert(
         raise ValueError(
             f"model is itself a {type(model).__name__}: wrap it in nn.Sequential, so that it can be replaced"
         )
-    names: dict[nn.Module, list[str]] = {}  # of every module with weights; several where it stands in several places
-    for name, module in model.named_modules(remove_duplicate=False):
-        if any(p is not None for p in module._parameters.values()) or parametrize.is_parametrized(module):
-            names.setdefault(module, []).append(name)
+    names = _modules_with_weights(model)
     _replace.check_patterns(include, exclude, [name for each in names.values() for name in each], "module with weights")
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
-
-    rows: list[Row] = []
+    users = _users(model)
+    layers: list[ConvertedLayer] = []
     replacements: dict[nn.Module, nn.Module] = {}
-    inside_kept: list[str] = []  # prefixes of modules that use their children's weights themselves
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside_kept) or isinstance(module, BayesLayer):
-            continue
-        if isinstance(module, nn.MultiheadAttention):
-            inside_kept.append(f"{name}.")
+    for name, module in _using_their_own_weights(model):
         if module not in names:
             continue
         weight = module._parameters.get("weight")
@@ -211,14 +239,15 @@ def convert(
         if reason is None and not included:
             reason = "not included"
         shape = "-" if weight is None or lazy else str(list(weight.shape))
-        rows.append(Row(name, type(module).__name__, shape, "kept" if reason else "converted", reason or ""))
+        result = "kept" if reason else "converted"
+        layers.append(ConvertedLayer(name, type(module).__name__, shape, result, reason or ""))
         if reason is None:
-            for parameter_name, value in module.named_parameters(name, recurse=False):
-                if init == "moped" and not bool(torch.isfinite(value).all()):
-                    raise ValueError(f"{parameter_name} has NaN or infinite values; train the model again first")
+            if init == "moped":
+                for parameter_name, value in module.named_parameters(name, recurse=False):
+                    _check.is_finite(parameter_name, value, "train the model again first")
             replacements[module] = _variational(module, prior, init, estimator)
     if not replacements:
-        kept = ", ".join(f"{row.name} ({row.reason})" for row in rows) or "it holds no weights"
+        kept = ", ".join(f"{layer.name} ({layer.reason})" for layer in layers) or "it holds no weights"
         raise ValueError(f"model has no layer to convert: {kept}")
     _replace.swap(model, {name: new for module, new in replacements.items() for name in names[module]})
-    return ConversionReport(rows)
+    return ConversionReport(tuple(layers))

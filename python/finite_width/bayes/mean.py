@@ -20,8 +20,12 @@ def mean_mode(model: nn.Module) -> Iterator[nn.Module]:
     A copy made inside the block (copy.deepcopy, pickle, torch.save, `fw.ntk.linearize`) is in mean mode for good: copy
     outside of it what is to have noise.
 
+    Args:
+        model: a module with at least one variational layer.
+
     Raises:
         ValueError: no variational layer.
+        TypeError: not a module.
 
     Example:
         >>> import torch, finite_width as fw

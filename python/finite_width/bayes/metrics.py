@@ -16,7 +16,10 @@ def _check_probabilities(probabilities: Tensor, labels: Tensor | None = None) ->
     _check.has_dim("probabilities", probabilities, 2, "[N, classes]")
     sums = probabilities.sum(-1)
     if bool((probabilities < 0).any()) or not bool(torch.isclose(sums, torch.ones_like(sums), atol=1e-3).all()):
-        raise ValueError('probabilities must be >= 0 with rows that sum to 1; use predict(..., link="softmax")')
+        raise ValueError(
+            f'probabilities must be >= 0 with rows that sum to 1; use predict(..., link="softmax"); got entries from '
+            f"{float(probabilities.min()):.4g} and sums from {float(sums.min()):.4g} to {float(sums.max()):.4g}"
+        )
     if labels is not None:
         _check.is_tensor("labels", labels)
         if labels.is_floating_point() or labels.is_complex():
@@ -24,7 +27,10 @@ def _check_probabilities(probabilities: Tensor, labels: Tensor | None = None) ->
         if labels.shape != probabilities.shape[:1]:
             raise ValueError(f"labels must have shape [{len(probabilities)}], got {list(labels.shape)}")
         if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < probabilities.shape[1]):
-            raise ValueError(f"labels must lie in [0, {probabilities.shape[1]})")
+            raise ValueError(
+                f"labels must lie in [0, {probabilities.shape[1]}), got values from {int(labels.min())} to "
+                f"{int(labels.max())}"
+            )
 
 
 def _check_rows(probabilities: Tensor) -> None:
@@ -93,6 +99,8 @@ def brier(probabilities: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError, TypeError: as `ece`, and no row.
 
+    Source: Brier, "Verification of forecasts expressed in terms of probability", Monthly Weather Review 78, 1950.
+
     Example:
         >>> import torch, finite_width as fw
         >>> fw.bayes.brier(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
@@ -116,6 +124,9 @@ def predictive_entropy(probabilities: Tensor) -> Tensor:
 
     Returns:
         [N].
+
+    Raises:
+        ValueError, TypeError: what is no table of probabilities.
 
     Example:
         >>> import torch, finite_width as fw

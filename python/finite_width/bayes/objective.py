@@ -15,8 +15,7 @@ from .layers import BayesLayer
 
 def layers_of(model: Any) -> dict[str, BayesLayer]:
     """Name -> layer of the model's variational layers, each once; ValueError where there are none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check.is_module("model", model)
     found = {name: module for name, module in model.named_modules() if isinstance(module, BayesLayer)}
     if not found:
         raise ValueError("model has no variational layer: build it with fw.bayes.BayesLinear, or fw.bayes.convert it")
@@ -54,6 +53,9 @@ def kl(model: nn.Module) -> Tensor:
 
     Raises:
         ValueError: no variational layer; a parameter with NaN, named.
+        TypeError: not a module.
+
+    Source: Blundell et al., "Weight uncertainty in neural networks", ICML 2015.
 
     Example:
         >>> import torch, finite_width as fw

@@ -19,7 +19,13 @@ _ROWS = 8192
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `predict` returns: mean and std over the samples, and the samples [samples, batch, ...] themselves."""
+    """What `predict` returns: link(f(x; W_s)) for samples W_s of the weights, and its mean and spread over them.
+
+    Attributes:
+        mean: [batch, ...].
+        std: [batch, ...], unbiased; 0 for one sample.
+        samples: [samples, batch, ...].
+    """
 
     mean: Tensor
     std: Tensor
@@ -91,6 +97,9 @@ def predict(
     Raises:
         ValueError: samples or chunk < 1, an unknown link, no variational layer, a parameter with NaN (named), a model
             that moves its batch axis with chunk > 1, a link that does not keep the first axis.
+        TypeError: not a module, x that is no tensor.
+
+    Source: Blundell et al., "Weight uncertainty in neural networks", ICML 2015.
 
     Example:
         >>> import torch, finite_width as fw

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import generic
-from .agreement import agrees, mixes, refuse_other_bits, refusing_random_numbers
+from .agreement import agrees, refuse_other_bits, refusing_random_numbers, row_mixing_error
 from .backward import output_weights, through_made
 from .capture import Capture, made_name
 from .contract import Batch, Target, flatten
@@ -39,7 +39,7 @@ def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [value.clone().requires_grad_(value.is_floating_point()) for value in tensors]
 
 
-def _unstructured(names: list[str], differs: bool) -> ValueError:
+def _unstructured_error(names: list[str], differs: bool) -> ValueError:
     which = f"parameter {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     why = "differently from row to row" if differs else "in a way that is not recognised"
     return ValueError(
@@ -118,7 +118,7 @@ def _probe(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool)
     if flat.requires_grad and (uses or floats):
         test = RowTest(flat, uses, floats)
         if check and not all(test.fitting(place, [Layout(0)]) for place in range(len(uses), len(test.edges))):
-            raise mixes()
+            raise row_mixing_error()
         found = [test.layout(place, row_axes(use)) for place, use in enumerate(uses)]
         batched = test.batched
     layouts, sure = [layout for layout, _ in found], [certain for _, certain in found]
@@ -173,15 +173,15 @@ def make_plan(
         or any(value.changed for value in capture.made if name in value.names)
     ]
     if method == "structured" and generic_names:
-        raise _unstructured(generic_names, not structured)
-    last = last_use(uses, probe.raw, rows)
+        raise _unstructured_error(generic_names, not structured)
+    last = last_use(uses, probe.raw)
     if last is not None and layouts[last] != Layout(0):
         last = None
     behind_made = {name for value in made for name in value.names} - set(generic_names)
     for place, value in enumerate(capture.made):
         if behind_made.intersection(value.names):
             made[place].batched = _batches(value, target.parameters)
-    planner = Planner(target, uses, layouts, rows, sizes, not separate)
+    planner = Planner(target, uses, rows, sizes, not separate)
     own = {name: own for name, own in roles.items() if name not in generic_names and name not in behind_made}
     entries = planner.entries(own, last)
     entries += planner.made_entries({name: roles[name] for name in names if name in behind_made}, made)

@@ -12,7 +12,12 @@ from .. import _check
 
 
 class Flow(NamedTuple):
-    """Outputs along gradient flow: on the training points, and on the test points (None where K_test is None)."""
+    """What `gradient_flow` returns: outputs along gradient flow, in y's dtype.
+
+    Attributes:
+        train: [N] or [N, C], as y, on the training points; with a leading axis T for a tensor of times.
+        test: [M] or [M, C] on the test points, likewise; None where K_test is None.
+    """
 
     train: Tensor
     test: Tensor | None
@@ -80,8 +85,10 @@ def gradient_flow(
     if K_test is not None and (K_test.dim() != K_train.dim() or K_test.shape[1:] != K_train.shape[1:]):
         raise ValueError(f"K_test must have shape [M, {str(list(K_train.shape[1:]))[1:]}, got {list(K_test.shape)}")
     times = _real("t", t, y)
-    if times.dim() > 1 or bool((times < 0).any()) or bool(times.isnan().any()):
-        raise ValueError("t must be a number or [T], at least 0")
+    if times.dim() > 1:
+        raise ValueError(f"t must be a number or have shape [T], got {list(times.shape)}")
+    if not bool((times >= 0).all()):  # nor NaN
+        raise ValueError(f"t must be at least 0, got {float(times[~(times >= 0)][0]):g}")
 
     initial = _initial("f0_train", f0_train, y, y.shape)
     columns = (outputs, 1) if K_train.dim() == 4 else (1, -1)

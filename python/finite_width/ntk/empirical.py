@@ -141,6 +141,8 @@ def per_parameter_ntk(
         ValueError: see `empirical_ntk`.
         TypeError: see `empirical_ntk`.
 
+    Source: see `empirical_ntk`.
+
     Example:
         >>> import torch, finite_width as fw
         >>> model = torch.nn.Linear(3, 2)

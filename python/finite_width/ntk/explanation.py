@@ -20,29 +20,55 @@ REASONS = {
 }
 
 
+def _with_unit(value: float, unit: str) -> str:
+    """A quantity with the largest of the prefixes k, M, G and T that leaves at least 1: 570 FLOP, 1.2 MB."""
+    prefixes = ["", "k", "M", "G", "T"]
+    while value >= 999.5 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    return f"{value:.3g} {prefixes[0]}{unit}"
+
+
 @dataclass
 class ExplanationRow:
-    """One line of the plan: parameters computed together."""
+    """One line of the plan: parameters computed together.
+
+    Attributes:
+        parameters: their names.
+        method: how their part of the kernel is computed; `reason` says why.
+        flops: operations of the whole kernel's part.
+        bytes: kept, for all rows of both batches.
+    """
 
     parameters: tuple[str, ...]
     method: str
     flops: float
-    bytes: int  # kept, for all rows of both batches
+    bytes: int
 
     @property
     def reason(self) -> str:
+        """Why the method fits, in words."""
         return REASONS[self.method]
 
 
 @dataclass
 class Explanation:
-    """How a kernel will be computed; `print` it for a table."""
+    """How a kernel will be computed; `print` it for a table.
+
+    Attributes:
+        rows: one for each group of parameters that are computed together.
+        outputs: of the model, for each row of data.
+        block_rows: rows of data that are run through the model at a time.
+        sweeps: forward and backward passes over a block of rows.
+        blocks: of both batches.
+        batched_backward: whether one backward sweep serves all outputs.
+    """
 
     rows: list[ExplanationRow]
     outputs: int
     block_rows: int
-    sweeps: int  # forward and backward passes over a block of rows
-    blocks: int  # of both batches
+    sweeps: int
+    blocks: int
     batched_backward: bool
 
     @property
@@ -62,12 +88,12 @@ class Explanation:
         return cls(rows, plan.outputs, plan.block, sweeps, blocks, plan.batched_backward)
 
     def __str__(self) -> str:
-        table = [("parameters", "method", "GFLOP", "MB", "why")]
+        table = [("parameters", "method", "operations", "memory", "why")]
         for row in self.rows:
             names = ", ".join(row.parameters[:3]) + (
                 f" and {len(row.parameters) - 3} more" if len(row.parameters) > 3 else ""
             )
-            table.append((names, row.method, f"{row.flops / 1e9:.3g}", f"{row.bytes / 1e6:.3g}", row.reason))
+            table.append((names, row.method, _with_unit(row.flops, "FLOP"), _with_unit(row.bytes, "B"), row.reason))
         widths = [max(len(line[column]) for line in table) for column in range(4)]
         lines = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]])
@@ -75,7 +101,7 @@ class Explanation:
         ]
         backward = "one sweep for all outputs" if self.batched_backward else "one sweep per output (vmap refuses)"
         lines.append(
-            f"{self.outputs} outputs, blocks of {self.block_rows} rows, {self.blocks} blocks, "
-            f"{self.recomputations} recomputed; backward: {backward}"
+            f"outputs: {self.outputs}; blocks of {self.block_rows} rows: {self.blocks}, "
+            f"recomputed: {self.recomputations}; backward: {backward}"
         )
         return "\n".join(lines)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import _check
+
 
 def tensors_of(x: Any, name: str = "x") -> list[Tensor]:
     """The tensors of an input: a tensor, or a tuple, list or dict of tensors."""
@@ -103,8 +105,7 @@ def targets_from_user(y: Any, rows: int, kind: tuple[torch.device, torch.dtype])
     if tensor.dim() not in (1, 2) or tensor.shape[0] != rows:
         raise ValueError(f"y must have shape [{rows}] or [{rows}, C], as x has {rows} rows, got {list(tensor.shape)}")
     tensor = tensor.to(kind[0], torch.float64)
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError("y holds NaN or infinite entries")
+    _check.is_finite("y", tensor)
     return tensor.reshape(rows, -1), tensor.dim() == 1
 
 

@@ -14,7 +14,10 @@ from .contract import functional_call
 
 
 class Linearized(nn.Module):
-    """f(x; θ₀) + J(x; θ₀)(θ − θ₀): the module that `linearize` returns.
+    """The module that `linearize` returns: f(x; θ₀) + J(x; θ₀)(θ − θ₀), with the inputs and outputs of the model f.
+
+    Args:
+        model: any `nn.Module`; it is copied.
 
     Attributes:
         trained: a copy of the model that holds θ, the only trainable parameters here.

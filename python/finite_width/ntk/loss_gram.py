@@ -110,8 +110,7 @@ def loss_gram(
         >>> fw.ntk.loss_gram(model, loss, torch.randn(5, 3), torch.randint(4, (5,))).shape
         torch.Size([5, 5])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check.is_module("model", model)
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of outputs and targets, got {type(loss_fn).__name__}")
     if (x2 is None) != (y2 is None):

@@ -94,6 +94,11 @@ class NNGPRegressor(RegressorProtocol, NNGPEstimator):
         coef_: float64 tensor [width, C], the refitted layer W.
         jitter_: what the diagonal got beyond the ridge.
 
+    Raises:
+        ValueError: from `fit`: a negative ridge or jitter, x and y that do not fit, NaN or infinite entries, features
+            whose system is not positive definite, and what `nngp_kernel` raises.
+        TypeError: from `fit`: a setting that is no number, a model that is no `nn.Module`, targets that are not real.
+
     Source:
         Lee et al., "Deep neural networks as Gaussian processes", ICLR 2018, equation 8.
 
@@ -118,6 +123,9 @@ class NNGPClassifier(ClassifierProtocol, NNGPEstimator):
 
     Attributes:
         classes_: the sorted labels; the others as in `NNGPRegressor`.
+
+    Raises:
+        ValueError, TypeError: from `fit`, as `NNGPRegressor`; also for fewer than two classes.
 
     Example:
         >>> import torch, finite_width as fw

@@ -81,18 +81,22 @@ class NTKOperator:
 
     @property
     def outputs(self) -> int:
+        """O, the model's outputs for each row."""
         return self._plan.outputs
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the parameters, and of what is multiplied."""
         return self._problem.target.dtype
 
     @property
     def device(self) -> torch.device:
+        """Of the parameters, and of what is multiplied."""
         return self._problem.target.device
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(N O, M O); the other way round for the transpose."""
         left, right = self._sides()
         return left.rows * self.outputs, right.rows * self.outputs
 

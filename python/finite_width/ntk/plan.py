@@ -90,7 +90,7 @@ class Plan:
         return sorted(wanted)
 
 
-def positions(use: Use, layout: Layout, rows: int) -> int:
+def positions(use: Use, rows: int) -> int:
     """T of a dense use or an embedding: how often each row passes through it."""
     return math.prod(use.shape[:-1]) // rows
 
@@ -98,9 +98,7 @@ def positions(use: Use, layout: Layout, rows: int) -> int:
 def row_axes(use: Use) -> list[int]:
     """The axes of the output that may hold the rows."""
     axes = len(use.shape)
-    if use.kind == "dense":
-        return list(range(axes - 1))
-    if use.kind == "embedding":
+    if use.kind in ("dense", "embedding"):
         return list(range(axes - 1))
     if use.kind == "scale":
         begin, end = use.options["axes"]
@@ -147,17 +145,9 @@ class Sizes:
 class Planner:
     """Turns the recorded uses into entries."""
 
-    def __init__(
-        self, target: Target, uses: list[Use], layouts: list[Layout | None], rows: int, sizes: Sizes, fuse: bool
-    ) -> None:
-        self.target, self.uses, self.layouts, self.rows, self.sizes, self.fuse = (
-            target,
-            uses,
-            layouts,
-            rows,
-            sizes,
-            fuse,
-        )
+    def __init__(self, target: Target, uses: list[Use], rows: int, sizes: Sizes, fuse: bool) -> None:
+        self.target, self.uses, self.rows, self.sizes = target, uses, rows, sizes
+        self.fuse = fuse  # a bias with its weight, in one entry
         self.tile_row_bytes = TILE_BYTES // TILE_ROWS
         if target.device.type == "cuda":
             touched = sweep_bytes(uses, sizes.outputs, rows, sizes.itemsize)
@@ -215,12 +205,7 @@ class Planner:
         return self._gradients(name, own)
 
     def _positions(self, own: list[Role]) -> int:
-        return sum(positions(self.uses[index], self._layout(index), self.rows) for index, _ in own)
-
-    def _layout(self, index: int) -> Layout:
-        layout = self.layouts[index]
-        assert layout is not None
-        return layout
+        return sum(positions(self.uses[index], self.rows) for index, _ in own)
 
     def _dense(self, name: str, own: list[Role], last: int | None) -> Entry:
         sizes, first = self.sizes, self.uses[own[0][0]]

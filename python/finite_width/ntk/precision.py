@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ IEEE, SPLIT = range(2)
 _chosen = 0  # of the process, as torch's own settings; torch.compile cannot trace a ContextVar
 
 
-@contextmanager
-def cuda_precision(precision: str) -> Iterator[None]:
+def cuda_precision(precision: str) -> AbstractContextManager[None]:
     """How float32 kernels are multiplied on a GPU inside the block; results stay float32.
 
     The setting is the process's, as torch's own are, and concerns what CUDA kernels multiply alone: the CPU, float64
@@ -52,10 +51,15 @@ def cuda_precision(precision: str) -> Iterator[None]:
         torch.float32
     """
     _check.one_of("precision", precision, PRECISIONS)
+    return _in_force(PRECISIONS.index(precision))
+
+
+@contextmanager
+def _in_force(place: int) -> Iterator[None]:
     global _chosen
     before = _chosen
     try:
-        _chosen = PRECISIONS.index(precision)
+        _chosen = place
         yield
     finally:
         _chosen = before

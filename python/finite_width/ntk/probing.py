@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agreement import agrees, mixes, refuse_other_bits, same
+from .agreement import agrees, refuse_other_bits, row_mixing_error, same
 from .backward import output_weights, pull
 from .capture import Capture, Use
 from .contract import Batch, Target, flatten
@@ -112,7 +112,7 @@ class Seen:
     def count(self) -> int:
         return len(self.outputs)
 
-    def some(self, index: Tensor) -> Seen:
+    def select(self, index: Tensor) -> Seen:
         return Seen(self.outputs[index], [value[index] for value in self.inputs])
 
     def first(self, count: int) -> Seen:
@@ -143,21 +143,29 @@ def refuse_mixed_rows(
     for kept in (order[:half], order[half:]) if rows > 1 else ():
         # The kept rows in their places, and again in the places of the others: the same steps, so the same bits.
         index = kept[(order - kept[0]) % len(kept)]
-        found = _look(target, batch, [value[index] for value in tensors], layouts)
+        found = _seen_in_forward(target, batch, [value[index] for value in tensors], layouts)
         if found is not None:
-            one, two = found.some(kept), expected.some(kept)
-            if not all(map(same, (one.outputs, *one.inputs), (two.outputs, *two.inputs))):
+            one, two = found.select(kept), expected.select(kept)
+            pairs = zip((one.outputs, *one.inputs), (two.outputs, *two.inputs), strict=False)
+            if not all(same(*pair) for pair in pairs if _comparable(*pair)):
                 refuse_other_bits(target, batch, expected.outputs)  # random numbers or a state, rather
-                raise mixes()
+                raise row_mixing_error()
     if fewer:
         some = order[: max(1, half)]
-        found = _look(target, batch, [value[some] for value in tensors], layouts)
+        found = _seen_in_forward(target, batch, [value[some] for value in tensors], layouts)
         if found is not None:
             compare(target, batch, expected, found)
 
 
-def _look(target: Target, batch: Batch, tensors: Sequence[Tensor], layouts: Sequence[Layout | None]) -> Seen | None:
-    """A forward; None where the model takes no single row."""
+def _comparable(found: Tensor, expected: Tensor) -> bool:
+    """Whether two values can be of the same steps and have roundings: of one shape, and not tokens."""
+    return found.shape == expected.shape and expected.is_floating_point()
+
+
+def _seen_in_forward(
+    target: Target, batch: Batch, tensors: Sequence[Tensor], layouts: Sequence[Layout | None]
+) -> Seen | None:
+    """What a forward gives; None where the model takes no single row."""
     capture = Capture(target)
     try:
         with capture:
@@ -184,4 +192,4 @@ def compare(target: Target, batch: Batch, expected: Seen, found: Seen) -> None:
         (float(value[:count].norm()) for value in expected.inputs if value.is_floating_point()), default=0
     )
     if not agrees(one, two, floor):
-        raise mixes()
+        raise row_mixing_error()

@@ -383,7 +383,7 @@ def _embedding(
     if not capture.name(weight) or weight.dtype not in FLOATS:
         return NotImplemented
     if scale_grad_by_freq:
-        raise _depends_on_others()
+        raise _depends_on_others_error()
 
     def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
@@ -402,11 +402,11 @@ def _embedding_bag(
     **named: Any,
 ) -> Any:
     if scale_grad_by_freq:
-        raise _depends_on_others()
+        raise _depends_on_others_error()
     return NotImplemented
 
 
-def _depends_on_others() -> ValueError:
+def _depends_on_others_error() -> ValueError:
     return ValueError("model: an embedding has scale_grad_by_freq=True, so its gradient depends on the other rows")
 
 

@@ -218,6 +218,11 @@ class NTKRegressor(RegressorProtocol, NTKEstimator):
         solver_, jitter_: the solver used; what the diagonal got beyond the ridge.
         n_iter_, residual_: of conjugate gradients.
 
+    Raises:
+        ValueError: from `fit`: a setting out of its range, an unknown one, x and y that do not fit, NaN or infinite
+            entries, a kernel that is not positive definite, and what `empirical_ntk` raises.
+        TypeError: from `fit`: a setting that is no number, a model that is no `nn.Module`, targets that are not real.
+
     Source:
         Jacot, Gabriel, Hongler, "Neural tangent kernel", NeurIPS 2018, section 5; Lee et al., "Wide neural networks of
         any depth evolve as linear models under gradient descent", NeurIPS 2019, equation 14.
@@ -245,6 +250,9 @@ class NTKClassifier(ClassifierProtocol, NTKEstimator):
 
     Attributes:
         classes_: the sorted labels; the others as in `NTKRegressor`.
+
+    Raises:
+        ValueError, TypeError: from `fit`, as `NTKRegressor`; also for fewer than two classes.
 
     Example:
         >>> import torch, finite_width as fw

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _check
 from .estimators import RegressorProtocol
 from .regression import NTKEstimator
+from .solve import refuse_unless_finite
 
 
 class NTKRidgeCV(RegressorProtocol, NTKEstimator):
@@ -32,6 +33,10 @@ class NTKRidgeCV(RegressorProtocol, NTKEstimator):
         loo_predictions_: tensor [N, C], the leave-one-out predictions at the chosen ridge.
         best_score_: −min(loo_mse_), as in scikit-learn's RidgeCV.
         model_, x_fit_, dual_coef_: as in `NTKRegressor`.
+
+    Raises:
+        ValueError: from `fit`: no ridges, one that is not positive and finite, and as `NTKRegressor`.
+        TypeError: from `fit`: ridges that are no sequence of numbers, and as `NTKRegressor`.
 
     Source:
         Rifkin, Lippert, "Notes on regularized least squares", MIT-CSAIL-TR-2007-025, sections 3 and 4.
@@ -81,8 +86,7 @@ class NTKRidgeCV(RegressorProtocol, NTKEstimator):
     def _fit_system(self, x: Any, y: Tensor) -> None:
         # Negative eigenvalues of a kernel are rounding.
         K = self._kernel(x).double()
-        if not bool(torch.isfinite(K).all()):
-            raise ValueError("the kernel holds NaN or infinite entries; look at the model's outputs and parameters")
+        refuse_unless_finite(K)
         eigenvalues, self._eigenvectors = torch.linalg.eigh(K)
         self._eigenvalues = eigenvalues.clamp_min(0)
         rotated = self._eigenvectors.mT @ y

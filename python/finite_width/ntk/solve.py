@@ -114,14 +114,9 @@ def solve(
         tensor([ 0.3750, -0.1250])
     """
     _check.one_of("method", method, ("auto", "cholesky", "cg"))
+    _check_settings(ridge, tol, max_iterations, rank, jitter, memory_budget)
     _check.is_tensor("y", y)
     _check.is_float("y", y)
-    if max_iterations is not None:
-        _check.positive_int("max_iterations", max_iterations)
-    if rank is not None:
-        _check.integer("rank", rank, least=0)
-    if memory_budget is not None:
-        _check.positive_int("memory_budget", memory_budget)
     if is_stored(K_or_operator) and not hasattr(K_or_operator, "to_dense"):
         K_or_operator = StoredKernel(K_or_operator, memory_budget)
     size = _check_square(K_or_operator)
@@ -129,9 +124,6 @@ def solve(
         raise ValueError(f"y must have shape [{size}] or [{size}, C], as K has {size} rows, got {list(y.shape)}")
     if y.device != K_or_operator.device:
         raise ValueError(f"y is on {y.device}, but K is on {K_or_operator.device}; move one of them")
-    _check.not_negative("ridge", ridge)
-    _check.positive("tol", tol)
-    _check.not_negative("jitter", jitter)
     _check.is_finite("y", y)
     columns = y.double().reshape(size, -1)
     # Norms of very large or small columns would overflow or vanish. A power of two, so that nothing is rounded.
@@ -149,10 +141,9 @@ def solve(
         x, iterations, residual, added = columns, 0, 0.0, 0.0
     else:
         added = 0.0
-        product = _product(K_or_operator)
         default_rank = min(size // 4, 256 if isinstance(K_or_operator, Tensor | StoredKernel) else 64)
         x, iterations, residual = _conjugate_gradients(
-            product,
+            _product(K_or_operator),
             columns,
             ridge=float(ridge),
             tol=tol,
@@ -162,6 +153,21 @@ def solve(
             progress=progress,
         )
     return Solution((x * scale).reshape(y.shape).to(y.dtype), method, iterations, residual, added)
+
+
+def _check_settings(
+    ridge: float, tol: float, max_iterations: int | None, rank: int | None, jitter: float, memory_budget: int | None
+) -> None:
+    """Checks the numbers."""
+    _check.not_negative("ridge", ridge)
+    _check.positive("tol", tol)
+    _check.not_negative("jitter", jitter)
+    if max_iterations is not None:
+        _check.positive_int("max_iterations", max_iterations)
+    if rank is not None:
+        _check.integer("rank", rank, least=0)
+    if memory_budget is not None:
+        _check.positive_int("memory_budget", memory_budget)
 
 
 def cholesky(K: Tensor, ridge: float, jitter: float = 0.0) -> tuple[Tensor, float]:
@@ -175,15 +181,16 @@ def cholesky(K: Tensor, ridge: float, jitter: float = 0.0) -> tuple[Tensor, floa
     Raises:
         ValueError: K + ρI is not positive definite in float64, or not finite; the message says what helps.
     """
-    _refuse_unless_finite(K)
+    refuse_unless_finite(K)
     system = K.to(torch.float64, copy=True)
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     scale = float(diagonal.mean()) if diagonal.numel() else 0.0
     added = 0.0
     diagonal += ridge
     for step in (0.0, jitter, 10 * jitter, 100 * jitter):
-        diagonal += step * scale - added
-        added = step * scale
+        wanted = step * max(scale, 0.0)
+        diagonal += wanted - added
+        added = wanted
         factor, failed = torch.linalg.cholesky_ex(system)
         if not failed.any():
             return factor, added
@@ -195,9 +202,9 @@ def cholesky(K: Tensor, ridge: float, jitter: float = 0.0) -> tuple[Tensor, floa
     )
 
 
-def _refuse_unless_finite(K: Tensor) -> None:
-    if not bool(torch.isfinite(K).all()):
-        raise ValueError("K holds NaN or infinite entries; look at the model's outputs and parameters")
+def refuse_unless_finite(K: Tensor) -> None:
+    """Raise ValueError where a kernel holds a NaN or an infinity."""
+    _check.is_finite("K", K, "look at the model's outputs and parameters")
 
 
 def fits_dense(size: int, device: torch.device, memory_budget: int | None) -> bool:
@@ -295,7 +302,7 @@ def _conjugate_gradients(
     def checked(v: Tensor) -> Tensor:
         image = product(v)
         if bool(torch.isfinite(v).all()):
-            _refuse_unless_finite(image)
+            refuse_unless_finite(image)
         return image
 
     iterations = 0

@@ -28,7 +28,7 @@ class PlanMismatchError(Exception):
     """A block used the parameters in another way than the rows that the plan was made from."""
 
 
-def last_use(uses: Sequence[Use], raw: Tensor, rows: int) -> int | None:
+def last_use(uses: Sequence[Use], raw: Tensor) -> int | None:
     """The dense use whose output is the model's output itself, if there is one."""
     for index, use in enumerate(uses):
         if use.kind == "dense" and raw.dim() == 2 and raw.grad_fn is use.edge.node and use.shape == raw.shape:
@@ -182,7 +182,7 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
         or row_shapes(uses, plan.layouts, rows) != plan.row_shapes
         or [made.names for made in capture.made] != [made.names for made in plan.made]
         or capture.unrecognised(raw) != plan.unrecognised
-        or last_use(uses, raw, rows) != plan.last
+        or last_use(uses, raw) != plan.last
     ):
         raise PlanMismatchError
     needed = plan.needed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 UNCHANGED = (0.0, 0.0, 0.0, 1.0, 1.0)  # lr, momentum, nesterov, keep, sign
 
 
-def companion(name: str, value: Tensor | None, of: str, param: Tensor) -> None:
+def like_parameter(name: str, value: Tensor | None, of: str, param: Tensor) -> None:
     """A tensor beside a parameter, such as its gradient, or None: of the parameter's shape, dtype and device."""
     if value is None:
         return
@@ -25,10 +24,10 @@ def companion(name: str, value: Tensor | None, of: str, param: Tensor) -> None:
         raise ValueError(f"{name} must have shape {list(param.shape)}, as {of} has, got {list(value.shape)}")
 
 
-def doubles(name: str, value: Tensor, size: int, holds: str, like: Tensor) -> None:
+def float64_vector(name: str, value: Tensor, size: int, holds: str, like: Tensor) -> None:
     """A float64 vector of this size, on the weight's device."""
     _check.is_tensor(name, value)
-    _check.is_float(name, value, (torch.float64,))
+    _check.is_dtype(name, value, (torch.float64,))
     if value.shape != (size,):
         raise ValueError(f"{name} must have shape [{size}], {holds}, got {list(value.shape)}")
     if value.device != like.device:
@@ -37,7 +36,7 @@ def doubles(name: str, value: Tensor, size: int, holds: str, like: Tensor) -> No
 
 def path_vector(name: str, value: Tensor, units: int, like: Tensor) -> None:
     """The path sums of a layer's units, and their exponent behind them."""
-    doubles(name, value, units + 1, "one value per unit and the exponent", like)
+    float64_vector(name, value, units + 1, "one value per unit and the exponent", like)
 
 
 def step_rates(name: str, rates: Sequence[float]) -> list[float]:
@@ -69,7 +68,7 @@ def amp_scaling(
 def device_lr(name: str, value: Tensor | None, like: Tensor) -> Tensor | None:
     """lr and keep in a tensor, checked."""
     if value is not None:
-        doubles(name, value, 2, "lr and keep", like)
+        float64_vector(name, value, 2, "lr and keep", like)
         value = value.contiguous()
     return value
 
@@ -78,7 +77,7 @@ def device_exponent(exponent: float | Tensor, like: Tensor) -> Tensor:
     """On the device: one number, float64."""
     if not isinstance(exponent, Tensor):
         return torch.full((), float(exponent), dtype=torch.float64, device=like.device)
-    _check.is_float("exponent", exponent, (torch.float64,))
+    _check.is_dtype("exponent", exponent, (torch.float64,))
     if exponent.numel() != 1:
         raise ValueError(f"exponent must have one element, got shape {list(exponent.shape)}")
     if exponent.device != like.device:
@@ -87,10 +86,12 @@ def device_exponent(exponent: float | Tensor, like: Tensor) -> Tensor:
 
 
 def number(name: str, value: Any) -> float:
-    """The value as a float."""
-    if not isinstance(value, (numbers.Real, Tensor)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if isinstance(value, Tensor) and value.numel() != 1:
+    """The value as a float, of a number or a tensor of one element."""
+    if not isinstance(value, Tensor):
+        _check.number(name, value)
+    elif value.dtype == torch.bool:
+        raise TypeError(f"{name} must be a number, got a tensor of bool")
+    elif value.numel() != 1:
         raise ValueError(f"{name} must be a number or a tensor of one element, got shape {list(value.shape)}")
     return float(value)
 

@@ -35,7 +35,7 @@ Scaling = tuple[Tensor | None, Tensor | None]
 UNSCALED: Scaling = (None, None)
 
 
-def nothing(parameter: Tensor) -> None:
+def no_update(parameter: Tensor) -> None:
     """A `Supply` of a sweep that updates nothing."""
 
 

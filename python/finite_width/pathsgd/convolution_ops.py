@@ -14,10 +14,10 @@ from .arguments import (
     DTYPES,
     UNCHANGED,
     amp_scaling,
-    companion,
     device_exponent,
     device_lr,
     finite_power,
+    like_parameter,
     step_rates,
     write_back,
 )
@@ -127,8 +127,8 @@ def path_convolution_update(
     how = _window(x, weight, stride, padding, dilation, groups)
     _known(known, x, weight, how)
     _check.is_tensor("grad", grad)
-    companion("grad", grad, "weight", weight)
-    companion("momentum", momentum, "weight", weight)
+    like_parameter("grad", grad, "weight", weight)
+    like_parameter("momentum", momentum, "weight", weight)
     written = [weight, momentum]
     dense = [None if each is None else each.contiguous() for each in written]
     sums = x.contiguous(), known.contiguous()
@@ -164,9 +164,9 @@ def _window(
 ) -> Window:
     """stride, padding, dilation and groups, checked against x and weight."""
     _check.is_tensor("x", x)
-    _check.is_float("x", x, (torch.float64,))
+    _check.is_dtype("x", x, (torch.float64,))
     _check.is_tensor("weight", weight)
-    _check.is_float("weight", weight, DTYPES)
+    _check.is_dtype("weight", weight, DTYPES)
     spatial = weight.dim() - 2
     if not 1 <= spatial <= 3:
         raise ValueError(f"weight must have shape [O, C / groups, *kernel] with 3 to 5 axes, got {list(weight.shape)}")

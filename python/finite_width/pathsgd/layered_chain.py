@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .chain import PathVectors, Scaling, Supply, agree, nothing
+from .chain import PathVectors, Scaling, Supply, agree, no_update
 from .dense_chain import KNOWS_BACKWARD, KNOWS_FORWARD
 
 
@@ -23,7 +23,7 @@ class LayeredChain:
     def step(self, supply: Supply, scaling: Scaling, rebuild: int = 0) -> None:
         """One sweep in the direction whose other side's vectors are known; as `DenseChain.step`, without scaling."""
         if rebuild:
-            _, self._total = self.vectors.sweep(rebuild == KNOWS_FORWARD, nothing)
+            _, self._total = self.vectors.sweep(rebuild == KNOWS_FORWARD, no_update)
             self._knows = rebuild
         forward = self._knows == KNOWS_BACKWARD
         old, new = self.vectors.sweep(forward, supply)

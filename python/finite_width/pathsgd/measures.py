@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .arguments import path_power
-from .chain import Dense, Norm, PathVectors, find_chain, nothing
+from .chain import Dense, Norm, PathVectors, find_chain, no_update
 from .masses import masses
 from .network import PathSum, Scaled, powered
 from .structure import Structure, trace
@@ -83,6 +83,8 @@ def path_gamma(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | N
     Raises:
         ValueError: as path_norm.
 
+    Source: Neyshabur, Salakhutdinov, Srebro, "Path-SGD: Path-Normalized Optimization in Deep Neural Networks" (2015).
+
     Example:
         >>> import torch, finite_width as fw
         >>> fw.pathsgd.path_gamma(torch.nn.Linear(2, 1, bias=False))
@@ -115,9 +117,9 @@ def _named(model: nn.Module, structure: Structure) -> list[tuple[str, Tensor]]:
 def _chain_gamma(stages: list[Dense | Norm], p: float) -> dict[Tensor, Tensor]:
     vectors = PathVectors(stages, p)
     with torch.no_grad():
-        vectors.sweep(True, nothing)
+        vectors.sweep(True, no_update)
         forward = [vector.clone() for vector in vectors.forward]
-        vectors.sweep(False, nothing)
+        vectors.sweep(False, no_update)
     power = 2.0 if math.isinf(p) else 2 / p
     found: dict[Tensor, Tensor] = {}
 

@@ -155,6 +155,9 @@ def register_layer(kind: type[nn.Module], names: Callable[[Any], Sequence[str]])
         kind: a module class whose output is linear in its input and in each of the named parameters.
         names: module -> the names of the parameters that are edges; it raises ValueError where there are no paths.
 
+    Raises:
+        TypeError: a kind that is no module class.
+
     Example:
         >>> import torch, finite_width as fw
         >>> class Scale(torch.nn.Module):

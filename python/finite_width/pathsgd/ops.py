@@ -14,12 +14,12 @@ from .arguments import (
     DTYPES,
     UNCHANGED,
     amp_scaling,
-    companion,
     dense_or_none,
     device_exponent,
     device_lr,
-    doubles,
     finite_power,
+    float64_vector,
+    like_parameter,
     path_vector,
     step_rates,
     write_back,
@@ -83,18 +83,18 @@ def path_sweep(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
     """
     _check.is_tensor("weight", weight)
-    _check.is_float("weight", weight, DTYPES)
+    _check.is_dtype("weight", weight, DTYPES)
     _check.has_dim("weight", weight, 2, "[rows, cols]")
     rows, cols = weight.shape
-    companion("grad", grad, "weight", weight)
-    companion("momentum", momentum, "weight", weight)
+    like_parameter("grad", grad, "weight", weight)
+    like_parameter("momentum", momentum, "weight", weight)
     if bias is not None:
         _check.is_tensor("bias", bias)
         _check.like("bias", bias, "weight", weight)
         if bias.shape != (rows,):
             raise ValueError(f"bias must have shape [{rows}], got {list(bias.shape)}")
-        companion("bias_grad", bias_grad, "bias", bias)
-        companion("bias_momentum", bias_momentum, "bias", bias)
+        like_parameter("bias_grad", bias_grad, "bias", bias)
+        like_parameter("bias_momentum", bias_momentum, "bias", bias)
     for name, vector, units in (
         ("from_old", from_old, cols if forward else rows),
         ("from_new", from_new, cols if forward else rows),
@@ -192,24 +192,24 @@ def path_step(
             raise ValueError(f"{name} must be as long as weights, {len(weights)}, got {len(entries)}")
     for i, weight in enumerate(weights):
         _check.is_tensor(f"weights[{i}]", weight)
-        _check.is_float(f"weights[{i}]", weight, DTYPES)
+        _check.is_dtype(f"weights[{i}]", weight, DTYPES)
         _check.has_dim(f"weights[{i}]", weight, 2, "[rows, cols]")
         _check.like(f"weights[{i}]", weight, "weights[0]", weights[0])
         if i and weight.shape[1] != weights[i - 1].shape[0]:
             raise ValueError(f"weights[{i}] must have {weights[i - 1].shape[0]} columns, got {list(weight.shape)}")
-        companion(f"grads[{i}]", grads[i], f"weights[{i}]", weight)
-        companion(f"momenta[{i}]", momenta[i], f"weights[{i}]", weight)
+        like_parameter(f"grads[{i}]", grads[i], f"weights[{i}]", weight)
+        like_parameter(f"momenta[{i}]", momenta[i], f"weights[{i}]", weight)
         bias = biases[i]
         if bias is not None:
             _check.like(f"biases[{i}]", bias, f"weights[{i}]", weight)
             if bias.shape != weight.shape[:1]:
                 raise ValueError(f"biases[{i}] must have shape [{weight.shape[0]}], got {list(bias.shape)}")
-            companion(f"bias_grads[{i}]", bias_grads[i], f"biases[{i}]", bias)
-            companion(f"bias_momenta[{i}]", bias_momenta[i], f"biases[{i}]", bias)
+            like_parameter(f"bias_grads[{i}]", bias_grads[i], f"biases[{i}]", bias)
+            like_parameter(f"bias_momenta[{i}]", bias_momenta[i], f"biases[{i}]", bias)
     units = weights[0].shape[1] + sum(weight.shape[0] for weight in weights)
     size = 2 * (units + len(weights) + 1) + 4 * len(weights)
-    doubles("vectors", vectors, size, "F, B and the layers' masses", weights[0])
-    doubles("state", state, 4, "what is known, Φ, its exponent and a count", weights[0])
+    float64_vector("vectors", vectors, size, "F, B and the layers' masses", weights[0])
+    float64_vector("state", state, 4, "what is known, Φ, its exponent and a count", weights[0])
     if not p >= 1:
         raise ValueError(f"p must be at least 1, got {p}")
     if rates and len(rates) != 10 * len(weights):
@@ -269,12 +269,12 @@ def path_update(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the argument's name; p < 1.
     """
     _check.is_tensor("param", param)
-    _check.is_float("param", param, DTYPES)
+    _check.is_dtype("param", param, DTYPES)
     _check.is_tensor("grad", grad)
-    companion("grad", grad, "param", param)
-    companion("momentum", momentum, "param", param)
+    like_parameter("grad", grad, "param", param)
+    like_parameter("momentum", momentum, "param", param)
     _check.is_tensor("mass", mass)
-    _check.is_float("mass", mass, (torch.float64,))
+    _check.is_dtype("mass", mass, (torch.float64,))
     if mass.shape != param.shape:
         raise ValueError(f"mass must have shape {list(param.shape)}, as param has, got {list(mass.shape)}")
     finite_power(p)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import _check, _library
 from .arguments import DTYPES, number, path_power
 from .batches import BatchDeviations
-from .chain import UNSCALED, Given, Norm, PathVectors, Scaling, find_chain, nothing
+from .chain import UNSCALED, Given, Norm, PathVectors, Scaling, find_chain, no_update
 from .convolution import ConvolutionMass
 from .dense_chain import KNOWS_BACKWARD, KNOWS_FORWARD, DenseChain, fits, is_remote
 from .interruption import uninterrupted
@@ -92,47 +92,20 @@ class PathSGD(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        p = path_power(p)
+        self._p = path_power(p)
         _check.positive_int("update_every", update_every)
         _check.one_of("shared", shared, ("kappa1", "kappa"))
         _check.one_of("batchnorm", batchnorm, ("batch", "running"))
         for name, value in (("differentiable", differentiable), ("foreach", foreach)):
             if value:
                 raise ValueError(f"{name}=True is not supported by PathSGD; leave it out (the step is always fused)")
+        self._update_every, self._shared = update_every, shared
+        self._batchnorm, self._master_weights = batchnorm, master_weights
         self._structure = trace(model, input_shape)
         named = self._structure.module.named_parameters()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
-        # On a device with kernels of its own, a step reads nothing on the host, and takes what a GradScaler knows.
-        device = next(iter(self._names)).device
-        self._has_step_kernel = _library.has_kernel("path_step", device)
-        self._on_device = self._has_step_kernel and is_remote(device)
-        self._step_supports_amp_scaling = self._on_device
-        if capturable and not self._on_device:
-            raise ValueError(
-                f"capturable=True is not supported by PathSGD for parameters on {device}: it needs the kernels for "
-                f"CUDA (see build_info()['cuda_kernels']); leave it out"
-            )
-        if capturable and update_every > 1:
-            raise ValueError("capturable=True needs update_every=1: a replay does not count steps")
-        self._capturable = capturable
-        self._p, self._update_every, self._shared = p, update_every, shared
-        self._batchnorm, self._master_weights = batchnorm, master_weights
-        self._stages = find_chain(self._structure)
-        if self._stages is None and math.isinf(p):
-            raise ValueError("p = ∞ is defined for chains of Linear layers alone; use p = 1 or 2 for this model")
-        if self._stages is None and self._structure.input_shape is None:
-            raise ValueError(
-                "input_shape is needed for this model: one input's shape without the batch axis, such as (3, 32, 32)"
-            )
-        self._norms: list[Any] = []  # BatchNorms whose running statistics stand in F and B
-        self._vectors = None if self._stages is None else PathVectors(self._stages, self._p)
-        if self._vectors is not None:
-            self._vectors.stored = self._target
-            self._norms += [stage.module for stage in self._vectors.stages if isinstance(stage, Norm)]
-            with_paths = {each for stage in self._vectors.stages for each in (stage.weight, stage.bias)}
-        else:  # a structure that cannot run fails here, by name
-            with_paths = {*masses(self._structure, self._p, self._probe(), shared).of}
-        self._pathless = self._names.keys() - with_paths
+        self._find_device(capturable)
+        self._find_paths()
         self._seen: list[tuple[int, int]] = []  # `_versions` after the last step
         self._chain: DenseChain | LayeredChain | None = None
         self._warned = 0
@@ -151,6 +124,41 @@ class PathSGD(Optimizer):
             [m for m in self._structure.module.modules() if isinstance(m, BATCHNORMS)] if batchnorm == "batch" else [],
             distributed=isinstance(model, nn.parallel.DistributedDataParallel),
         )
+
+    def _find_device(self, capturable: bool) -> None:
+        """Where the parameters are, and which kernels are in force there."""
+        # On a device with kernels of its own, a step reads nothing on the host, and takes what a GradScaler knows.
+        device = next(iter(self._names)).device
+        self._has_step_kernel = _library.has_kernel("path_step", device)
+        self._on_device = self._has_step_kernel and is_remote(device)
+        self._step_supports_amp_scaling = self._on_device
+        if capturable and not self._on_device:
+            raise ValueError(
+                f"capturable=True is not supported by PathSGD for parameters on {device}: it needs the kernels for "
+                f"CUDA (see build_info()['cuda_kernels']); leave it out"
+            )
+        if capturable and self._update_every > 1:
+            raise ValueError("capturable=True needs update_every=1: a replay does not count steps")
+        self._capturable = capturable
+
+    def _find_paths(self) -> None:
+        """Whether the model is a chain, and which parameters no path passes."""
+        self._stages = find_chain(self._structure)
+        if self._stages is None and math.isinf(self._p):
+            raise ValueError("p = ∞ is defined for chains of Linear layers alone; use p = 1 or 2 for this model")
+        if self._stages is None and self._structure.input_shape is None:
+            raise ValueError(
+                "input_shape is needed for this model: one input's shape without the batch axis, such as (3, 32, 32)"
+            )
+        self._norms: list[Any] = []  # BatchNorms whose running statistics stand in F and B
+        self._vectors = None if self._stages is None else PathVectors(self._stages, self._p)
+        if self._vectors is not None:
+            self._vectors.stored = self._target
+            self._norms += [stage.module for stage in self._vectors.stages if isinstance(stage, Norm)]
+            with_paths = {each for stage in self._vectors.stages for each in (stage.weight, stage.bias)}
+        else:  # a structure that cannot run fails here, by name
+            with_paths = {*masses(self._structure, self._p, self._probe(), self._shared).of}
+        self._pathless = self._names.keys() - with_paths
 
     def _probe(self) -> dict[Any, Tensor]:
         """σ = 1 for every BatchNorm."""
@@ -204,7 +212,7 @@ class PathSGD(Optimizer):
         with _library.grad_mode(False):
             self._renew_masters()
             if self._chain is not None and self._on_device:
-                self._chain.step(nothing, UNSCALED, KNOWS_BACKWARD)
+                self._chain.step(no_update, UNSCALED, KNOWS_BACKWARD)
                 self._ready, self._seen = True, self._versions()
 
     def _forget(self) -> None:
@@ -253,7 +261,7 @@ class PathSGD(Optimizer):
                 self._apply(self._masses(sigma), given, scaling)
             elif sigma or (self._on_device and not fits(self._vectors)):
                 self._ready = False
-                self._vectors.run(True, nothing, sigma)
+                self._vectors.run(True, no_update, sigma)
                 self._vectors.run(False, given.get, sigma, scaling)
             else:
                 self._alternate(self._vectors, given, scaling)
@@ -315,9 +323,9 @@ class PathSGD(Optimizer):
             if self._vectors is None:
                 self._kept = self._masses(sigma)
             else:
-                self._vectors.run(True, nothing, sigma)
+                self._vectors.run(True, no_update, sigma)
                 forward = [vector.clone() for vector in self._vectors.forward]
-                self._vectors.run(False, nothing, sigma)
+                self._vectors.run(False, no_update, sigma)
                 self._kept = KeptVectors(forward, [vector.clone() for vector in self._vectors.backward], dict(sigma))
         self._age += 1
         if isinstance(self._kept, Masses):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _check
 from .arguments import finite_power
 from .chain import Dense, find_chain
 from .structure import Structure, trace
@@ -205,6 +206,9 @@ def rescale_(
     Raises:
         ValueError: no hidden units, a wrong number of factors, factors that are not positive or that leave the range
             of a parameter's dtype, a layer that is called twice or reads a view; nothing is changed then.
+        TypeError: a seed that is no int, factors that are no numbers.
+
+    Source: Neyshabur, Salakhutdinov, Srebro, "Path-SGD: Path-Normalized Optimization in Deep Neural Networks" (2015).
 
     Example:
         >>> import torch, finite_width as fw
@@ -212,6 +216,8 @@ def rescale_(
         >>> fw.pathsgd.rescale_(model, factors=[2.0, 4.0, 0.5])
         tensor([2.0000, 4.0000, 0.5000], dtype=torch.float64)
     """
+    if seed is not None:
+        _check.integer("seed", seed)
     units = Units(trace(model, input_shape))
     table, count = units.find()
     if count == 0:
@@ -230,9 +236,11 @@ def rescale_(
         if len(chosen) != count:
             raise ValueError(f"factors must hold one number for each of the {count} hidden units, got {len(chosen)}")
         if not bool(((chosen > 0) & torch.isfinite(chosen)).all()):
-            raise ValueError("factors must be positive and finite")
-        if power_of_two and not bool((torch.frexp(chosen).mantissa == 0.5).all()):
-            raise ValueError("factors must be powers of two, since power_of_two=True")
+            worst = float(chosen[~((chosen > 0) & torch.isfinite(chosen))][0])
+            raise ValueError(f"factors must be positive and finite, got {worst:g}")
+        between = chosen[torch.frexp(chosen).mantissa != 0.5]
+        if power_of_two and len(between):
+            raise ValueError(f"factors must be powers of two, since power_of_two=True, got {float(between[0]):g}")
     units.apply(table, chosen)
     return chosen
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .. import _check
 from .operations import (
     ADD_FUNCTIONS,
     CONVOLUTION_FUNCTIONS,
@@ -90,8 +91,7 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
         TypeError: not a module, an input_shape that holds no ints.
         ValueError: parameters that are not initialised yet, an operation without paths, by its qualified name, and why.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check.is_module("model", model)
     model = unwrapped(model)
     for name, each in model.named_parameters():
         if nn.parameter.is_lazy(each):
@@ -144,58 +144,67 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
         return
     _check_weights(node)
     if node.op == "call_module":
-        module = structure.module.get_submodule(str(node.target))
-        if isinstance(module, (nn.SyncBatchNorm,)) or module_kind(module) is None:
-            raise _no_paths(str(node.target), type(module), structure)
-        if isinstance(module, nn.RNN) and module.nonlinearity != "relu":
-            raise ValueError(
-                f"{node.target}: RNN with {module.nonlinearity} has no paths: {HOMOGENEOUS}; use nonlinearity='relu'"
-            )
-        if isinstance(module, nn.RNN) and module.proj_size:
-            raise ValueError(f"{node.target}: an RNN with proj_size is not supported")
-        if isinstance(module, (*CONVOLUTIONS,)) and module.padding_mode != "zeros":
-            raise ValueError(f"{node.target}: padding_mode={module.padding_mode!r} is not supported, use 'zeros'")
-        check_pool(str(node.target), module)
-        if isinstance(module, nn.RNN) and len(node.args) + len(node.kwargs) > 1:
-            raise ValueError(f"{node.target}: an RNN with a given initial state is not supported")
-        if len(node.args) != 1 or node.kwargs:
-            given = len(node.args) + len(node.kwargs)
-            raise ValueError(f"{node.target}: a layer takes its input alone here, and is called with {given} arguments")
-        try:
-            names = edge_names(module)
-        except ValueError as error:
-            raise ValueError(f"{node.target}: {error}") from error
-        for name in names:
-            owner, _, last = name.rpartition(".")
-            part = module.get_submodule(owner)
-            if last not in part._parameters and last not in part._buffers:
-                raise ValueError(f"{node.target}: {name}: {_COMPUTED}")
+        _check_module(structure, node)
         return
     if node.target in (*ADD_FUNCTIONS, "add", "add_") and (len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1):
         raise ValueError(f"{place(node)}: {node.name} must add two activations, given by position and without alpha")
     if node.op == "call_function":
-        target = node.target
-        known = (
-            *IDENTITY_FUNCTIONS,
-            *SHAPE_FUNCTIONS,
-            *ADD_FUNCTIONS,
-            *POOL_FUNCTIONS,
-            *CONVOLUTION_FUNCTIONS,
-            F.linear,
-            torch.cat,
-            torch.concat,
-            torch.mean,
-            torch.sum,
+        _check_function(structure, node)
+    elif node.target not in (*IDENTITY_METHODS, *SHAPE_METHODS, "mean", "sum", "add", "add_"):
+        raise _no_paths_error(place(node), node.target)
+
+
+def _check_module(structure: Structure, node: fx.Node) -> None:
+    """Raise unless the layer has paths, in its settings and as it is called."""
+    module = structure.module.get_submodule(str(node.target))
+    if isinstance(module, (nn.SyncBatchNorm,)) or module_kind(module) is None:
+        raise _no_paths_error(str(node.target), type(module))
+    if isinstance(module, nn.RNN) and module.nonlinearity != "relu":
+        raise ValueError(
+            f"{node.target}: RNN with {module.nonlinearity} has no paths: {HOMOGENEOUS}; use nonlinearity='relu'"
         )
-        if target not in known:
-            raise _no_paths(place(node), target, structure)
-        if target in (operator.mul, operator.floordiv) and any(_is_value(structure, arg) for arg in node.args):
-            raise ValueError(f"{place(node)}: a product or quotient of activations has no paths: {HOMOGENEOUS}")
-        if target is getattr and node.args[1] not in (*VIEW_ATTRIBUTES, *SIZE_ATTRIBUTES):
-            raise _no_paths(place(node), node.args[1], structure)
-        return
-    if node.target not in (*IDENTITY_METHODS, *SHAPE_METHODS, "mean", "sum", "add", "add_"):
-        raise _no_paths(place(node), node.target, structure)
+    if isinstance(module, nn.RNN) and module.proj_size:
+        raise ValueError(f"{node.target}: an RNN with proj_size is not supported")
+    if isinstance(module, (*CONVOLUTIONS,)) and module.padding_mode != "zeros":
+        raise ValueError(f"{node.target}: padding_mode={module.padding_mode!r} is not supported, use 'zeros'")
+    check_pool(str(node.target), module)
+    if isinstance(module, nn.RNN) and len(node.args) + len(node.kwargs) > 1:
+        raise ValueError(f"{node.target}: an RNN with a given initial state is not supported")
+    if len(node.args) != 1 or node.kwargs:
+        given = len(node.args) + len(node.kwargs)
+        raise ValueError(f"{node.target}: a layer takes its input alone here, and is called with {given} arguments")
+    try:
+        names = edge_names(module)
+    except ValueError as error:
+        raise ValueError(f"{node.target}: {error}") from error
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        part = module.get_submodule(owner)
+        if last not in part._parameters and last not in part._buffers:
+            raise ValueError(f"{node.target}: {name}: {_COMPUTED}")
+
+
+def _check_function(structure: Structure, node: fx.Node) -> None:
+    """Raise unless the function has paths, with these arguments."""
+    target = node.target
+    known = (
+        *IDENTITY_FUNCTIONS,
+        *SHAPE_FUNCTIONS,
+        *ADD_FUNCTIONS,
+        *POOL_FUNCTIONS,
+        *CONVOLUTION_FUNCTIONS,
+        F.linear,
+        torch.cat,
+        torch.concat,
+        torch.mean,
+        torch.sum,
+    )
+    if target not in known:
+        raise _no_paths_error(place(node), target)
+    if target in (operator.mul, operator.floordiv) and any(_is_value(structure, arg) for arg in node.args):
+        raise ValueError(f"{place(node)}: a product or quotient of activations has no paths: {HOMOGENEOUS}")
+    if target is getattr and node.args[1] not in (*VIEW_ATTRIBUTES, *SIZE_ATTRIBUTES):
+        raise _no_paths_error(place(node), node.args[1])
 
 
 def is_weight(node: Any) -> bool:
@@ -253,7 +262,7 @@ def place(node: fx.Node) -> str:
     return (list(stack.values())[-1][0] or "the model's forward") if stack else "the model's forward"
 
 
-def _no_paths(place: str, what: Any, structure: Structure) -> ValueError:
+def _no_paths_error(place: str, what: Any) -> ValueError:
     name = what if isinstance(what, str) else getattr(what, "__name__", repr(what))
     reason = next((why for kind, why in REASONS.items() if isinstance(what, type) and issubclass(what, kind)), None)
     return ValueError(f"{place}: {name} has no paths: {reason or HOMOGENEOUS}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import _check, _replace
 from .conv import TTConv2d
+from .decomposition import one_given
 from .embedding import TTEmbedding, unlike_a_train
 from .linear import TTLinear
 
@@ -109,7 +110,11 @@ def compress(
         ValueError: none of eps, max_rank and ratio; a ratio that a layer cannot reach; a pattern that no layer has;
             NaN weights; a weight that two layers share, or that is made from other parameters; hooks on a layer, which
             would be lost.
-        TypeError: eps or ratio that is no number, patterns that are no list.
+        TypeError: not a module, eps or ratio that is no number, patterns that are no list.
+
+    Source: Oseledets, "Tensor-Train Decomposition", SIAM J. Sci. Comput. 33(5), 2011; for layers Novikov et al.,
+    "Tensorizing Neural Networks", NeurIPS 2015, and Garipov et al., "Ultimate tensorization: compressing convolutional
+    and FC layers alike", 2016.
 
     Example:
         >>> import torch, finite_width as fw
@@ -118,10 +123,8 @@ def compress(
         >>> type(model[0]).__name__, report.layers[0].parameters_after
         ('TTLinear', 1024)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if eps is None and max_rank is None and ratio is None:
-        raise ValueError("give eps (relative error), max_rank, ratio, or several of them; got none")
+    _check.is_module("model", model)
+    one_given(eps=eps, max_rank=max_rank, ratio=ratio)
     if ratio is not None:
         _check.number("ratio", ratio)
         if not ratio > 1:

@@ -35,6 +35,7 @@ class TTConv2d(TTCores):
     Raises:
         ValueError: modes that do not multiply to a group's channels, channels that groups do not divide, a rank, a
             kernel_size, a stride or a dilation of 0, a negative padding.
+        TypeError: a size or a rank that is no int.
 
     Source: Garipov et al., "Ultimate tensorization: compressing convolutional and FC layers alike", 2016.
 
@@ -131,9 +132,11 @@ class TTConv2d(TTCores):
 
         Raises:
             ValueError: none of eps, max_rank and target_params, NaN weights.
+            TypeError: not an nn.Conv2d; otherwise as `TTLinear.from_linear`.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
+        decomposition.one_given(eps=eps, max_rank=max_rank, target_params=target_params)
         weight, bias, groups = conv.weight.detach(), conv.bias, conv.groups
         wide_in, wide_out = conv.in_channels // groups, conv.out_channels // groups
         modes_in, modes_out = find_modes(wide_in, wide_out, in_modes, out_modes, "matrix")

@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _check
 from .modes import check_modes
@@ -18,13 +18,19 @@ Ranks = int | Sequence[int] | None
 
 def _check_accuracy(eps: float | None, max_rank: Ranks, bonds: int) -> list[int | None]:
     """The limit of each bond's rank."""
-    if eps is None and max_rank is None:
-        raise ValueError("give eps (relative error), max_rank, or both; got neither")
+    one_given(eps=eps, max_rank=max_rank)
     if eps is not None:
         _check.number("eps", eps)
         if not (isfinite(eps) and eps >= 0):
             raise ValueError(f"eps must be a relative error of at least 0, got {eps}")
     return check_ranks("max_rank", max_rank, bonds)
+
+
+def one_given(**limits: Any) -> None:
+    """Raise ValueError unless at least one of the limits of a train is given."""
+    if all(value is None for value in limits.values()):
+        *most, last = limits
+        raise ValueError(f"give {', '.join(most)} or {last}, or several of them; got none")
 
 
 def check_ranks(name: str, ranks: Ranks, bonds: int) -> list[int | None]:
@@ -48,8 +54,7 @@ def _plain(value: Any) -> Any:
 def _check_values(name: str, tensor: Tensor) -> None:
     _check.is_tensor(name, tensor)
     _check.is_float(name, tensor)
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name} holds NaN or infinite values; its decomposition is not defined")
+    _check.is_finite(name, tensor, "its decomposition is not defined")
 
 
 def _truncation(values: Tensor, tolerance: float, limit: int | None) -> int:
@@ -154,8 +159,15 @@ def tt_matrix_svd(
     ]
 
 
+def is_list_of_cores(cores: Any) -> None:
+    """Raise TypeError unless the cores come in a list, a tuple or torch's list of parameters."""
+    if not isinstance(cores, (list, tuple, nn.ParameterList)):
+        raise TypeError(f"cores must be a list or tuple of tensors, got {type(cores).__name__}")
+
+
 def check_cores(cores: Sequence[Tensor], axes: Sequence[int] = (3, 4)) -> None:
     """Raise unless these are the cores of one train: dimensions, dtype, device and adjoining ranks."""
+    is_list_of_cores(cores)
     if len(cores) == 0:
         raise ValueError("cores must hold at least one core, got none")
     before, axis_count = 1, None

@@ -112,9 +112,11 @@ class TTEmbedding(TTCores):
 
         Raises:
             ValueError: none of eps, max_rank and target_params; NaN weights; an embedding of another kind.
+            TypeError: not an nn.Embedding or nn.EmbeddingBag; otherwise as `TTLinear.from_linear`.
         """
         if not isinstance(embedding, (nn.Embedding, nn.EmbeddingBag)):
             raise TypeError(f"embedding must be an nn.Embedding or nn.EmbeddingBag, got {type(embedding).__name__}")
+        decomposition.one_given(eps=eps, max_rank=max_rank, target_params=target_params)
         if unlike := unlike_a_train(embedding):
             raise ValueError(f"embedding must be one that a TTEmbedding can stand for, but has {unlike}")
         weight, padding_idx = embedding.weight.detach(), embedding.padding_idx

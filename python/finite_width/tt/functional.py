@@ -37,7 +37,7 @@ def tt_linear(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None, *,
 
     Raises:
         ValueError: cores that do not fit together or to x, another layout.
-        TypeError: other dtypes, or two of them.
+        TypeError: other dtypes, or two of them; cores that are no list or tuple of tensors.
 
     Source: Novikov et al., "Tensorizing Neural Networks", NeurIPS 2015 (layout "matrix").
 
@@ -48,8 +48,9 @@ def tt_linear(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None, *,
         torch.Size([7, 20])
     """
     _check.is_tensor("x", x)
+    decomposition.is_list_of_cores(cores)
     x, cores, bias = _autocast(x, cores, bias)
-    _check.is_float("x", x, DTYPES)
+    _check.is_dtype("x", x, DTYPES)
     return _apply(x, cores, bias, _check_call(x, cores, bias, layout))
 
 
@@ -73,7 +74,7 @@ def apply_checked(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, signa
     x, cores, bias = _autocast(x, cores, bias)
     first = cores[0]
     if x.dtype != first.dtype or x.device != first.device:
-        _check.is_float("x", x, DTYPES)
+        _check.is_dtype("x", x, DTYPES)
         _check.like("x", x, "the layer's cores", first)
     return _apply(x, cores, bias, signature)
 

@@ -105,6 +105,7 @@ class TTLinear(TTCores):
 
     Raises:
         ValueError: modes that do not multiply to the size, a rank of 0.
+        TypeError: a size or a rank that is no int.
 
     Source: Novikov et al., "Tensorizing Neural Networks", NeurIPS 2015.
 
@@ -189,6 +190,7 @@ class TTLinear(TTCores):
 
         Raises:
             ValueError: none of eps, max_rank and target_params; NaN weights; a target below rank 1.
+            TypeError: not an nn.Linear; an eps that is no number, a max_rank or target_params that is no int.
 
         Example:
             >>> import torch, finite_width as fw
@@ -198,6 +200,7 @@ class TTLinear(TTCores):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        decomposition.one_given(eps=eps, max_rank=max_rank, target_params=target_params)
         weight, bias = linear.weight.detach(), linear.bias
         modes = find_modes(linear.in_features, linear.out_features, in_modes, out_modes, "matrix")
         if target_params is not None:

@@ -50,7 +50,8 @@ class Plan:
         batch: the batch the plan was made for: the next power of two.
         multiply_adds_forward, multiply_adds_backward: of the whole call, merging included.
         bytes_moved: read and written by forward and backward, apart from what stays in cache.
-        cost: nanoseconds, forward and backward.
+        cost: estimated nanoseconds on the machine that the constants above were measured on, forward and backward;
+            only its ratio to other plans' costs means anything elsewhere.
         precision: of float32 on a GPU (`cuda_precision`); None on a CPU.
     """
 
@@ -91,7 +92,7 @@ class Plan:
             f"  forward  {self.multiply_adds_forward / 1e6:10.3f} M multiply-adds\n"
             f"  backward {self.multiply_adds_backward / 1e6:10.3f} M multiply-adds\n"
             f"  memory   {self.bytes_moved / 1e6:10.3f} MB moved\n"
-            f"  cost     {self.cost / 1e6:10.3f} ms, forward and backward"
+            f"  estimated cost (relative) {self.cost / 1e6:.3f}, forward and backward"
         )
 
 

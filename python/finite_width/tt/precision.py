@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from .. import _check
 
@@ -12,8 +12,7 @@ PRECISIONS = ("ieee", "split", "tf32")
 _chosen = "ieee"  # of the process, as torch's own settings; torch.compile cannot trace a ContextVar
 
 
-@contextmanager
-def cuda_precision(precision: str) -> Iterator[None]:
+def cuda_precision(precision: str) -> AbstractContextManager[None]:
     """How float32 is multiplied by the Tensor-Train kernels on a GPU inside the block; results stay float32.
 
     The setting is the process's and concerns the fused kernels alone, forward and backward, as they are called: a
@@ -40,6 +39,11 @@ def cuda_precision(precision: str) -> Iterator[None]:
         torch.float32
     """
     _check.one_of("precision", precision, PRECISIONS)
+    return _in_force(precision)
+
+
+@contextmanager
+def _in_force(precision: str) -> Iterator[None]:
     global _chosen
     before = _chosen
     try:
