@@ -166,6 +166,33 @@ def test_ridge_cv_leaves_one_out(compute, center):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)
 
 
+def test_ridge_cv_refuses_ridges_below_the_kernels_rounding():
+    model, x = mlp(width=64, features=1, dtype=torch.float32), torch.linspace(-1, 1, 60).unsqueeze(1)
+    y = (3 * x[:, 0]).sin()
+    with pytest.warns(UserWarning, match=r"ridges 1e-06 are too small for this kernel.*loo_mse_ is inf"):
+        search = fw.ntk.NTKRidgeCV(model).fit(x, y)
+    assert search.loo_mse_[0] == np.inf
+    assert np.isfinite(search.loo_mse_[1:]).all()
+    assert search.ridge_ == 1e-4
+    # The error is the kernel's own, rounding and all: what refitting in float64 on the rows that are kept gives.
+    K, target = fw.ntk.empirical_ntk(model, x, compute="trace").double(), y.double()
+    kept = torch.arange(60) != 7
+    weights = torch.linalg.solve(K[kept][:, kept] + 1e-4 * eye(59), target[kept])
+    assert float(search.loo_predictions_[7, 0]) == pytest.approx(float(K[7, kept] @ weights), abs=1e-6)
+    with pytest.raises(ValueError, match="positive definite"):
+        fw.ntk.NTKRegressor(model, ridge=1e-6).fit(x, y)
+    with pytest.raises(ValueError, match=r"ridges: all of them \(1e-06, 1e-07\) are too small"):
+        fw.ntk.NTKRidgeCV(model, ridges=[1e-6, 1e-7]).fit(x, y)
+
+
+def test_ridge_cv_does_not_choose_an_error_that_is_not_a_number():
+    x = points(20)
+    with pytest.warns(UserWarning, match=r"ridges 1e-310 are too small"):
+        search = fw.ntk.NTKRidgeCV(nn.Linear(3, 1).double(), ridges=[1.0, 1e-310, 0.1]).fit(x, x[:, 0].sin())
+    assert search.ridge_ == [1.0, 0.1][int(np.argmin(search.loo_mse_[[0, 2]]))]
+    assert search.loo_mse_[1] == np.inf
+
+
 @pytest.mark.parametrize(("compute", "outputs"), [("trace", 1), ("trace", 3), ("full", 2)])
 def test_conjugate_gradients_agree_with_cholesky(compute, outputs):
     model, x, new = mlp(outputs=outputs, width=64), points(60), points(7, seed=1)
