@@ -83,6 +83,19 @@ def test_directions_without_kernel_never_move():
     assert fw.ntk.gradient_flow(K, torch.ones(2), None, 1.0).test is None
 
 
+@pytest.mark.parametrize("time", [1e9, math.inf])
+def test_the_rounding_of_a_float32_kernel_is_not_fitted(time):
+    torch.manual_seed(0)
+    net, x, new = nn.Linear(3, 1), points(20).float(), points(5, 1).float()
+    y = x[:, 0] + 0.1 * torch.randn(20)
+    K, K_new = (fw.ntk.empirical_ntk(net, each, x, compute="trace") for each in (x, new))
+    design, design_new = (torch.cat([each, torch.ones(len(each), 1)], 1) for each in (x, new))
+    weights = torch.linalg.lstsq(design, y[:, None]).solution
+    flow = fw.ntk.gradient_flow(K, y, K_new, time)
+    torch.testing.assert_close(flow.test, (design_new @ weights)[:, 0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(flow.train, (design @ weights)[:, 0], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -160,6 +173,20 @@ def test_linearize_keeps_frozen_parameters_and_structure():
 
     result = fw.ntk.linearize(Named())(points())
     torch.testing.assert_close(result["twice"], 2 * result["value"])
+
+
+def test_a_parameter_frozen_after_training_keeps_what_it_learned():
+    linear, x = fw.ntk.linearize(mlp()), points()
+    with torch.no_grad():
+        for value in linear.trained.parameters():
+            value += 0.1
+    expected = linear(x).detach()
+    linear.trained[0].requires_grad_(False)
+    assert torch.equal(linear(x), expected)
+    linear(x).sum().backward()
+    assert linear.trained[0].weight.grad is None
+    assert linear.trained[2].weight.grad is not None
+    assert torch.equal(linear.requires_grad_(False)(x), expected)
 
 
 def test_linearize_refuses():

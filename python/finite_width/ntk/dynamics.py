@@ -34,7 +34,9 @@ def gradient_flow(
     loss="sum". Zero initial outputs give the mean over an ensemble whose initial outputs average to zero.
 
     Args:
-        K_train: [N, N], one kernel for all columns of y; or [N, N, O, O] (compute="full").
+        K_train: [N, N], one kernel for all columns of y; or [N, N, O, O] (compute="full"). Its dtype tells how far
+            its small eigenvalues are rounding, which do not count: pass a kernel that was computed in float32 as it
+            is. Converted by K_train.double() its rounding would be fitted, with large errors at late times.
         y: [N] or [N, C]; [N, O] for a full kernel.
         K_test: [M, N] or [M, N, O, O], test points against training points; None for the training points alone.
         t: time, a number or [T], at least 0, inf allowed; learning rate × steps of small-step gradient descent.
@@ -87,8 +89,8 @@ def gradient_flow(
     columns = (outputs, 1) if K_train.dim() == 4 else (1, -1)
     missing = (y.double() - initial).reshape(rows * columns[0], columns[1])
     eigenvalues, Q = torch.linalg.eigh(_matrix(K_train))
-    # Below this an eigenvalue is rounding; a direction without one never moves.
-    floor = eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(torch.float64).eps if rows else 0.0
+    # Below this an eigenvalue is the kernel's rounding; a direction without one never moves.
+    floor = eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(K_train.dtype).eps
     eigenvalues = torch.where(eigenvalues > floor, eigenvalues, 0.0)
     speed = eigenvalues if loss == "sum" else eigenvalues / y.numel()
     exponent = torch.where(speed > 0, speed * times.reshape(-1, 1), 0.0)  # [T, n]; 0 · inf would be NaN
