@@ -93,6 +93,15 @@ def test_more_columns_than_one_block_and_than_rows():
     torch.testing.assert_close(found.coefficients, exact(K, y, 1e-2), rtol=1e-6, atol=1e-6)
 
 
+def test_iterations_are_counted_for_each_block_of_columns():
+    K, y = kernel(size=40), targets(40, 100)  # five blocks of 20 columns
+    one = fw.ntk.solve(K, y[:, :20], ridge=1e-2, method="cg", tol=1e-9).iterations
+    found = fw.ntk.solve(K, y, ridge=1e-2, method="cg", tol=1e-9, max_iterations=one + 2)
+    assert found.iterations > 2 * one
+    assert found.residual <= 1e-9
+    torch.testing.assert_close(found.coefficients, exact(K, y, 1e-2), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["cholesky", "cg"])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_tiny_systems(method, size):

@@ -86,7 +86,8 @@ def solve(
         ridge: ρ ≥ 0, in the units of K.
         method: "cholesky", "cg", or "auto": Cholesky where a float64 copy of K fits in `memory_budget`.
         tol: conjugate gradients stop at ‖y − (K + ρI)x‖ ≤ tol ‖y‖, for every column.
-        max_iterations: of conjugate gradients; default 10 N (rounding makes more than N necessary).
+        max_iterations: of conjugate gradients, for each block of at most 64 columns of `y`; default 10 N (rounding
+            makes more than N necessary).
         rank: of the preconditioner; default min(N / 4, 256) for a stored kernel and min(N / 4, 64) for an operator,
             where each direction costs a product. 0 switches it off.
         jitter: asked for, a failed Cholesky factorisation is retried with jitter · mean(diag K) on the diagonal,
@@ -310,10 +311,11 @@ def _conjugate_gradients(
     solved, worst = [], 0.0
     with tqdm(total=None, desc="conjugate gradients", unit="it", disable=not progress) as bar:
         for block in y.split(min(_BLOCK, max(y.shape[0] // 2, 1)), dim=1):
-            x, residual = torch.zeros_like(block), block
+            x, residual, begun = torch.zeros_like(block), block, iterations
             # The recurrence drifts from the true residual; a restart from what is left takes it on.
             for _ in range(3):
-                step, used = _block_cg(system, residual, block, tol, max_iterations - iterations, preconditioner, bar)
+                left_over = max_iterations - (iterations - begun)
+                step, used = _block_cg(system, residual, block, tol, left_over, preconditioner, bar)
                 before = _relative(residual, block)
                 candidate = x + step
                 left = block - system(candidate)
@@ -321,7 +323,7 @@ def _conjugate_gradients(
                 after = _relative(left, block)
                 if after < before:
                     x, residual = candidate, left
-                if after <= tol or after > 0.5 * before or iterations >= max_iterations:
+                if after <= tol or after > 0.5 * before or iterations - begun >= max_iterations:
                     break
             solved.append(x)
             worst = max(worst, _relative(residual, block))
