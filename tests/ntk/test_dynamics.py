@@ -117,6 +117,13 @@ def test_the_rounding_of_a_float32_kernel_is_not_fitted(time):
         ({"f0_train": math.inf}, ValueError, "f0_train holds NaN or infinite entries"),
         ({"K_train": torch.full((2, 2), math.nan)}, ValueError, "K_train holds NaN or infinite entries"),
         ({"K_test": torch.full((4, 2), math.inf)}, ValueError, "K_test holds NaN or infinite entries"),
+        (
+            {"K_train": torch.eye(2) + torch.ones(2, 2).triu(1)},
+            ValueError,
+            "K_train must be symmetric, but differs from",
+        ),
+        ({"K_train": torch.eye(2).to_sparse()}, TypeError, "K_train must be a dense tensor"),
+        ({"K_test": torch.ones(4, 2, device="meta")}, ValueError, "K_test is on the meta device"),
         ({"K_train": torch.ones(0, 0), "y": torch.ones(0)}, ValueError, r"N, O > 0, got \[0, 0\]"),
         ({"K_train": torch.ones(2, 2, 2, 4)}, ValueError, r"K_train must have shape .* got \[2, 2, 2, 4\]"),
     ],
@@ -244,6 +251,30 @@ def test_diagnostics_refuse_what_is_not_finite(bad):
     }.items():
         with pytest.raises(ValueError, match=f"^{name} holds NaN or infinite entries"):
             call()
+
+
+def test_diagnostics_refuse_what_is_not_symmetric_or_has_no_values():
+    K = psd()
+    for call in (fw.ntk.spectrum, lambda value: fw.ntk.effective_dimension(value, 1.0)):
+        with pytest.raises(ValueError, match="K must be symmetric, but differs from its transpose"):
+            call(K + torch.ones_like(K).triu(1))
+    for bad, error, message in (
+        (K.to_sparse(), TypeError, "must be a dense tensor"),
+        (K.to("meta"), ValueError, "is on the meta device"),
+    ):
+        for name, call in {
+            "K": lambda: fw.ntk.spectrum(bad),  # noqa: B023
+            "y": lambda: fw.ntk.target_alignment(K, bad),  # noqa: B023
+            "K1": lambda: fw.ntk.drift(K, bad),  # noqa: B023
+        }.items():
+            with pytest.raises(error, match=f"^{name} {message}"):
+                call()
+
+
+def test_target_alignment_is_at_most_one():
+    for seed in range(30):
+        y = points(6, seed, 1)
+        assert fw.ntk.target_alignment(y @ y.T, y) <= 1
 
 
 def test_target_alignment_refuses():
