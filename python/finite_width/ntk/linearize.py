@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.func import jvp
 
 from .. import _check
 from .contract import functional_call
+from .inputs import copy_model
 
 
 class Linearized(nn.Module):
@@ -23,8 +23,8 @@ class Linearized(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.trained = copy.deepcopy(model)
-        self.origin = copy.deepcopy(model).requires_grad_(False)
+        self.trained = copy_model(model)
+        self.origin = copy_model(model).requires_grad_(False)
         # Those of now: a parameter that is frozen later keeps what it has learned.
         self._moving = [name for name, value in model.named_parameters() if value.requires_grad]
 
@@ -56,7 +56,7 @@ def linearize(model: nn.Module) -> Linearized:
 
     Raises:
         TypeError: not a module.
-        ValueError: no trainable parameter.
+        ValueError: no trainable parameter; a model that torch cannot copy.
 
     Source:
         Lee et al., "Wide neural networks of any depth evolve as linear models under gradient descent", NeurIPS 2019,

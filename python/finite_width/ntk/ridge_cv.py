@@ -72,7 +72,7 @@ class NTKRidgeCV(RegressorProtocol, NTKEstimator):
         self.progress = progress
 
     def _check_parameters(self) -> None:
-        _check.one_of("compute", self.compute, ("trace", "diagonal", "full"))
+        self._check_kernel_parameters()
         if np.ndim(self.ridges) != 1:
             raise TypeError(f"ridges must be a sequence of numbers, got {self.ridges!r}")
         if len(self.ridges) == 0:
