@@ -60,7 +60,7 @@ def is_symmetric(name: str, value: Tensor, dtype: torch.dtype | None = None) -> 
     Args:
         dtype: whose rounding is allowed for; None stands for the matrix's own.
     """
-    tolerance = torch.finfo(dtype or value.dtype).eps ** 0.5
+    value, tolerance = value.detach(), torch.finfo(dtype or value.dtype).eps ** 0.5
     largest = max(map(abs, map(float, value.aminmax()))) if value.numel() else 0.0
     for rows, columns in zip(value.split(1024), value.split(1024, 1), strict=True):  # no second matrix is held
         difference = float((rows - columns.mT).abs().amax())

@@ -543,6 +543,8 @@ def test_labels_of_unusual_kinds(estimator):
     x = points(10)
     y = (x[:, 0] > 0).bfloat16()
     assert estimator(mlp()).fit(x, y).predict(x).dtype == torch.float32
+    for kind in (">f8", np.longdouble):
+        assert estimator(mlp()).fit(x, y.float().numpy().astype(kind)).predict(x).dtype == torch.float64
     for labels in ([None, "a"] * 5, [1, "a", None, 2, "b"] * 2):
         with pytest.raises(TypeError, match="y must be labels of one kind, which can be sorted"):
             estimator(mlp()).fit(x, np.array(labels, dtype=object))

@@ -19,6 +19,7 @@ from .inputs import (
     copy_model,
     from_user,
     model_kind,
+    numbers,
     refuse_nan,
     row_blocks,
     row_count,
@@ -243,7 +244,8 @@ class ClassifierProtocol(ClassifierMixin, KernelEstimator):
         mean, _, as_torch = self._predict_all(x, False)
         index = (mean[:, 0] > 0.5).long() if mean.shape[1] == 1 else mean.argmax(1)
         labels = self.classes_[index.cpu().numpy()]
-        return torch.from_numpy(labels).to(mean.device) if as_torch and labels.dtype.kind in "iufb" else labels
+        as_torch = as_torch and labels.dtype.kind in "iufb"
+        return torch.from_numpy(numbers("y", labels)).to(mean.device) if as_torch else labels
 
     def score(self, x: Any, y: Any, sample_weight: Any = None) -> float:
         """The accuracy of `predict(x)`."""
