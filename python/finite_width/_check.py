@@ -7,6 +7,7 @@ from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +48,29 @@ def is_dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got the layout {value.layout}; pass its .to_dense()")
 
 
+def has_values(name: str, value: Tensor) -> None:
+    """Raise ValueError for a tensor on the meta device."""
+    if value.is_meta:
+        raise ValueError(f"{name} is on the meta device and holds no values; pass a tensor of a real device")
+
+
+def is_symmetric(name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError unless a finite matrix [N, N] is its transpose: an algorithm that reads one triangle needs that.
+
+    Args:
+        dtype: whose rounding is allowed for; None stands for the matrix's own.
+    """
+    value, tolerance = value.detach(), torch.finfo(dtype or value.dtype).eps ** 0.5
+    largest = max(map(abs, map(float, value.aminmax()))) if value.numel() else 0.0
+    for rows, columns in zip(value.split(1024), value.split(1024, 1), strict=True):  # no second matrix is held
+        difference = float((rows - columns.mT).abs().amax())
+        if difference > tolerance * largest:
+            raise ValueError(
+                f"{name} must be symmetric, but differs from its transpose by up to {difference:.2g} (its largest "
+                f"entry is {largest:.2g}); pass the kernel of one set of points with itself"
+            )
+
+
 def has_dim(name: str, value: Tensor, dim: int, shape: str) -> None:
     """Raise ValueError unless the tensor has `dim` axes; `shape` names them, such as "[N, D]"."""
     if value.dim() != dim:
@@ -63,8 +87,14 @@ def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise ValueError unless value is one of the choices."""
-    if value not in choices:
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def boolean(name: str, value: Any) -> None:
+    """Raise TypeError unless value is True or False, Python's or numpy's."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def number(name: str, value: Any) -> None:

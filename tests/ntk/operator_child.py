@@ -1,6 +1,7 @@
 """A rank that solves with an operator shared by all ranks: torchrun operator_child.py FILE MODE...
 
-Its results go to FILE-MODE-RANK. In the mode "differ" rank 1 has other data than the rest.
+Its results go to FILE-MODE-RANK. In the mode "differ" rank 1 has other data than the rest, in
+"targets" other targets, and in "memory" less free memory than the solver's dense route takes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def solve(mode: str) -> tuple[torch.Tensor, int, int]:
     x, y = torch.randn(ROWS, 6), torch.randn(3 * ROWS, 2, dtype=torch.float64)
     if mode == "differ" and os.environ.get("RANK") == "1":
         x[3] += 1
+    if mode == "targets" and os.environ.get("RANK") == "1":
+        y = 2 * y
+    solver = importlib.import_module("finite_width.ntk.solve")
+    free = (lambda _: 0) if mode == "memory" and os.environ.get("RANK") == "1" else solver.free_memory
     products = importlib.import_module("finite_width.ntk.products").Products
     push, pushed = products.push, []
 
@@ -36,10 +41,13 @@ def solve(mode: str) -> tuple[torch.Tensor, int, int]:
     with (
         mock.patch.object(importlib.import_module("finite_width.ntk.plan"), "BLOCK_ROWS", BLOCK),
         mock.patch.object(products, "push", counted),
+        mock.patch.object(solver, "free_memory", free),
+        mock.patch.object(solver, "SMALL", 0),
     ):
         operator = fw.ntk.NTKOperator(model, x)
         pushed.clear()
-        found = fw.ntk.solve(operator, y, ridge=0.5, method="cg", tol=1e-4, rank=8)
+        method = "auto" if mode == "memory" else "cg"
+        found = fw.ntk.solve(operator, y, ridge=0.5, method=method, tol=1e-4, rank=8)
     return found.coefficients, found.iterations, sum(pushed)
 
 

@@ -410,6 +410,8 @@ def test_params_replace_the_models_own() -> None:
     subset = {name: value if name == "0.weight" else value.detach() for name, value in other.named_parameters()}
     parts = fw.ntk.per_parameter_ntk(model, X, params=subset)
     assert list(parts) == ["0.weight"]
+    turned = dict(reversed(list(other.named_parameters())))
+    assert list(fw.ntk.per_parameter_ntk(model, X, params=turned)) == [name for name, _ in model.named_parameters()]
     torch.testing.assert_close(parts["0.weight"], fw.ntk.per_parameter_ntk(other, X)["0.weight"])
 
 

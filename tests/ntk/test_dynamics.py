@@ -83,6 +83,19 @@ def test_directions_without_kernel_never_move():
     assert fw.ntk.gradient_flow(K, torch.ones(2), None, 1.0).test is None
 
 
+@pytest.mark.parametrize("time", [1e9, math.inf])
+def test_the_rounding_of_a_float32_kernel_is_not_fitted(time):
+    torch.manual_seed(0)
+    net, x, new = nn.Linear(3, 1), points(20).float(), points(5, 1).float()
+    y = x[:, 0] + 0.1 * torch.randn(20)
+    K, K_new = (fw.ntk.empirical_ntk(net, each, x, compute="trace") for each in (x, new))
+    design, design_new = (torch.cat([each, torch.ones(len(each), 1)], 1) for each in (x, new))
+    weights = torch.linalg.lstsq(design, y[:, None]).solution
+    flow = fw.ntk.gradient_flow(K, y, K_new, time)
+    torch.testing.assert_close(flow.test, (design_new @ weights)[:, 0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(flow.train, (design @ weights)[:, 0], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -105,6 +118,13 @@ def test_directions_without_kernel_never_move():
         ({"f0_train": math.inf}, ValueError, "f0_train holds NaN or infinite entries"),
         ({"K_train": torch.full((2, 2), math.nan)}, ValueError, "K_train holds NaN or infinite entries"),
         ({"K_test": torch.full((4, 2), math.inf)}, ValueError, "K_test holds NaN or infinite entries"),
+        (
+            {"K_train": torch.eye(2) + torch.ones(2, 2).triu(1)},
+            ValueError,
+            "K_train must be symmetric, but differs from",
+        ),
+        ({"K_train": torch.eye(2).to_sparse()}, TypeError, "K_train must be a dense tensor"),
+        ({"K_test": torch.ones(4, 2, device="meta")}, ValueError, "K_test is on the meta device"),
         ({"K_train": torch.ones(0, 0), "y": torch.ones(0)}, ValueError, r"N, O > 0, got \[0, 0\]"),
         ({"K_train": torch.ones(2, 2, 2, 4)}, ValueError, r"K_train must have shape .* got \[2, 2, 2, 4\]"),
     ],
@@ -163,6 +183,20 @@ def test_linearize_keeps_frozen_parameters_and_structure():
     torch.testing.assert_close(result["twice"], 2 * result["value"])
 
 
+def test_a_parameter_frozen_after_training_keeps_what_it_learned():
+    linear, x = fw.ntk.linearize(mlp()), points()
+    with torch.no_grad():
+        for value in linear.trained.parameters():
+            value += 0.1
+    expected = linear(x).detach()
+    linear.trained[0].requires_grad_(False)
+    assert torch.equal(linear(x), expected)
+    linear(x).sum().backward()
+    assert linear.trained[0].weight.grad is None
+    assert linear.trained[2].weight.grad is not None
+    assert torch.equal(linear.requires_grad_(False)(x), expected)
+
+
 def test_linearize_refuses():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
         fw.ntk.linearize(lambda x: x)
@@ -218,6 +252,30 @@ def test_diagnostics_refuse_what_is_not_finite(bad):
     }.items():
         with pytest.raises(ValueError, match=f"^{name} holds NaN or infinite entries"):
             call()
+
+
+def test_diagnostics_refuse_what_is_not_symmetric_or_has_no_values():
+    K = psd()
+    for call in (fw.ntk.spectrum, lambda value: fw.ntk.effective_dimension(value, 1.0)):
+        with pytest.raises(ValueError, match="K must be symmetric, but differs from its transpose"):
+            call(K + torch.ones_like(K).triu(1))
+    for bad, error, message in (
+        (K.to_sparse(), TypeError, "must be a dense tensor"),
+        (K.to("meta"), ValueError, "is on the meta device"),
+    ):
+        for name, call in {
+            "K": lambda: fw.ntk.spectrum(bad),  # noqa: B023
+            "y": lambda: fw.ntk.target_alignment(K, bad),  # noqa: B023
+            "K1": lambda: fw.ntk.drift(K, bad),  # noqa: B023
+        }.items():
+            with pytest.raises(error, match=f"^{name} {message}"):
+                call()
+
+
+def test_target_alignment_is_at_most_one():
+    for seed in range(30):
+        y = points(6, seed, 1)
+        assert fw.ntk.target_alignment(y @ y.T, y) <= 1
 
 
 def test_target_alignment_refuses():

@@ -166,6 +166,33 @@ def test_ridge_cv_leaves_one_out(compute, center):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)
 
 
+def test_ridge_cv_refuses_ridges_below_the_kernels_rounding():
+    model, x = mlp(width=64, features=1, dtype=torch.float32), torch.linspace(-1, 1, 60).unsqueeze(1)
+    y = (3 * x[:, 0]).sin()
+    with pytest.warns(UserWarning, match=r"ridges 1e-06 are too small for this kernel.*loo_mse_ is inf"):
+        search = fw.ntk.NTKRidgeCV(model).fit(x, y)
+    assert search.loo_mse_[0] == np.inf
+    assert np.isfinite(search.loo_mse_[1:]).all()
+    assert search.ridge_ == 1e-4
+    # The error is the kernel's own, rounding and all: what refitting in float64 on the rows that are kept gives.
+    K, target = fw.ntk.empirical_ntk(model, x, compute="trace").double(), y.double()
+    kept = torch.arange(60) != 7
+    weights = torch.linalg.solve(K[kept][:, kept] + 1e-4 * eye(59), target[kept])
+    assert float(search.loo_predictions_[7, 0]) == pytest.approx(float(K[7, kept] @ weights), abs=1e-6)
+    with pytest.raises(ValueError, match="positive definite"):
+        fw.ntk.NTKRegressor(model, ridge=1e-6).fit(x, y)
+    with pytest.raises(ValueError, match=r"ridges: all of them \(1e-06, 1e-07\) are too small"):
+        fw.ntk.NTKRidgeCV(model, ridges=[1e-6, 1e-7]).fit(x, y)
+
+
+def test_ridge_cv_does_not_choose_an_error_that_is_not_a_number():
+    x = points(20)
+    with pytest.warns(UserWarning, match=r"ridges 1e-310 are too small"):
+        search = fw.ntk.NTKRidgeCV(nn.Linear(3, 1).double(), ridges=[1.0, 1e-310, 0.1]).fit(x, x[:, 0].sin())
+    assert search.ridge_ == [1.0, 0.1][int(np.argmin(search.loo_mse_[[0, 2]]))]
+    assert search.loo_mse_[1] == np.inf
+
+
 @pytest.mark.parametrize(("compute", "outputs"), [("trace", 1), ("trace", 3), ("full", 2)])
 def test_conjugate_gradients_agree_with_cholesky(compute, outputs):
     model, x, new = mlp(outputs=outputs, width=64), points(60), points(7, seed=1)
@@ -476,6 +503,129 @@ def test_a_model_that_squeezes_its_output(estimator, center):
     torch.testing.assert_close(prediction, estimator(mlp(), center=center).fit(x, y).predict(x))
     with pytest.raises(ValueError, match="must have a batch axis"):
         fw.ntk.NTKRegressor(Squeezed(*mlp())).fit(x[:1], y[:1])
+
+
+@pytest.mark.parametrize("estimator", REGRESSORS)
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (np.ones(5) + 1j, TypeError, "y must hold numbers.*complex128"),
+        (["1.0"] * 5, TypeError, "y must hold numbers.*<U3"),
+        (np.arange(5).astype("datetime64[D]"), TypeError, r"y must hold numbers.*datetime64\[D\]"),
+        ([None] * 5, TypeError, "y must hold numbers.*object"),
+        ([[1], [1, 2], [1], [1], [1]], ValueError, "y must be an array of numbers"),
+        ([torch.ones(1).to_sparse()] * 5, TypeError, "y must be an array of numbers"),
+        (torch.ones(5).to_sparse(), TypeError, "y must be a dense tensor"),
+        (torch.ones(5, device="meta"), ValueError, "y is on the meta device"),
+    ],
+)
+def test_targets_that_are_not_numbers(estimator, y, error, message):
+    with pytest.raises(error, match=message):
+        estimator(mlp()).fit(points(5), y)
+
+
+@pytest.mark.parametrize("estimator", REGRESSORS)
+def test_any_kind_of_real_numbers(estimator):
+    x = points(10).numpy()
+    y = x[:, 0] > 0
+    expected = estimator(mlp()).fit(x, y.astype(float)).predict(x)
+    for kind in (">f8", np.longdouble):
+        found = estimator(mlp()).fit(x.astype(kind), y.astype(kind)).predict(x.astype(kind))
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(estimator(mlp()).fit(x, y).predict(x), expected)
+    tensors = torch.from_numpy(x)
+    fitted = estimator(mlp()).fit(tensors, torch.from_numpy(y).bfloat16())
+    assert fitted.score(tensors, torch.from_numpy(y).bfloat16()) == fitted.score(tensors, torch.from_numpy(y))
+
+
+@pytest.mark.parametrize("estimator", CLASSIFIERS)
+def test_labels_of_unusual_kinds(estimator):
+    x = points(10)
+    y = (x[:, 0] > 0).bfloat16()
+    assert estimator(mlp()).fit(x, y).predict(x).dtype == torch.float32
+    for kind in (">f8", np.longdouble):
+        assert estimator(mlp()).fit(x, y.float().numpy().astype(kind)).predict(x).dtype == torch.float64
+    for labels in ([None, "a"] * 5, [1, "a", None, 2, "b"] * 2):
+        with pytest.raises(TypeError, match="y must be labels of one kind, which can be sorted"):
+            estimator(mlp()).fit(x, np.array(labels, dtype=object))
+    with pytest.raises(TypeError, match="y must be a dense tensor"):
+        estimator(mlp()).fit(x, y.float().to_sparse())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "change", "error", "message"),
+    [
+        (fw.ntk.NTKRegressor, {"memory_budget": "1GB"}, TypeError, "memory_budget must be an int, got str"),
+        (fw.ntk.NTKRidgeCV, {"memory_budget": -1}, ValueError, "memory_budget must be at least 1"),
+        (fw.ntk.NTKRegressor, {"method": "foo", "solver": "cg"}, ValueError, "method must be one of .*got 'foo'"),
+        (fw.ntk.NTKRidgeCV, {"method": "foo"}, ValueError, "method must be one of"),
+        (fw.ntk.NTKRegressor, {"compute": np.array(["trace", "full"])}, ValueError, "compute must be one of"),
+        (fw.ntk.NTKRegressor, {"center": "no"}, TypeError, "center must be True or False, got 'no'"),
+        (fw.ntk.NNGPRegressor, {"normalize": "no"}, TypeError, "normalize must be True or False, got 'no'"),
+        (fw.ntk.NNGPClassifier, {"check": None}, TypeError, "check must be True or False, got None"),
+    ],
+)
+def test_parameters_are_named(estimator, change, error, message):
+    with pytest.raises(error, match=message):
+        estimator(mlp()).set_params(**change).fit(points(5), (points(5)[:, 0] > 0).double())
+
+
+def test_the_training_points_are_kept_as_they_were():
+    for solver in ("cholesky", "cg"):
+        x, new = points(20), points(4, seed=1)
+        regressor = fw.ntk.NTKRegressor(mlp(), ridge=0.1, solver=solver).fit(x, x[:, 0])
+        expected = regressor.predict(new, return_std=True)
+        x.zero_()
+        for found, before in zip(regressor.predict(new, return_std=True), expected, strict=True):
+            assert torch.equal(found, before)
+
+
+@pytest.mark.parametrize("rows", [8, 40])
+def test_the_ridge_of_the_fit_is_kept(rows):
+    x, new = points(rows), points(4, seed=1)
+    cg = fw.ntk.NTKRegressor(mlp(), ridge=0.1, solver="cg")
+    for regressor in (fw.ntk.NNGPRegressor(mlp(), ridge=0.1), cg):
+        regressor.fit(x, x[:, 0])
+        expected = regressor.predict(new, return_std=True)[1]
+        assert torch.equal(regressor.set_params(ridge=100.0).predict(new, return_std=True)[1], expected)
+        assert regressor.ridge_ == 0.1
+
+
+@pytest.mark.parametrize(("compute", "entries"), [("trace", 12), ("diagonal", 36), ("full", 108)])
+def test_blocks_of_predictions_are_as_large_as_what_they_hold(compute, entries):
+    model, x = mlp(outputs=3), points(12)
+    assert fw.ntk.NTKRegressor(model, ridge=0.1, compute=compute).fit(x, x)._fitted_entries() == entries
+
+
+def test_conjugate_gradients_give_the_operator_few_columns_at_once(monkeypatch):
+    widest = []
+    product = fw.ntk.NTKOperator.__matmul__
+
+    def noted(self, vector):
+        widest.append(vector.shape[1])
+        return product(self, vector)
+
+    monkeypatch.setattr(fw.ntk.NTKOperator, "__matmul__", noted)
+    model, x = mlp(outputs=20), points(12)
+    y = torch.randn(12, 5, dtype=torch.float64)
+    found = fw.ntk.NTKRegressor(model, ridge=1.0, solver="cg", tol=1e-10).fit(x, y)
+    assert max(widest) <= 16
+    expected = fw.ntk.NTKRegressor(model, ridge=1.0).fit(x, y).dual_coef_
+    torch.testing.assert_close(found.dual_coef_, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_models_that_cannot_be_copied_or_are_lazy_yet():
+    model, x = mlp(), points(5)
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[0])
+    model(x)
+    with pytest.raises(ValueError, match=r"model cannot be copied: .*parametrizations\.weight_norm"):
+        fw.ntk.NTKRegressor(model).fit(x, x[:, 0])
+    with pytest.raises(ValueError, match="model cannot be copied"):
+        fw.ntk.linearize(model)
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    with pytest.raises(ValueError, match=r"parameter '0.weight' of a lazy module has no shape yet"):
+        fw.ntk.NNGPRegressor(lazy).fit(x, x[:, 0])
 
 
 def test_no_block_of_one_row_is_left_over():

@@ -88,5 +88,18 @@ def test_bad_input() -> None:
         fw.ntk.loss_gram(model, cross_entropy, x, y, x)
     with pytest.raises(TypeError, match=r"y1 must be a torch\.Tensor"):
         fw.ntk.loss_gram(model, cross_entropy, x, [0] * 5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^y1 has dtype torch.float32, but the model's parameters have torch.float64"):
+        fw.ntk.loss_gram(model, F.mse_loss, x, torch.ones(5, 4))
+    with pytest.raises(TypeError, match=r"^x1 has dtype torch.float32"):
+        fw.ntk.loss_gram(model, cross_entropy, x.float(), y)
+    with pytest.raises(TypeError, match=r"^y2 has dtype torch.int32, but y1 has torch.int64"):
+        fw.ntk.loss_gram(model, cross_entropy, x, y, x, y.int())
+    with pytest.raises(ValueError, match=r"^x2 has shape \[5, 5\], but x1 has \[5, 6\]"):
+        fw.ntk.loss_gram(model, cross_entropy, x, y, x[:, :5], y)
+    with pytest.raises(ValueError, match=r"^params has the key 'weight', but"):
+        fw.ntk.loss_gram(model, cross_entropy, x, y, params={"weight": x})
+    normed = nn.Sequential(mlp(), nn.BatchNorm1d(4).double())
+    with pytest.raises(ValueError, match=r"^model: module '1' \(BatchNorm1d\) is in train mode"):
+        fw.ntk.loss_gram(normed, cross_entropy, x, y)
     with pytest.raises(TypeError, match="loss_fn must be a function"):
         fw.ntk.loss_gram(model, "cross_entropy", x, y)  # type: ignore[arg-type]

@@ -106,6 +106,17 @@ def test_ranks_share_the_operator(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
 
 
+def test_ranks_choose_alike_and_notice_different_calls(tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *torchrun, operator_child.__file__, str(tmp_path / "x"), "memory", "targets"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    found = [torch.load(tmp_path / f"x-memory-{rank}") for rank in range(2)]
+    assert all(iterations == 0 for _, iterations, _ in found)  # rank 0's choice: Cholesky
+    assert torch.equal(found[0][0], found[1][0])
+    assert done.returncode != 0
+    assert "the ranks call solve with different y; give all of them the same" in done.stderr
+
+
 def test_operator_of_parameters_that_were_frozen() -> None:
     model, x, *_ = regression()
     operator, v = fw.ntk.NTKOperator(model, x), torch.randn(60).double()
@@ -115,6 +126,86 @@ def test_operator_of_parameters_that_were_frozen() -> None:
     for product in (lambda: operator @ v, operator.diagonal, operator.to_dense):
         with pytest.raises(ValueError, match=r"parameter '0\.weight' was frozen .* make a new operator"):
             product()
+
+
+class SwitchedDropout(nn.Module):
+    """Dropout that no module of torch's is there for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.layer(x), training=self.training)
+
+
+def test_operator_of_a_model_that_was_changed() -> None:
+    model, x, *_ = regression()
+    model = nn.Sequential(*model, nn.BatchNorm1d(1).double()).eval()
+    operator, v = fw.ntk.NTKOperator(model, x), torch.randn(60).double()
+    calls = (lambda: operator @ v, lambda: operator.diagonal(), lambda: operator.to_dense())
+    operator @ v
+    model.train()
+    for call in calls:
+        with pytest.raises(ValueError, match=r"'3' \(BatchNorm1d\) is in train mode"):
+            call()
+    model.eval().float()
+    for call in calls:
+        with pytest.raises(TypeError, match=r"parameter '0.weight' was converted from torch.float64 to torch.float32"):
+            call()
+    switched = SwitchedDropout().eval()
+    other = fw.ntk.NTKOperator(switched, x)
+    other @ v
+    switched.train()
+    with pytest.raises(ValueError, match=r"\(SwitchedDropout\) was put from eval into train mode.*call model.eval\(\)"):
+        other @ v
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attend(x).mean(1))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_operator_of_attention_takes_forward_mode(training: bool) -> None:
+    model, x = Attention().train(training), torch.randn(6, 5, 8)
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    operator, v = fw.ntk.NTKOperator(model, x), torch.randn(12)
+    assert operator._products.push_route == "batched forward mode"
+    torch.testing.assert_close(operator @ v, operator.to_dense() @ v, rtol=1e-4, atol=1e-4)
+    assert (torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()) == before
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(x)
+
+
+def test_operator_by_rows_warns() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Square(), nn.Linear(4, 1))
+    with pytest.warns(UserWarning, match="one backward for each row and output") as caught:
+        operator = fw.ntk.NTKOperator(model, torch.randn(5, 3))
+    assert caught[0].filename == __file__
+    v = torch.randn(5)
+    torch.testing.assert_close(operator @ v, operator.to_dense() @ v)
 
 
 def regression() -> tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]:

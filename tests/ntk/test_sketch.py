@@ -96,10 +96,31 @@ def test_is_linear_in_the_gradients(name: str, kind: str) -> None:
             gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             for (label, parameter), gradient in zip(parameters.items(), gradients, strict=True):
                 if gradient is not None:
-                    size = parameter.shape[0] if parameter.dim() > 1 else 1
-                    part = gradient.reshape(1, 1, size, -1)
+                    size = parameter.shape[0] if parameter.dim() > 1 else None
+                    part = gradient.reshape(1, 1, size or 1, -1)
                     add_rows(projection, total[row : row + 1, index : index + 1], label, part, 0, size)
     assert relative(found, projection.finish(total)) < 1e-12
+
+
+@kinds
+def test_one_projection_of_a_single_row_on_every_route(kind: str) -> None:
+    """A weight [1, W] is projected alike where its structure is recognised and where autograd gives its Jacobian."""
+
+    class Rerouted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if (x > 0).all():
+                return self.layer(x)
+            return (x * self.layer.weight).sum(1, keepdim=True) + self.layer.bias
+
+    model, x = Rerouted(), torch.rand(5, 3).double()
+    other = x.clone()
+    other[4] *= -1
+    structured, generic = fw.ntk.sketch(model, x, 64, kind=kind), fw.ntk.sketch(model, other, 64, kind=kind)
+    assert relative(structured[:4], generic[:4]) < 1e-12
 
 
 @kinds

@@ -93,6 +93,15 @@ def test_more_columns_than_one_block_and_than_rows():
     torch.testing.assert_close(found.coefficients, exact(K, y, 1e-2), rtol=1e-6, atol=1e-6)
 
 
+def test_iterations_are_counted_for_each_block_of_columns():
+    K, y = kernel(size=40), targets(40, 100)  # five blocks of 20 columns
+    one = fw.ntk.solve(K, y[:, :20], ridge=1e-2, method="cg", tol=1e-9).iterations
+    found = fw.ntk.solve(K, y, ridge=1e-2, method="cg", tol=1e-9, max_iterations=one + 2)
+    assert found.iterations > 2 * one
+    assert found.residual <= 1e-9
+    torch.testing.assert_close(found.coefficients, exact(K, y, 1e-2), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["cholesky", "cg"])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_tiny_systems(method, size):
@@ -148,6 +157,16 @@ def test_degenerate_systems_of_conjugate_gradients():
         fw.ntk.solve(torch.zeros(10, 10), torch.ones(10), ridge=0.0, method="cg")
 
 
+@pytest.mark.parametrize("method", ["cholesky", "cg"])
+def test_rounding_is_no_asymmetry(method):
+    K = kernel(size=10, dtype=torch.float32)
+    K[0, 1] *= 1 + 1e-5
+    assert fw.ntk.solve(K, targets(10), ridge=1.0, method=method).residual < 1e-4
+    K[0, 1] += 1
+    with pytest.raises(ValueError, match="K_or_operator must be symmetric"):
+        fw.ntk.solve(K, targets(10), ridge=1.0, method=method)
+
+
 def test_what_does_not_converge_says_so():
     K, y = kernel(decay=0.99), targets()
     with pytest.warns(ConvergenceWarning, match="above tol"):
@@ -188,6 +207,10 @@ def test_the_error_of_a_negative_kernel_names_no_negative_jitter():
         ({"K_or_operator": torch.full((3, 3), torch.nan)}, ValueError, "K holds NaN"),
         ({"K_or_operator": torch.eye(3).to_sparse()}, TypeError, "K_or_operator must be a dense tensor"),
         ({"K_or_operator": torch.ones(0, 0), "y": torch.ones(0)}, ValueError, r"with N > 0, got \[0, 0\]"),
+        ({"K_or_operator": torch.ones(3, 3).triu()}, ValueError, "K_or_operator must be symmetric, but differs from"),
+        ({"K_or_operator": torch.ones(3, 3, device="meta")}, ValueError, "K_or_operator is on the meta device"),
+        ({"y": torch.ones(3).to_sparse()}, TypeError, "y must be a dense tensor"),
+        ({"y": torch.ones(3, device="meta")}, ValueError, "y is on the meta device"),
         ({"rank": -1}, ValueError, "rank must be at least 0, got -1"),
         ({"rank": 1.5}, TypeError, "rank must be an int, got float"),
         ({"max_iterations": 2.5}, TypeError, "max_iterations must be an int, got float"),

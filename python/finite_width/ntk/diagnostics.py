@@ -18,7 +18,7 @@ def spectrum(K: Tensor) -> Tensor:
         [N] float64; negative ones are rounding, and stay visible.
 
     Raises:
-        ValueError: not square, NaN or infinite entries.
+        ValueError: not square, not symmetric, NaN or infinite entries.
         TypeError: other dtypes.
 
     Example:
@@ -27,6 +27,7 @@ def spectrum(K: Tensor) -> Tensor:
         tensor([3., 1.], dtype=torch.float64)
     """
     _square("K", K)
+    _check.is_symmetric("K", K)
     values: Tensor = torch.linalg.eigvalsh(K.double()).flip(0)
     return values
 
@@ -42,7 +43,7 @@ def effective_dimension(K: Tensor, ridge: float) -> float:
         A number from 0 to N.
 
     Raises:
-        ValueError: not square, NaN or infinite entries, a ridge that is not positive.
+        ValueError: not square, not symmetric, NaN or infinite entries, a ridge that is not positive.
         TypeError: other dtypes.
 
     Source:
@@ -87,6 +88,8 @@ def target_alignment(K: Tensor, y: Tensor, *, center: bool = False) -> float:
     """
     size = _square("K", K)
     _check.is_tensor("y", y)
+    _check.is_dense("y", y)
+    _check.has_values("y", y)
     if y.dim() not in (1, 2) or y.shape[0] != size:
         raise ValueError(f"y must have shape [{size}] or [{size}, C], as K has {size} rows, got {list(y.shape)}")
     if y.is_complex():
@@ -101,7 +104,7 @@ def target_alignment(K: Tensor, y: Tensor, *, center: bool = False) -> float:
     scale = torch.linalg.matrix_norm(K) * torch.linalg.matrix_norm(columns.mT @ columns)
     if not scale > 0:
         raise ValueError("K and y must not be zero" + (" after centring: is y constant?" if center else ""))
-    return float((columns * (K @ columns)).sum() / scale)
+    return max(-1.0, min(1.0, float((columns * (K @ columns)).sum() / scale)))  # rounding may pass 1
 
 
 def drift(K0: Tensor, K1: Tensor, *, kind: str = "relative") -> float:
@@ -131,6 +134,8 @@ def drift(K0: Tensor, K1: Tensor, *, kind: str = "relative") -> float:
     for name, value in (("K0", K0), ("K1", K1)):
         _check.is_tensor(name, value)
         _check.is_float(name, value)
+        _check.is_dense(name, value)
+        _check.has_values(name, value)
         _check.is_finite(name, value)
     if K0.shape != K1.shape:
         raise ValueError(f"K0 and K1 must have the same shape, got {list(K0.shape)} and {list(K1.shape)}")
@@ -154,6 +159,8 @@ def _scaled(value: Tensor) -> tuple[Tensor, Tensor]:
 def _square(name: str, K: Tensor) -> int:
     _check.is_tensor(name, K)
     _check.is_float(name, K)
+    _check.is_dense(name, K)
+    _check.has_values(name, K)
     if K.dim() != 2 or K.shape[0] != K.shape[1]:
         raise ValueError(f"{name} must be square [N, N], got {list(K.shape)}")
     _check.is_finite(name, K)

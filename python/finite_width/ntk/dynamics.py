@@ -39,7 +39,10 @@ def gradient_flow(
     loss="sum". Zero initial outputs give the mean over an ensemble whose initial outputs average to zero.
 
     Args:
-        K_train: [N, N], one kernel for all columns of y; or [N, N, O, O] (compute="full").
+        K_train: [N, N], one kernel for all columns of y; or [N, N, O, O] (compute="full"). Its dtype tells which of
+            its eigenvalues are rounding and do not count: those below N · eps of the largest. So pass a kernel that was
+            computed in float32 as it is (after K_train.double() its rounding would be fitted, with large errors at late
+            times), and compute it in float64 where small eigenvalues matter.
         y: [N] or [N, C]; [N, O] for a full kernel.
         K_test: [M, N] or [M, N, O, O], test points against training points; None for the training points alone.
         t: time, a number or [T], at least 0, inf allowed; learning rate × steps of small-step gradient descent.
@@ -53,7 +56,8 @@ def gradient_flow(
         computed in float64.
 
     Raises:
-        ValueError: shapes that do not fit, no rows, NaN or infinite values (but infinite times), negative times.
+        ValueError: shapes that do not fit, no rows, a K_train that is not symmetric, NaN or infinite values
+            (but infinite times), negative times.
         TypeError: other dtypes; a time or initial outputs that are neither a real number nor a tensor.
 
     Source:
@@ -70,6 +74,8 @@ def gradient_flow(
     for name, value in (("K_train", K_train), ("y", y), *([("K_test", K_test)] if K_test is not None else [])):
         _check.is_tensor(name, value)
         _check.is_float(name, value)
+        _check.is_dense(name, value)
+        _check.has_values(name, value)
         _check.is_finite(name, value)
     sizes = K_train.shape
     if len(sizes) not in (2, 4) or sizes[::2] != sizes[1::2] or 0 in sizes:
@@ -84,6 +90,8 @@ def gradient_flow(
         )
     if K_test is not None and (K_test.dim() != K_train.dim() or K_test.shape[1:] != K_train.shape[1:]):
         raise ValueError(f"K_test must have shape [M, {str(list(K_train.shape[1:]))[1:]}, got {list(K_test.shape)}")
+    matrix = _matrix(K_train)
+    _check.is_symmetric("K_train", matrix, K_train.dtype)
     times = _real("t", t, y)
     if times.dim() > 1:
         raise ValueError(f"t must be a number or have shape [T], got {list(times.shape)}")
@@ -93,9 +101,9 @@ def gradient_flow(
     initial = _initial("f0_train", f0_train, y, y.shape)
     columns = (outputs, 1) if K_train.dim() == 4 else (1, -1)
     missing = (y.double() - initial).reshape(rows * columns[0], columns[1])
-    eigenvalues, Q = torch.linalg.eigh(_matrix(K_train))
-    # Below this an eigenvalue is rounding; a direction without one never moves.
-    floor = eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(torch.float64).eps if rows else 0.0
+    eigenvalues, Q = torch.linalg.eigh(matrix)
+    # Below this an eigenvalue is the kernel's rounding; a direction without one never moves.
+    floor = eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(K_train.dtype).eps
     eigenvalues = torch.where(eigenvalues > floor, eigenvalues, 0.0)
     speed = eigenvalues if loss == "sum" else eigenvalues / y.numel()
     exponent = torch.where(speed > 0, speed * times.reshape(-1, 1), 0.0)  # [T, n]; 0 · inf would be NaN

@@ -26,7 +26,9 @@ def run(problem: Problem) -> dict[str, Tensor] | Tensor:
 def _by_tiles(problem: Problem, plan: Plan) -> dict[str, Tensor] | Tensor:
     held = problem.held_blocks(plan)
     if problem.separate:
-        by_name = {name: problem.empty(plan.outputs) for name in problem.target.parameters}
+        # In the model's order, whatever that of `params` is.
+        names = [name for name, _ in problem.target.model.named_parameters(remove_duplicate=False)]
+        by_name = {name: problem.empty(plan.outputs) for name in names if name in problem.target.parameters}
         Walk(problem, plan, [by_name[entry.names[0]] for entry in plan.entries]).run(held)
         return by_name
     total = problem.empty(plan.outputs)

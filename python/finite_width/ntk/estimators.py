@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, Self
@@ -16,7 +15,18 @@ from torch import Tensor, nn
 
 from .. import _check
 from .contract import refuse_training_modules
-from .inputs import from_user, model_kind, refuse_nan, row_blocks, row_count, targets_from_user, tensors_of, to_user
+from .inputs import (
+    copy_model,
+    from_user,
+    model_kind,
+    numbers,
+    refuse_nan,
+    row_blocks,
+    row_count,
+    targets_from_user,
+    tensors_of,
+    to_user,
+)
 
 # Entries of a block of the kernel between new and training points: bounds the memory of a prediction.
 _BLOCK_ENTRIES = 1 << 25
@@ -70,7 +80,7 @@ class KernelEstimator(BaseEstimator):
         row_count(x)
         refuse_nan(x)
         with torch.inference_mode(False):  # the copy has to be differentiable
-            self.model_ = copy.deepcopy(self.model)
+            self.model_ = copy_model(self.model)
         first = tensors_of(x)[0]
         if isinstance(x, Tensor) and first.dim() == 2:
             self.n_features_in_ = first.shape[1]
@@ -207,7 +217,10 @@ class ClassifierProtocol(ClassifierMixin, KernelEstimator):
             raise ValueError(f"y must be labels of shape [{rows}], as x has {rows} rows, got {list(labels.shape)}")
         if labels.dtype.kind == "f" and not np.array_equal(labels, np.round(labels)):
             raise ValueError("y must be labels, got real numbers (Unknown label type: continuous)")
-        self.classes_, index = np.unique(labels, return_inverse=True)
+        try:
+            self.classes_, index = np.unique(labels, return_inverse=True)
+        except TypeError as error:  # None beside strings, numbers beside strings
+            raise TypeError(f"y must be labels of one kind, which can be sorted: {error}") from error
         count = len(self.classes_)
         if count < 2:
             raise ValueError(f"y must hold at least two classes, got {count}: {self.classes_.tolist()}")
@@ -231,7 +244,8 @@ class ClassifierProtocol(ClassifierMixin, KernelEstimator):
         mean, _, as_torch = self._predict_all(x, False)
         index = (mean[:, 0] > 0.5).long() if mean.shape[1] == 1 else mean.argmax(1)
         labels = self.classes_[index.cpu().numpy()]
-        return torch.from_numpy(labels).to(mean.device) if as_torch and labels.dtype.kind in "iufb" else labels
+        as_torch = as_torch and labels.dtype.kind in "iufb"
+        return torch.from_numpy(numbers("y", labels)).to(mean.device) if as_torch else labels
 
     def score(self, x: Any, y: Any, sample_weight: Any = None) -> float:
         """The accuracy of `predict(x)`."""
@@ -239,4 +253,11 @@ class ClassifierProtocol(ClassifierMixin, KernelEstimator):
 
 
 def _numpy(value: Any) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    """y as an array; numpy has no bfloat16."""
+    if not isinstance(value, Tensor):
+        return np.asarray(value)
+    _check.is_dense("y", value)
+    _check.has_values("y", value)
+    value = value.detach().resolve_conj().resolve_neg().cpu()
+    known = not value.is_floating_point() or value.dtype in (torch.float16, torch.float32, torch.float64)
+    return (value if known else value.float()).numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -67,12 +68,46 @@ def row_blocks(x: Any, size: int) -> Iterator[Any]:
         yield map_tensors(x, lambda each, begin=begin, end=end: each[begin:end])
 
 
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        ValueError: a module keeps a tensor that was computed from parameters, which torch does not copy.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model cannot be copied: {error}. A forward has left a computed tensor in a module, as the older "
+            "torch.nn.utils.weight_norm does; torch.nn.utils.parametrizations.weight_norm keeps none"
+        ) from error
+
+
 def model_kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """The device and the floating dtype of the model's parameters and buffers; CPU and float32 where it has none."""
     for value in (*model.parameters(), *model.buffers()):
         if value.is_floating_point() or value.is_complex():
             return value.device, value.dtype.to_real() if value.is_complex() else value.dtype
     return torch.device("cpu"), torch.float32
+
+
+def numbers(name: str, value: Any) -> np.ndarray:
+    """What numpy reads in the user's value, as an array of a kind that torch knows, with memory of its own.
+
+    Raises:
+        TypeError: it holds anything but real numbers: numpy would make numbers of strings, dates and complex ones too.
+        ValueError: rows of different lengths.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array of numbers: {error}") from error
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{name} must be an array of numbers: {error}") from error
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must hold numbers (real ones, or booleans), got an array of dtype {array.dtype}")
+    known = np.dtype(np.float64) if array.dtype == np.longdouble else array.dtype.newbyteorder("=")
+    return np.array(array, dtype=known, order="C")
 
 
 def from_user(x: Any, model: nn.Module) -> tuple[Any, bool]:
@@ -88,10 +123,8 @@ def from_user(x: Any, model: nn.Module) -> tuple[Any, bool]:
     device, dtype = model_kind(model)
 
     def convert(value: Any) -> Tensor:
-        array = np.asarray(value)
-        if array.dtype.kind not in "fiub":
-            raise TypeError(f"x must hold numbers, got an array of dtype {array.dtype}")
-        tensor = torch.from_numpy(np.array(array, order="C"))
+        array = numbers("x", value)
+        tensor = torch.from_numpy(array)
         return tensor.to(device, dtype if array.dtype.kind == "f" else torch.int64)
 
     return map_tensors(x, convert), False
@@ -99,7 +132,9 @@ def from_user(x: Any, model: nn.Module) -> tuple[Any, bool]:
 
 def targets_from_user(y: Any, rows: int, kind: tuple[torch.device, torch.dtype]) -> tuple[Tensor, bool]:
     """(y as float64 [N, C] on the device, whether it was [N])."""
-    tensor = y.detach() if isinstance(y, Tensor) else torch.from_numpy(np.array(y, dtype=np.float64))
+    tensor = y.detach() if isinstance(y, Tensor) else torch.from_numpy(numbers("y", y))
+    _check.is_dense("y", tensor)
+    _check.has_values("y", tensor)
     if tensor.is_complex():
         raise TypeError("y must be real, got complex numbers")
     if tensor.dim() not in (1, 2) or tensor.shape[0] != rows:

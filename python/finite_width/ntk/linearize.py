@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.func import jvp
 
 from .. import _check
 from .contract import functional_call
+from .inputs import copy_model
 
 
 class Linearized(nn.Module):
@@ -26,13 +26,16 @@ class Linearized(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.trained = copy.deepcopy(model)
-        self.origin = copy.deepcopy(model).requires_grad_(False)
+        self.trained = copy_model(model)
+        self.origin = copy_model(model).requires_grad_(False)
+        # Those of now: a parameter that is frozen later keeps what it has learned.
+        self._moving = [name for name, value in model.named_parameters() if value.requires_grad]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The first-order model's outputs, of the same structure as the model's own."""
         start = {name: value.detach() for name, value in self.origin.named_parameters()}
-        moved = {name: value - start[name] for name, value in self.trained.named_parameters() if value.requires_grad}
+        trained = dict(self.trained.named_parameters())
+        moved = {name: trained[name] - start[name] for name in self._moving}
         fixed = {name: value for name, value in start.items() if name not in moved}
 
         def outputs(values: dict[str, Tensor]) -> Any:
@@ -49,14 +52,14 @@ def linearize(model: nn.Module) -> Linearized:
 
     Args:
         model: any `nn.Module` that torch.func can differentiate forward; it is copied. Only parameters with
-            `requires_grad` become trainable.
+            `requires_grad` become trainable; what one has learned stays when it is frozen later.
 
     Returns:
         A module with the model's inputs and outputs, whose parameters start at θ₀.
 
     Raises:
         TypeError: not a module.
-        ValueError: no trainable parameter.
+        ValueError: no trainable parameter; a model that torch cannot copy.
 
     Source:
         Lee et al., "Wide neural networks of any depth evolve as linear models under gradient descent", NeurIPS 2019,

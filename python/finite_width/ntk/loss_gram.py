@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import _check
-from .contract import Inputs
+from .contract import Batch, Inputs, Target, refuse_training_modules
 from .empirical import empirical_ntk
 from .fingerprint import describe_function
 
@@ -59,6 +59,19 @@ def _with_targets(name: str, x: Inputs, y_name: str, y: Tensor) -> Inputs:
     return (*x, y) if isinstance(x, tuple) else (x, y)
 
 
+def _check_kinds(target: Target, x1: Inputs, y1: Tensor, x2: Inputs | None, y2: Tensor | None) -> None:
+    """Refuse here what the kernel of model and loss together would refuse by names that the user never gave."""
+    refuse_training_modules(target.model)
+    for name, y in (("y1", y1), *([("y2", y2)] if x2 is not None else [])):
+        _check.is_tensor(name, y)
+    pairs = [(Batch("x1", x1), Batch("y1", y1)), *([(Batch("x2", x2), Batch("y2", y2))] if x2 is not None else [])]
+    for batch in (batch for pair in pairs for batch in pair):
+        target.check_batch(batch)
+    for inputs, targets in pairs[1:]:
+        inputs.check_like(pairs[0][0])
+        targets.check_like(pairs[0][1])
+
+
 def loss_gram(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -82,7 +95,8 @@ def loss_gram(
     Args:
         model: see `empirical_ntk`.
         loss_fn: (model's result for n rows, their targets) to n losses [n], such as
-            `functools.partial(F.cross_entropy, reduction="none")`.
+            `functools.partial(F.cross_entropy, reduction="none")`. If it is a module, its own parameters with
+            requires_grad count like the model's, under the names loss_fn.…; freeze them to leave them out.
         x1: [N, ...], or a tuple or dict of tensors that share their first axis.
         y1: [N, ...], the targets; floating-point ones in the parameters' dtype.
         x2: [M, ...] likewise; None stands for x1, and computes half of the (exactly symmetric) matrix.
@@ -116,6 +130,7 @@ def loss_gram(
     if (x2 is None) != (y2 is None):
         missing, given = ("x2", "y2") if x2 is None else ("y2", "x2")
         raise ValueError(f"{missing} must be given with {given}")
+    _check_kinds(Target(model, params, None), x1, y1, x2, y2)
     left = _with_targets("x1", x1, "y1", y1)
     right = None if x2 is None or y2 is None else _with_targets("x2", x2, "y2", y2)
     if isinstance(params, Mapping):

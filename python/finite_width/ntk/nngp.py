@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import _check
 from .._gemm import gemm
@@ -57,6 +58,7 @@ def nngp_kernel(
         >>> fw.ntk.nngp_kernel(model, torch.randn(5, 3), torch.randn(4, 3)).shape
         torch.Size([5, 4])
     """
+    _check.boolean("normalize", normalize)
     h1 = features(model, x1, layer=layer, name="x1", check=check)
     h2 = h1 if x2 is None else features(model, x2, layer=layer, name="x2", check=check)
     if h2.shape[1] != h1.shape[1]:
@@ -78,6 +80,9 @@ class _Features(Target):
 
     def __init__(self, model: Any, layer: str | None) -> None:
         _check.is_module("model", model)
+        for name, value in model.named_parameters():
+            if is_lazy(value):
+                raise ValueError(f"parameter {name!r} of a lazy module has no shape yet; run the model once first")
         self.model, self.layer, self.parameters = model, layer, {}
         self.device, self.dtype = model_kind(model)
         if layer is None:

@@ -38,6 +38,8 @@ class NNGPEstimator(KernelEstimator):
     def _check_parameters(self) -> None:
         _check.not_negative("ridge", self.ridge)
         _check.not_negative("jitter", self.jitter)
+        _check.boolean("normalize", self.normalize)
+        _check.boolean("check", self.check)
 
     def _output_count(self, x: Any) -> int:
         return 1  # the last layer is replaced: its outputs do not count
@@ -52,6 +54,7 @@ class NNGPEstimator(KernelEstimator):
 
     def _fit_targets(self, x: Any, y: Tensor) -> None:
         h = self._features(x)
+        self.ridge_ = float(self.ridge)  # set_params changes nothing that is fitted
         self._features_fit: Tensor | None = None
         if h.shape[1] <= row_count(x):
             self._factor, self.jitter_ = cholesky(h.mT @ h, self.ridge, self.jitter)
@@ -68,7 +71,7 @@ class NNGPEstimator(KernelEstimator):
             return mean, None
         if self._features_fit is None:  # ρ h (hᵀh + ρI)⁻¹ hᵀ, the same by Woodbury's identity
             half = torch.linalg.solve_triangular(self._factor, h.mT, upper=False)
-            variance = (self.ridge + self.jitter_) * half.square().sum(0)
+            variance = (self.ridge_ + self.jitter_) * half.square().sum(0)
         else:
             half = torch.linalg.solve_triangular(self._factor, self._features_fit @ h.mT, upper=False)
             variance = h.square().sum(1) - half.square().sum(0)
@@ -92,7 +95,7 @@ class NNGPRegressor(RegressorProtocol, NNGPEstimator):
     Attributes:
         model_: the copy of the model that predictions use.
         coef_: float64 tensor [width, C], the refitted layer W.
-        jitter_: what the diagonal got beyond the ridge.
+        ridge_, jitter_: the ridge of the fit; what the diagonal got beyond it.
 
     Raises:
         ValueError: from `fit`: a negative ridge or jitter, x and y that do not fit, NaN or infinite entries, features

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from . import shared_products
-from .contract import Inputs, preserved
+from .contract import Inputs, preserved, refuse_training_modules
 from .empirical import run
 from .fingerprint import fingerprint
 from .plan import Plan
@@ -77,6 +77,7 @@ class NTKOperator:
             self._plan: Plan = self._problem.plan(compared=False)
             plan = self._plan
             self._products = Products(self._problem.target, self._problem.left, plan.outputs, plan.copies_inputs)
+        self._training = {name: module.training for name, module in model.named_modules()}
         self._flipped = False
 
     @property
@@ -86,7 +87,7 @@ class NTKOperator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters, and of what is multiplied."""
+        """Of the parameters when the operator was made, and of what is multiplied."""
         return self._problem.target.dtype
 
     @property
@@ -123,7 +124,7 @@ class NTKOperator:
         """
         left, right = self._sides()
         rows, columns = self.shape
-        self._refuse_frozen()
+        self._refuse_changed()
         _check.is_tensor("the vector", vector)
         _check.is_dense("the vector", vector)
         if vector.dim() not in (1, 2) or vector.shape[0] != columns:
@@ -146,12 +147,33 @@ class NTKOperator:
         """What ranks that share a product must agree on."""
         return fingerprint(self._problem, self._plan)
 
-    def _refuse_frozen(self) -> None:
-        for name, value in self._problem.target.parameters.items():
+    def _refuse_changed(self) -> None:
+        """Raise where the model is not what it was when the operator was made; new values are all that may come."""
+        target, again = self._problem.target, "or make a new operator"
+        refuse_training_modules(target.model)
+        for name, module in target.model.named_modules():
+            if module.training != self._training.get(name, module.training):
+                was, now = ("eval", "train") if module.training else ("train", "eval")
+                raise ValueError(
+                    f"model: module {name!r} ({type(module).__name__}) was put from {was} into {now} mode after the "
+                    f"operator was made; call model.{was}() {again}"
+                )
+        for name, value in target.parameters.items():
             if not value.requires_grad:
                 raise ValueError(
                     f"parameter {name!r} was frozen (requires_grad is False) after the operator was made; unfreeze it "
-                    "or make a new operator"
+                    f"{again}"
+                )
+            real = value.dtype.to_real() if value.is_complex() else value.dtype
+            if real != self.dtype:
+                raise TypeError(
+                    f"parameter {name!r} was converted from {self.dtype} to {real} after the operator was made; "
+                    f"convert it back {again}"
+                )
+            if value.device != self.device:
+                raise ValueError(
+                    f"parameter {name!r} was moved from {self.device} to {value.device} after the operator was made; "
+                    f"move it back {again}"
                 )
 
     def _blocks(self, batch: Any) -> list[tuple[int, int]]:
@@ -159,7 +181,7 @@ class NTKOperator:
 
     def diagonal(self) -> Tensor:
         """The main diagonal [min(N, M) O], by blocks of rows."""
-        self._refuse_frozen()
+        self._refuse_changed()
         with preserved(self._problem.target.model):
             return self._problem.with_plan(self._diagonal, self._plan)
 
@@ -170,7 +192,7 @@ class NTKOperator:
 
     def to_dense(self) -> Tensor:
         """The matrix [N O, M O]."""
-        self._refuse_frozen()
+        self._refuse_changed()
         kernel = run(self._problem)
         assert isinstance(kernel, Tensor)
         matrix = kernel.permute(0, 2, 1, 3).reshape(kernel.shape[0] * self.outputs, kernel.shape[1] * self.outputs)

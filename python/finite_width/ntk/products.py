@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .agreement import agrees
 from .contract import Batch, Target, flatten
@@ -13,6 +16,18 @@ from .problem import Problem, progress_bar
 from .walk import mirror
 
 Vectors = dict[str, Tensor]  # parameter name -> [k, *its shape]
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by plain products: torch's fused kernels have neither forward-mode nor second derivatives."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 class Products:
@@ -26,6 +41,10 @@ class Products:
 
     def pull(self, batch: Batch, begin: int, end: int, cotangents: Tensor) -> Vectors:
         """Σ over rows of Jᵀ u: cotangents [k, n, O] to one vector per parameter."""
+        with _plain_attention():
+            return self._pull(batch, begin, end, cotangents)
+
+    def _pull(self, batch: Batch, begin: int, end: int, cotangents: Tensor) -> Vectors:
         parameters = list(self.target.parameters.values())
         result = flatten(self.target.run(batch, batch.take(begin, end, self.copies)))
         if result.grad_fn is None:
@@ -48,7 +67,8 @@ class Products:
 
     def push(self, batch: Batch, begin: int, end: int, vectors: Vectors) -> Tensor:
         """J w for each row: [k, n, O]."""
-        return self._pushes[self.push_route](batch, batch.take(begin, end, self.copies), vectors)
+        with _plain_attention():
+            return self._pushes[self.push_route](batch, batch.take(begin, end, self.copies), vectors)
 
     @property
     def _pushes(self) -> dict[str, Callable[[Batch, Sequence[Tensor], Vectors], Tensor]]:
@@ -146,6 +166,11 @@ class Products:
         for route in self._pushes:
             self.push_route = route
             if route == "rows":
+                warnings.warn(
+                    "model has neither forward-mode nor second derivatives, so that every product with its kernel "
+                    "takes one backward for each row and output; where it fits in memory, empirical_ntk is quicker",
+                    stacklevel=4,
+                )
                 return
             try:
                 pushed = self.push(batch, 0, rows, vectors)

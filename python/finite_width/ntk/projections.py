@@ -35,8 +35,8 @@ class Projection(ABC):
         """[..., width] vectors along an axis of the parameter to [..., F]."""
 
     @abstractmethod
-    def one_hot(self, index: Tensor, name: str, axis: int, width: int) -> Tensor:
-        """The features [..., F] of unit vectors, given by their index [...]."""
+    def one_hot(self, index: Tensor, name: str, axis: int, width: int | None) -> Tensor:
+        """The features [..., F] of unit vectors, given by their index [...]; width None: a vector's only row."""
 
     @property
     def width(self) -> int:
@@ -91,7 +91,7 @@ class Countsketch(Projection):
         buckets = values.new_zeros(*values.shape[:-1], self.dim)
         return torch.fft.rfft(buckets.index_add_(-1, where, values * sign))
 
-    def one_hot(self, index: Tensor, name: str, axis: int, width: int) -> Tensor:
+    def one_hot(self, index: Tensor, name: str, axis: int, width: int | None) -> Tensor:
         where, sign = self._hash(index, name, axis)
         buckets = torch.zeros(*index.shape, self.dim, dtype=self.dtype, device=self.device)
         return torch.fft.rfft(buckets.scatter_(-1, where.unsqueeze(-1), sign.unsqueeze(-1)))
@@ -139,8 +139,8 @@ class Gaussian(Projection):
             total += values[..., begin:end] @ self._normals(self._index(width)[begin:end], name, axis)
         return total
 
-    def one_hot(self, index: Tensor, name: str, axis: int, width: int) -> Tensor:
-        if width == 1:  # a vector, not a matrix: one axis is random enough
+    def one_hot(self, index: Tensor, name: str, axis: int, width: int | None) -> Tensor:
+        if width is None:  # a vector: one axis is random enough
             return torch.ones(*index.shape, 1, dtype=self.dtype, device=self.device)
         return self._normals(index, name, axis)
 
@@ -176,8 +176,8 @@ class SRHT(Projection):
         signs = self._signs(self._index(width), name, axis)
         return signs, self._coordinates(name, axis, width), self._flips(name, axis)
 
-    def one_hot(self, index: Tensor, name: str, axis: int, width: int) -> Tensor:
-        both = index.unsqueeze(-1) & self._coordinates(name, axis, width)
+    def one_hot(self, index: Tensor, name: str, axis: int, width: int | None) -> Tensor:
+        both = index.unsqueeze(-1) & self._coordinates(name, axis, width or 1)
         for shift in (32, 16, 8, 4, 2, 1):  # the parity of the bits is the sign in the Hadamard matrix
             both = both ^ (both >> shift)
         signs = self._signs(index, name, axis).unsqueeze(-1) * self._flips(name, axis)
@@ -246,8 +246,8 @@ def add_tokens(projection: Projection, total: Tensor, name: str, tokens: Tensor,
             )
 
 
-def add_rows(projection: Projection, total: Tensor, name: str, jacobian: Tensor, first: int, size: int) -> None:
-    """Add a Jacobian [n, O, r, W] of the parameter's rows [first, first + r) of `size`."""
+def add_rows(projection: Projection, total: Tensor, name: str, jacobian: Tensor, first: int, size: int | None) -> None:
+    """Add a Jacobian [n, O, r, W] of the parameter's rows [first, first + r) of `size`; None stands for a vector."""
     rows, outputs, count, _ = jacobian.shape
     index = torch.arange(first, first + count, device=jacobian.device)
     for begin, end in _cuts(rows, outputs * projection.width, projection.room):

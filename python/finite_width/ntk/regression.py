@@ -13,9 +13,10 @@ from .contract import Batch, Target
 from .empirical import empirical_ntk
 from .estimators import ClassifierProtocol, KernelEstimator, RegressorProtocol
 from .forwards import outputs
-from .inputs import row_count
+from .inputs import map_tensors, row_count
 from .operator import NTKOperator
-from .solve import Operator, cholesky, fits_dense, solve
+from .plan import METHODS
+from .solve import OPERATOR_COLUMNS, Operator, all_fit_dense, cholesky, solve
 
 
 class NTKEstimator(KernelEstimator):
@@ -58,15 +59,25 @@ class NTKEstimator(KernelEstimator):
         _check.not_negative("ridge", self.ridge)
         _check.positive("tol", self.tol)
         _check.not_negative("jitter", self.jitter)
-        _check.one_of("compute", self.compute, ("trace", "diagonal", "full"))
         _check.one_of("solver", self.solver, ("auto", "cholesky", "cg"))
+        self._check_kernel_parameters()
+
+    def _check_kernel_parameters(self) -> None:
+        """Those that every solver hands to the kernel."""
+        _check.one_of("compute", self.compute, ("trace", "diagonal", "full"))
+        _check.one_of("method", self.method, METHODS)
+        for name in ("center", "check", "progress"):
+            _check.boolean(name, getattr(self, name))
+        if self.memory_budget is not None:
+            _check.positive_int("memory_budget", self.memory_budget)
 
     def _output_count(self, x: Any) -> int:
         return self._outputs(x, rows=2).shape[1]  # of one row, a model may squeeze its axis away
 
     def _fitted_entries(self) -> int:
         check_is_fitted(self, "dual_coef_")
-        return self.n_outputs_ * int(self.dual_coef_.shape[1]) * int(self.dual_coef_.shape[0])
+        systems, size, _ = self.dual_coef_.shape
+        return int(systems * size) * (self.n_outputs_ if self.compute == "full" else 1)
 
     def _fit_targets(self, x: Any, y: Tensor) -> None:
         self.n_outputs_ = self._output_count(x)
@@ -76,7 +87,8 @@ class NTKEstimator(KernelEstimator):
                 f"with {reason} y must have one column per output of the model, "
                 f"got {y.shape[1]} columns and {self.n_outputs_} outputs"
             )
-        self.x_fit_ = x
+        # The user's own tensors may change later, and predictions must not.
+        self.x_fit_ = x = map_tensors(x, lambda each: each.detach().clone())
         if self.center:
             y = y - self._initial(x)
         self._fit_system(x, self._stack(y))
@@ -86,9 +98,9 @@ class NTKEstimator(KernelEstimator):
         systems, size, _ = y.shape
         method = self.solver
         if method == "auto":
-            dense = systems > 1 or fits_dense(size, y.device, self.memory_budget)
+            dense = systems > 1 or all_fit_dense(size, y.device, self.memory_budget)
             method = "cholesky" if dense else "cg"
-        self.solver_ = method
+        self.solver_, self.ridge_ = method, float(self.ridge)
         self._factor: Tensor | None = None
         self._operator: Operator | None = None
         if method == "cholesky":
@@ -99,7 +111,7 @@ class NTKEstimator(KernelEstimator):
             raise ValueError("solver='cg' solves compute='trace' and 'full'; compute='diagonal' needs 'cholesky'")
         self.jitter_ = 0.0
         self._operator = self._make_operator(x)
-        solution = solve(self._operator, y[0], ridge=self.ridge, method="cg", tol=self.tol, progress=self.progress)
+        solution = solve(self._operator, y[0], ridge=self.ridge_, method="cg", tol=self.tol, progress=self.progress)
         self.n_iter_, self.residual_ = solution.iterations, solution.residual
         self.dual_coef_ = solution.coefficients.unsqueeze(0)
 
@@ -126,7 +138,7 @@ class NTKEstimator(KernelEstimator):
             return torch.linalg.solve_triangular(self._factor, cross.mT, upper=False).square().sum(1)
         assert self._operator is not None
         rows = cross[0].T.contiguous()
-        solution = solve(self._operator, rows, ridge=self.ridge, method="cg", tol=self.tol, progress=self.progress)
+        solution = solve(self._operator, rows, ridge=self.ridge_, method="cg", tol=self.tol, progress=self.progress)
         return (rows * solution.coefficients).sum(0, keepdim=True)
 
     def _kernel(self, x1: Any, x2: Any = None) -> Tensor:
@@ -173,7 +185,10 @@ class NTKEstimator(KernelEstimator):
 
 
 class _TraceOperator:
-    """trace(Θ)/O [N, N] from the operator Θ [N·O, N·O]: the vector once per output, the diagonal of what comes back."""
+    """trace(Θ)/O [N, N] from the operator Θ [N·O, N·O]: the vector once per output, the diagonal of what comes back.
+
+    The operator holds a vector of all parameters for each column, so that it gets a few of them at a time.
+    """
 
     def __init__(self, operator: NTKOperator, outputs: int) -> None:
         self.operator, self.outputs = operator, outputs
@@ -181,11 +196,17 @@ class _TraceOperator:
         self.dtype, self.device = operator.dtype, operator.device
 
     def __matmul__(self, v: Tensor, /) -> Tensor:
-        outputs = self.outputs
-        identity = torch.eye(outputs, dtype=v.dtype, device=v.device)
-        spread = torch.einsum("nc,ab->nabc", v, identity).reshape(v.shape[0] * outputs, -1)
-        result = (self.operator @ spread).reshape(self.shape[0], outputs, outputs, -1)
-        return result.diagonal(dim1=1, dim2=2).mean(-1)
+        return torch.cat([self._columns(part) for part in v.split(OPERATOR_COLUMNS, 1)], 1)
+
+    def _columns(self, v: Tensor) -> Tensor:
+        identity = torch.eye(self.outputs, dtype=v.dtype, device=v.device)
+        total = v.new_zeros(self.shape[0], v.shape[1])
+        for chosen in torch.arange(self.outputs, device=v.device).split(max(1, OPERATOR_COLUMNS // v.shape[1])):
+            # [n, a, b, c]: the vectors in the place of output a, for each b of the chosen outputs
+            spread = torch.einsum("nc,ab->nabc", v, identity[:, chosen]).reshape(v.shape[0] * self.outputs, -1)
+            result = (self.operator @ spread).reshape(self.shape[0], self.outputs, len(chosen), -1)
+            total += result[:, chosen].diagonal(dim1=1, dim2=2).sum(-1)
+        return total / self.outputs
 
     def to_dense(self) -> Tensor:
         return self @ torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
@@ -206,7 +227,8 @@ class NTKRegressor(RegressorProtocol, NTKEstimator):
             per output.
         center: fit y − f₀ and add f₀ back.
         solver: "cholesky", "cg" (conjugate gradients on `NTKOperator`, the kernel never formed), or "auto":
-            Cholesky where the kernel fits in `memory_budget`.
+            Cholesky where the kernel fits in `memory_budget`. Under torch.distributed all ranks make the same calls
+            with the last two; what fits is then the first rank's decision.
         tol: relative residual at which conjugate gradients stop.
         jitter: what a failed Cholesky factorisation may add to the diagonal, relative to its mean; 0: nothing.
         method, output, memory_budget, check, progress: as in `empirical_ntk`.
@@ -215,7 +237,7 @@ class NTKRegressor(RegressorProtocol, NTKEstimator):
         model_: the copy of the model that predictions use.
         dual_coef_: float64 tensor [B, n, k] of (K + ρI)⁻¹ y; [1, N, C] for compute="trace".
         x_fit_: the training inputs, as tensors.
-        solver_, jitter_: the solver used; what the diagonal got beyond the ridge.
+        solver_, ridge_, jitter_: the solver and the ridge used; what the diagonal got beyond the ridge.
         n_iter_, residual_: of conjugate gradients.
 
     Raises:

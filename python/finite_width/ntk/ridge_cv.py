@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ class NTKRidgeCV(RegressorProtocol, NTKEstimator):
 
     Attributes:
         ridge_: the chosen ridge.
-        loo_mse_: numpy [R], the mean squared leave-one-out error of each ridge.
+        loo_mse_: numpy [R], the mean squared leave-one-out error of each ridge; inf, with a warning, for ridges so
+            small that K + ρI is not positive definite (the kernel's rounding makes eigenvalues negative).
         loo_predictions_: tensor [N, C], the leave-one-out predictions at the chosen ridge.
         best_score_: −min(loo_mse_), as in scikit-learn's RidgeCV.
         model_, x_fit_, dual_coef_: as in `NTKRegressor`.
@@ -75,7 +77,7 @@ class NTKRidgeCV(RegressorProtocol, NTKEstimator):
         self.progress = progress
 
     def _check_parameters(self) -> None:
-        _check.one_of("compute", self.compute, ("trace", "diagonal", "full"))
+        self._check_kernel_parameters()
         if np.ndim(self.ridges) != 1:
             raise TypeError(f"ridges must be a sequence of numbers, got {self.ridges!r}")
         if len(self.ridges) == 0:
@@ -84,20 +86,43 @@ class NTKRidgeCV(RegressorProtocol, NTKEstimator):
             _check.positive("ridges", ridge)
 
     def _fit_system(self, x: Any, y: Tensor) -> None:
-        # Negative eigenvalues of a kernel are rounding.
         K = self._kernel(x).double()
         refuse_unless_finite(K)
-        eigenvalues, self._eigenvectors = torch.linalg.eigh(K)
-        self._eigenvalues = eigenvalues.clamp_min(0)
+        # Eigenvalues below zero are the kernel's rounding, and stay: K + ρI is what a refit would solve.
+        self._eigenvalues, self._eigenvectors = torch.linalg.eigh(K)
         rotated = self._eigenvectors.mT @ y
-        errors = [self._leave_one_out(rotated, float(ridge)) for ridge in self.ridges]
-        self.loo_mse_ = np.array([float(each.square().mean()) for each in errors])
-        best = int(self.loo_mse_.argmin())
-        self.ridge_ = float(self.ridges[best])
+        ridges = [float(ridge) for ridge in self.ridges]
+        self.loo_mse_ = np.full(len(ridges), np.inf)
+        errors: dict[int, Tensor] = {}
+        for place, ridge in enumerate(ridges):
+            error = self._leave_one_out(rotated, ridge) if self._is_solvable(ridge) else None
+            if error is not None and not bool(error.isnan().any()):
+                errors[place], self.loo_mse_[place] = error, float(error.square().mean())
+        self._report_what_is_too_small([ridge for place, ridge in enumerate(ridges) if place not in errors])
+        best = min(errors, key=lambda place: float(self.loo_mse_[place]))
+        self.ridge_ = ridges[best]
         self.best_score_ = -float(self.loo_mse_[best])
         self.dual_coef_ = self._eigenvectors @ (rotated / (self._eigenvalues + self.ridge_).unsqueeze(-1))
         left_out = self._unstack(y) - errors[best]
         self.loo_predictions_ = left_out + self._initial(x) if self.center else left_out
+
+    def _is_solvable(self, ridge: float) -> bool:
+        """Whether K + ρI is positive definite in float64, as a Cholesky factorisation would find."""
+        lowest, largest = self._eigenvalues[:, 0] + ridge, self._eigenvalues[:, -1].abs()
+        return bool((lowest > torch.finfo(torch.float64).eps * largest).all())
+
+    def _report_what_is_too_small(self, refused: list[float]) -> None:
+        """Warn of ridges without an error; raise where none is left."""
+        if not refused:
+            return
+        named = ", ".join(f"{ridge:g}" for ridge in refused)
+        reason = (
+            f"too small for this kernel, whose smallest eigenvalue is {float(self._eigenvalues[:, 0].min()):.2g} by "
+            "rounding. Raise them, or compute the kernel in float64"
+        )
+        if len(refused) == len(self.ridges):
+            raise ValueError(f"ridges: all of them ({named}) are {reason}")
+        warnings.warn(f"ridges {named} are {reason}; loo_mse_ is inf for them", stacklevel=5)
 
     def _leave_one_out(self, rotated: Tensor, ridge: float) -> Tensor:
         """y − prediction without the point [N, C], from Qᵀy [B, n, k]."""

@@ -134,24 +134,25 @@ def _block(
 def _add_jacobian(projection: Projection, total: Tensor, name: str, parameter: Tensor, jacobian: Tensor) -> None:
     """Add a parameter's Jacobian [n, O, P]."""
     size = _rows_of(parameter)
-    add_rows(projection, total, name, jacobian.unflatten(2, (size, -1)), 0, size)
+    add_rows(projection, total, name, jacobian.unflatten(2, (size or 1, -1)), 0, size)
 
 
-def _rows_of(parameter: Tensor) -> int:
-    """R of the parameter seen as a matrix [R, W]; a vector is one row."""
-    return parameter.shape[0] if parameter.dim() > 1 else 1
+def _rows_of(parameter: Tensor) -> int | None:
+    """R of the parameter seen as a matrix [R, W]; None for a vector, which is one row."""
+    return parameter.shape[0] if parameter.dim() > 1 else None
 
 
 def _add_use(projection: Projection, total: Tensor, name: str, parameter: Tensor, rows: Rows, role: str) -> None:
     """Add one use's part of the gradient, by its structure."""
-    use, size = rows.use, _rows_of(parameter)
+    use, matrix_rows = rows.use, _rows_of(parameter)
+    size = matrix_rows or 1
     if use.kind == "dense" and rows.delta is None:  # the output layer, whose cotangents are the identity
         identity = torch.eye(total.shape[1], dtype=projection.dtype, device=total.device)[None, :, None]
         if role == "weight":
             a = rows.inputs().reshape(rows.rows, 1, -1)
             add_outer(projection, total, name, identity, a, use.options["flipped"])
         else:
-            add_rows(projection, total, name, identity.expand(rows.rows, -1, -1, -1), 0, 1)
+            add_rows(projection, total, name, identity.expand(rows.rows, -1, -1, -1), 0, matrix_rows)
     elif use.kind == "dense" and role == "weight":
         a, d = rows.dense()
         add_outer(projection, total, name, d, a, use.options["flipped"])
@@ -165,6 +166,6 @@ def _add_use(projection: Projection, total: Tensor, name: str, parameter: Tensor
         inputs = rows.conv()
         for first in range(0, size, step):
             gradients = inputs.gradients(first, min(first + step, size))
-            add_rows(projection, total, name, gradients.unflatten(2, (-1, each)), first, size)
+            add_rows(projection, total, name, gradients.unflatten(2, (-1, each)), first, matrix_rows)
     else:
-        add_rows(projection, total, name, rows.jacobian(role).unflatten(2, (size, -1)), 0, size)
+        add_rows(projection, total, name, rows.jacobian(role).unflatten(2, (size, -1)), 0, matrix_rows)

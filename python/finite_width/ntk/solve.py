@@ -12,15 +12,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import _check
+from .fingerprint import describe
 from .operator import NTKOperator
-from .problem import free_memory
+from .problem import SMALL, free_memory
 from .ranks import job
 from .stored import StoredKernel, is_stored
 
 # Columns solved together: beyond this the small [s, s] problems of block CG cost more than they save.
 _BLOCK = 64
 # Columns that an operator takes at once: it may hold a vector of all parameters for each.
-_OPERATOR_COLUMNS = 16
+OPERATOR_COLUMNS = 16
 # Rows of a stored kernel converted to float64 at a time.
 _ROWS = 1024
 
@@ -81,12 +82,14 @@ def solve(
             `to_dense()`, such as `NTKOperator`; or a stored kernel, such as the Zarr array of
             `empirical_ntk(..., out=)`, [N, N] or [N, N, O, O], which conjugate gradients read panel by panel. Under
             torch.distributed the ranks share the products with a stored kernel and with `NTKOperator`; all of them
-            make the same call.
+            make the same call. A tensor must be symmetric; of what is not in memory that is not tested, and with
+            another kernel the solution is wrong.
         y: [N] or [N, C], on the same device.
         ridge: ρ ≥ 0, in the units of K.
         method: "cholesky", "cg", or "auto": Cholesky where a float64 copy of K fits in `memory_budget`.
         tol: conjugate gradients stop at ‖y − (K + ρI)x‖ ≤ tol ‖y‖, for every column.
-        max_iterations: of conjugate gradients; default 10 N (rounding makes more than N necessary).
+        max_iterations: of conjugate gradients, for each block of at most 64 columns of `y`; default 10 N (rounding
+            makes more than N necessary).
         rank: of the preconditioner; default min(N / 4, 256) for a stored kernel and min(N / 4, 64) for an operator,
             where each direction costs a product. 0 switches it off.
         jitter: asked for, a failed Cholesky factorisation is retried with jitter · mean(diag K) on the diagonal,
@@ -100,7 +103,7 @@ def solve(
 
     Raises:
         ValueError: shapes that do not fit, no rows, NaN or infinite entries in K or y, a negative ridge or rank, a
-            kernel that is not positive definite.
+            kernel that is not symmetric or not positive definite, ranks that make different calls.
         TypeError: other dtypes.
 
     Source:
@@ -117,6 +120,8 @@ def solve(
     _check_settings(ridge, tol, max_iterations, rank, jitter, memory_budget)
     _check.is_tensor("y", y)
     _check.is_float("y", y)
+    _check.is_dense("y", y)
+    _check.has_values("y", y)
     if is_stored(K_or_operator) and not hasattr(K_or_operator, "to_dense"):
         K_or_operator = StoredKernel(K_or_operator, memory_budget)
     size = _check_square(K_or_operator)
@@ -129,8 +134,16 @@ def solve(
     # Norms of very large or small columns would overflow or vanish. A power of two, so that nothing is rounded.
     scale = torch.exp2(torch.frexp(columns.abs().amax(0)).exponent.double() - 1)
     columns = columns / scale
+    shared = isinstance(K_or_operator, NTKOperator | StoredKernel)
+    if isinstance(K_or_operator, Tensor):
+        refuse_unless_finite(K_or_operator)
+        _check.is_symmetric("K_or_operator", K_or_operator)
+    elif shared:
+        asked = {"ridge": ridge, "method": method, "tol": tol, "jitter": jitter}
+        _refuse_other_calls(K_or_operator, {"y": y, "max_iterations": max_iterations, "rank": rank, **asked})
     if method == "auto":
-        method = "cholesky" if fits_dense(size, y.device, memory_budget) else "cg"
+        fits = all_fit_dense if shared else fits_dense
+        method = "cholesky" if fits(size, y.device, memory_budget) else "cg"
     if method == "cholesky":
         K = K_or_operator if isinstance(K_or_operator, Tensor) else K_or_operator.to_dense()
         factor, added = cholesky(K, ridge, jitter)
@@ -213,10 +226,34 @@ def fits_dense(size: int, device: torch.device, memory_budget: int | None) -> bo
     return 2 * 8 * size * size <= budget
 
 
+def all_fit_dense(size: int, device: torch.device, memory_budget: int | None) -> bool:
+    """`fits_dense`, as the first rank finds it: ranks that share products must choose alike, whatever is free."""
+    if memory_budget is None and 2 * 8 * size * size <= SMALL:
+        return True  # on every rank, so that none waits for the others
+    return job().agree(lambda: fits_dense(size, device, memory_budget))
+
+
+def _refuse_other_calls(K: Any, arguments: dict[str, Any]) -> None:
+    """Raise on every rank where the ranks do not make the same call: each would wait for products that never come."""
+    ranks = job()
+    if ranks.size == 1:
+        return
+    kernel = K.fingerprint() if isinstance(K, NTKOperator) else {"shape": str(K.shape), "dtype": str(K.dtype)}
+    mine = {name: describe(value, {}) for name, value in arguments.items()}
+    every = ranks.gather((kernel, mine))
+    if any(other != kernel for other, _ in every):
+        kind = "operators of different models or data" if isinstance(K, NTKOperator) else "stored kernels that differ"
+        raise ValueError(f"the ranks have {kind}; give all of them the same")
+    differing = [name for name in mine if any(other[name] != mine[name] for _, other in every)]
+    if differing:
+        raise ValueError(f"the ranks call solve with different {', '.join(differing)}; give all of them the same")
+
+
 def _check_square(K: Tensor | Operator) -> int:
     if isinstance(K, Tensor):
         _check.is_float("K_or_operator", K)
         _check.is_dense("K_or_operator", K)
+        _check.has_values("K_or_operator", K)
     elif not hasattr(K, "__matmul__") or not hasattr(K, "shape"):
         raise TypeError(f"K_or_operator must be a tensor or an operator with shape and @, got {type(K).__name__}")
     shape = list(K.shape)
@@ -230,15 +267,10 @@ def _product(K: Tensor | Operator) -> Callable[[Tensor], Tensor]:
     if isinstance(K, StoredKernel):
         return lambda v: K @ v  # float64 already
     if isinstance(K, NTKOperator):
-        ranks = job()
-        if ranks.size > 1:
-            facts = K.fingerprint()
-            if any(other != facts for other in ranks.gather(facts)):
-                raise ValueError("the ranks have operators of different models or data; give all of them the same")
-        parts = _OPERATOR_COLUMNS
+        ranks, parts = job(), OPERATOR_COLUMNS
         return lambda v: torch.cat([K.product(part.to(K.dtype), ranks).double() for part in v.split(parts, 1)], 1)
     if not isinstance(K, Tensor):
-        return lambda v: torch.cat([(K @ part.to(K.dtype)).double() for part in v.split(_OPERATOR_COLUMNS, 1)], 1)
+        return lambda v: torch.cat([(K @ part.to(K.dtype)).double() for part in v.split(OPERATOR_COLUMNS, 1)], 1)
     if K.dtype == torch.float64:
         return lambda v: K @ v
     return lambda v: torch.cat([rows.double() @ v for rows in K.split(_ROWS)])
@@ -317,10 +349,11 @@ def _conjugate_gradients(
     solved, worst = [], 0.0
     with tqdm(total=None, desc="conjugate gradients", unit="it", disable=not progress) as bar:
         for block in y.split(min(_BLOCK, max(y.shape[0] // 2, 1)), dim=1):
-            x, residual = torch.zeros_like(block), block
+            x, residual, begun = torch.zeros_like(block), block, iterations
             # The recurrence drifts from the true residual; a restart from what is left takes it on.
             for _ in range(3):
-                step, used = _block_cg(system, residual, block, tol, max_iterations - iterations, preconditioner, bar)
+                left_over = max_iterations - (iterations - begun)
+                step, used = _block_cg(system, residual, block, tol, left_over, preconditioner, bar)
                 before = _relative(residual, block)
                 candidate = x + step
                 left = block - system(candidate)
@@ -328,7 +361,7 @@ def _conjugate_gradients(
                 after = _relative(left, block)
                 if after < before:
                     x, residual = candidate, left
-                if after <= tol or after > 0.5 * before or iterations >= max_iterations:
+                if after <= tol or after > 0.5 * before or iterations - begun >= max_iterations:
                     break
             solved.append(x)
             worst = max(worst, _relative(residual, block))
