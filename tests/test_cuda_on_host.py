@@ -53,13 +53,19 @@ WINGS = sorted(path.parent.name for path in ROOT.glob("csrc/*/bind_cuda.cpp"))
 
 @pytest.mark.parametrize("wing", WINGS)
 def test_battery(library: Path, wing: str) -> None:
-    """Kernel against reference and bad input, and what the wing's ops promise beyond the battery."""
-    chosen = "not opcheck and not compile and not grad and not vmap and not jvp and not many"
+    """Kernel against reference and bad input, and what the wing's ops promise beyond the battery; the rest is slow."""
+    chosen = "not opcheck and not compile and not grad and not vmap and not jvp and not many and not large"
     run_tests(library, "-k", chosen, f"tests/{wing}/test_ops.py")
 
 
 def test_path_sgd_s_steps(library: Path) -> None:
-    """Whole steps, among them the check that they read nothing on the host."""
+    """Whole steps, among them the check that they read nothing on the host; p = 2 and infinity here, all p if slow."""
+    said = run_tests(library, "-k", "not resnet and not 1.0 and not 3.0", "tests/pathsgd/test_device_step.py")
+    assert "reads its state" not in said
+
+
+@pytest.mark.slow
+def test_all_of_path_sgd_s_steps(library: Path) -> None:
     said = run_tests(library, "-k", "not resnet", "tests/pathsgd/test_device_step.py")
     assert "reads its state" not in said
 
