@@ -13,7 +13,7 @@ from . import reference
 from .arguments import path_power
 from .chain import Dense, Norm, PathVectors, find_chain, nothing
 from .masses import masses
-from .network import PathSum, Scaled, powered
+from .network import PathSum, powered
 from .structure import Structure, trace
 from .walk import Walk
 
@@ -58,13 +58,23 @@ def path_norm(
     root = 1.0 if power or math.isinf(p) else 1 / p
     if log:
         return (total.value.log() + total.exponent * math.log(2.0)) * root
-    if power or math.isinf(p):
-        return total.value * 2.0**total.exponent if abs(int(total.exponent)) < 1000 else _out_of_range(total)
-    return total.value**root * 2.0 ** (total.exponent * root)
+    return _times_two_to(_root(total.value, root), float(total.exponent * root))
 
 
-def _out_of_range(total: Scaled) -> Tensor:
-    return torch.ldexp(total.value, torch.tensor(float(total.exponent)))
+def _root(value: Tensor, root: float) -> Tensor:
+    """value^root, whose slope at 0 counts as 0 (a zero-initialised head), as torch's norms have it."""
+    if root == 1:
+        return value
+    no_path = value == 0
+    return torch.where(no_path, 0.0, torch.where(no_path, 1.0, value) ** root)
+
+
+def _times_two_to(values: Tensor, exponent: float) -> Tensor:
+    """values · 2^exponent in two factors: the power alone may leave the range where the product does not."""
+    half = math.floor(exponent / 2)
+    for part in (half, exponent - half):
+        values = values * 2.0 ** min(max(part, -1074.0), 1023.0)
+    return values
 
 
 def path_gamma(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -99,7 +109,7 @@ def path_gamma(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | N
     else:
         found = masses(structure, p)
         for param, mass in found.dense().items():
-            by_tensor[param] = mass ** (2 / p) * 2.0 ** (found.exponent * 2 / p)
+            by_tensor[param] = _times_two_to(mass ** (2 / p), float(found.exponent * 2 / p))
     return {
         name: by_tensor.get(param, torch.zeros_like(param, dtype=torch.float64)).detach()
         for name, param in _named(model, structure)
@@ -122,7 +132,7 @@ def _chain_gamma(stages: list[Dense | Norm], p: float) -> dict[Tensor, Tensor]:
     found: dict[Tensor, Tensor] = {}
 
     def gamma(values: Tensor, exponent: Tensor) -> Tensor:
-        return values**power * torch.exp2(exponent * power)
+        return _times_two_to(values**power, float(exponent) * power)
 
     for index, stage in enumerate(stages):
         into, out = forward[index], vectors.backward[index + 1]
