@@ -217,21 +217,19 @@ class PathSum(Walk):
 
     def _pool(self, x: Tensor, module: Any) -> Tensor:
         """Sums over the windows of a pooling layer."""
-        dims = x.dim() - 2
-        settings = [_tuple(getattr(module, name), dims) for name in ("kernel_size", "stride", "padding")]
-        if dims == 1:
-            widened: list[tuple[int, ...]] = [
-                (fill, setting[0]) for fill, setting in zip((1, 1, 0), settings, strict=True)
-            ]
-            return self._window_sums(x.unsqueeze(2), widened, module.ceil_mode).squeeze(2)
-        return self._window_sums(x, settings, module.ceil_mode)
-
-    @staticmethod
-    def _window_sums(x: Tensor, settings: list[tuple[int, ...]], ceil_mode: bool) -> Tensor:
-        size, stride, padding = settings
-        if x.dim() == 4:
-            return F.avg_pool2d(x, size, stride, padding, ceil_mode, True, 1)
-        return F.avg_pool3d(x, size, stride, padding, ceil_mode, True, 1)
+        rank = x.dim() - 2
+        size, stride, padding = (_tuple(getattr(module, name), rank) for name in ("kernel_size", "stride", "padding"))
+        shape = module(x).shape[2:] if module.ceil_mode else None  # it leaves out windows that begin in the padding
+        # Padded here: torch's own average pools refuse a padding that their windows need in order to fit.
+        x = F.pad(x, [each for width in reversed(padding) for each in (width, width)])
+        if rank == 1:
+            sums = F.avg_pool2d(x.unsqueeze(2), (1, *size), (1, *stride), 0, module.ceil_mode, True, 1).squeeze(2)
+        else:
+            average = F.avg_pool2d if rank == 2 else F.avg_pool3d
+            sums = average(x, size, stride, 0, module.ceil_mode, True, 1)
+        for axis, length in enumerate(shape or (), start=2):
+            sums = sums.narrow(axis, 0, length)
+        return sums
 
     def max_pool(self, x: Scaled, module: Any) -> Scaled:
         self._finite("pooling")
@@ -240,7 +238,7 @@ class PathSum(Walk):
     def average_pool(self, x: Scaled, module: Any) -> Scaled:
         self._finite("pooling")
         ones = torch.ones_like(x.value[:, :1])
-        divisor = self._pool(ones, module) / module(ones)  # what torch divides each window by
+        divisor = (self._pool(ones, module) / module(ones)).abs()  # what torch divides each window by
         return Scaled(self._pool(x.value, module) * divisor**-self.p, x.exponent)
 
     def adaptive_average(self, x: Scaled, module: Any, p: float | None = None) -> Scaled:

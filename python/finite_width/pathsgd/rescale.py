@@ -74,7 +74,7 @@ class Units(Walk):
 
     def _along(self, x: Tensor, axis: int) -> Tensor:
         """The units along an axis; units that differ elsewhere are merged, since one weight reads them all."""
-        rows = x.movedim(axis, -1).flatten(0, -2)
+        rows = x.movedim(axis, -1).reshape(-1, x.shape[axis])
         for row in rows[1:].unique(dim=0) if len(rows) > 1 else ():
             self._merge(rows[0], row)
         return rows[0]
