@@ -107,6 +107,11 @@ class _Hook:
             recorder.record(module, args[0] if args else kwargs["input"], output)
 
 
+def is_own_hook(hook: Any) -> bool:
+    """Whether a forward hook is this wing's, which records σ and changes nothing."""
+    return isinstance(hook, _Hook)
+
+
 def _sum(parts: Sequence[Sum]) -> Sum:
     """Of several, only batches with finite σ count: another one has fed no step that was taken."""
     if len(parts) == 1:
