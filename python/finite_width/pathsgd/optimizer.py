@@ -239,6 +239,7 @@ class PathSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._structure.check_unchanged()
         self._check_capture()
         self._renew_masters()
         given = self._gradients()
@@ -425,6 +426,8 @@ class PathSGD(Optimizer):
         state["path"] = {
             "structure": self._structure.fingerprint(),
             "p": self._p,
+            "shared": self._shared,
+            "batchnorm": self._batchnorm,
             "steps": self._parity(),
             "age": self._age,
             "kept": saved(self._kept, self._structure.module),
@@ -440,13 +443,21 @@ class PathSGD(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where a saved optimizer stood; raises ValueError, before any change, for another structure."""
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dict, as state_dict() returns it, got {type(state_dict).__name__}")
         path = state_dict.get("path")
         if path is None:
             raise ValueError('state_dict has no entry "path": it was not made by PathSGD.state_dict()')
         if path["structure"] != self._structure.fingerprint():
-            raise ValueError("state_dict belongs to a model of another structure (operations or parameter shapes)")
+            raise ValueError(
+                "state_dict belongs to a model of another structure (operations, their settings, input_shape or "
+                "parameter shapes)"
+            )
         if path["p"] != self._p:
             raise ValueError(f"state_dict was made with p = {path['p']:g}, this optimizer has p = {self._p:g}")
+        for name, own in (("shared", self._shared), ("batchnorm", self._batchnorm)):
+            if path[name] != own:
+                raise ValueError(f"state_dict was made with {name}={path[name]!r}, this optimizer has {name}={own!r}")
         super().load_state_dict(state_dict)
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
