@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -20,10 +20,14 @@ class BatchDeviations:
     A forward feeds a step once a gradient comes back to its BatchNorm's output, unless gradients are dropped before the
     step. A BatchNorm to which none comes (frozen, before a detach), or that is compiled, counts with all forwards since
     the last step.
+
+    Args:
+        calls: BatchNorm -> its qualified name, and how often a forward calls it.
+        distributed: average σ over the processes.
     """
 
-    def __init__(self, modules: Sequence[Any], distributed: bool) -> None:
-        self.modules, self.distributed = list(modules), distributed
+    def __init__(self, calls: Mapping[Any, tuple[str, int]], distributed: bool) -> None:
+        self.modules, self.calls, self.distributed = list(calls), dict(calls), distributed
         self.seen: dict[Any, Sum] = {}
         self.fed: dict[Any, dict[int, Sum]] = {}  # BatchNorm -> number of the forward -> its σ
         self.numbers = count(1)
@@ -56,9 +60,15 @@ class BatchDeviations:
         for module in self.modules:
             if not _uses_batch(module):
                 continue
+            name, times = self.calls[module]
+            if times > 1:
+                raise ValueError(
+                    f"{name}: a BatchNorm in training mode that a forward calls {times} times has another σ at each "
+                    "call; use one BatchNorm for each, call eval() on it, or use batchnorm='running'"
+                )
             if module not in self.seen and module not in self.fed:
                 raise RuntimeError(
-                    "a BatchNorm in training mode saw no batch since the last step; run a forward with "
+                    f"{name}: a BatchNorm in training mode saw no batch since the last step; run a forward with "
                     "gradients first, call eval() on it, or use batchnorm='running'"
                 )
             total, number = self._sum_of(module)

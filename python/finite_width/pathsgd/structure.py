@@ -60,6 +60,16 @@ class Structure:
         """Raise where a module or parameter was replaced since."""
         self._parts.check()
 
+    def calls_of(self, kinds: tuple[type[nn.Module], ...]) -> dict[nn.Module, tuple[str, int]]:
+        """Modules of these classes that the forward calls -> their qualified name, and how often it calls them."""
+        found: dict[nn.Module, tuple[str, int]] = {}
+        for node in self.graph.nodes:
+            module = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, kinds):
+                name, times = found.get(module, (str(node.target), 0))
+                found[module] = name, times + 1
+        return found
+
     def fingerprint(self) -> str:
         """The operations with their settings, and the shapes, to tell whether a saved state belongs to this structure."""
         nodes = [
