@@ -92,7 +92,16 @@ def number(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name} must be a number or a tensor of one element, got shape {list(value.shape)}")
+    if isinstance(value, Tensor) and value.is_complex():
+        raise TypeError(f"{name} must be real, got {value.dtype}")
     return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """The value, which must be True or False: any other one, such as "no", would count as true or false unseen."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def path_power(p: Any) -> float:

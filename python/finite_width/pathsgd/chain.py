@@ -149,7 +149,7 @@ def _shape_at_first_layer(structure: Structure) -> Any:
         _FirstLayer(structure).run(torch.zeros(1, *structure.input_shape))
     except _Reached as reached:
         return reached.args[0]
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         raise ValueError(f"input_shape {structure.input_shape} does not fit the model: {error}") from error
     return None
 

@@ -42,7 +42,9 @@ class _Masses(PathSum):
         self.anchor = torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
 
     def leaf(self, param: Tensor) -> Tensor:
-        """|w|^p, which takes the gradient."""
+        """|w|^p, which takes the gradient; a buffer, which no step changes, needs none."""
+        if not isinstance(param, nn.Parameter):
+            return powered(param.detach(), self.p)
         if param not in self.leaves:
             self.leaves[param] = powered(param.detach(), self.p).detach().requires_grad_()
         return self.leaves[param]
@@ -51,7 +53,8 @@ class _Masses(PathSum):
         self, x: Scaled, weight: Tensor | Edges, bias: Tensor | Edges | None, function: Any, settings: dict[str, Any]
     ) -> Scaled:
         self._finite("a convolution")
-        window = window_of(x.value, weight, settings) if self.fused and isinstance(weight, Tensor) else None
+        fused = self.fused and isinstance(weight, nn.Parameter)
+        window = window_of(x.value, weight, settings) if fused and isinstance(weight, Tensor) else None
         if window is None or isinstance(weight, Edges):
             return super().convolution(x, weight, bias, function, settings)
         found = self.convolutions.setdefault(weight, []).append
@@ -77,7 +80,7 @@ def masses(
     convolutions go through the wing's own ops, and a weight of one convolution alone has a ConvolutionMass. With
     `on_device`, exponents are tensors and nothing is read on the host.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         network = _Masses(structure, p, sigma, fused, on_device)
         total = network.total()
         leaves = network.leaves

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .arguments import path_power
+from .arguments import flag, path_power
 from .chain import Dense, Norm, PathVectors, find_chain, nothing
 from .masses import masses
 from .network import PathSum, powered
@@ -54,6 +54,7 @@ def path_norm(
         6.0
     """
     p = path_power(p)
+    power, log = flag("power", power), flag("log", log)
     total = PathSum(trace(model, input_shape), p, lambda param: powered(param, p)).total()
     root = 1.0 if power or math.isinf(p) else 1 / p
     if log:
@@ -160,7 +161,8 @@ class _IncomingNorms(Walk):
         self.found.append(torch.linalg.vector_norm(rows, self.p, dim=1).max())
 
     def linear(self, x: Any, weight: Tensor, bias: Tensor | None) -> Any:
-        self._record(weight, None if bias is None else bias[:, None])
+        rows = weight if weight.dim() > 1 else weight[None]  # F.linear takes a row without its axis
+        self._record(rows, None if bias is None else bias.view(len(rows), 1))
 
     def convolution(self, x: Any, weight: Tensor, bias: Tensor | None, function: Any, settings: dict[str, Any]) -> Any:
         self.linear(x, weight, bias)

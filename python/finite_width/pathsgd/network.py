@@ -101,7 +101,7 @@ class PathSum(Walk):
         ones = torch.ones((1, *self.structure.input_shape), dtype=torch.float64, device=device)
         try:
             output = self.run(Scaled(ones))
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise ValueError(f"input_shape {self.structure.input_shape} does not fit the model: {error}") from error
         while not isinstance(output, Scaled):
             if not isinstance(output, (tuple, list)) or len(output) != 1:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import _check, _library
-from .arguments import DTYPES, number, path_power
+from .arguments import DTYPES, flag, number, path_power
 from .batches import BatchDeviations
 from .chain import UNSCALED, Given, Norm, PathVectors, Scaling, find_chain, nothing
 from .convolution import ConvolutionMass
@@ -116,7 +116,7 @@ class PathSGD(Optimizer):
             raise ValueError("capturable=True needs update_every=1: a replay does not count steps")
         self._capturable = capturable
         self._p, self._update_every, self._shared = p, update_every, shared
-        self._batchnorm, self._master_weights = batchnorm, master_weights
+        self._batchnorm, self._master_weights = batchnorm, flag("master_weights", master_weights)
         self._stages = find_chain(self._structure)
         if self._stages is None and math.isinf(p):
             raise ValueError("p = ∞ is defined for chains of Linear layers alone; use p = 1 or 2 for this model")
@@ -148,7 +148,7 @@ class PathSGD(Optimizer):
         }
         super().__init__(self._structure.module.parameters() if params is None else params, defaults)
         self._batches = BatchDeviations(
-            [m for m in self._structure.module.modules() if isinstance(m, BATCHNORMS)] if batchnorm == "batch" else [],
+            self._structure.calls_of(BATCHNORMS) if batchnorm == "batch" else {},
             distributed=isinstance(model, nn.parallel.DistributedDataParallel),
         )
 
@@ -185,13 +185,17 @@ class PathSGD(Optimizer):
             raise ValueError(f"momentum must be at least 0 and finite, got {momentum}")
         if not 0 <= decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0 and finite, got {decay}")
-        if group["nesterov"] and momentum <= 0:
+        if flag("nesterov", group["nesterov"]) and momentum <= 0:
             raise ValueError("nesterov needs a momentum above 0")
+        flag("maximize", group["maximize"])
         for parameter in group["params"]:
             if parameter not in self._names:
                 raise ValueError(f"params holds a parameter of shape {list(parameter.shape)} that is not inside model")
-            if parameter.dtype not in DTYPES:
-                raise TypeError(f"{self._names[parameter]} must be float32, float64 or bfloat16, got {parameter.dtype}")
+            self._check_dtype(parameter)
+
+    def _check_dtype(self, parameter: Tensor) -> None:
+        if parameter.dtype not in DTYPES:
+            raise TypeError(f"{self._names[parameter]} must be float32, float64 or bfloat16, got {parameter.dtype}")
 
     def refresh(self) -> None:
         """Rebuild F and B from the weights as they are now, after edits that the optimizer cannot see.
@@ -229,9 +233,11 @@ class PathSGD(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient; a BatchNorm in training mode that saw no batch since the last step.
-            ValueError: a gradient of a parameter that no path passes.
+            TypeError: a parameter that is float16 by now.
+            ValueError: a gradient of a parameter that no path passes; a model of which parts were replaced; a
+                BatchNorm in training mode that a forward calls more than once.
         """
-        with _library.grad_mode(False):
+        with torch.inference_mode(False), _library.grad_mode(False):
             return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
@@ -355,6 +361,10 @@ class PathSGD(Optimizer):
         lrs = [self._lr_of(index, group) for index, group in enumerate(self.param_groups)]
         rows = [(group, lrs[i], each) for i, group in enumerate(self.param_groups) for each in group["params"]]
         rows = [row for row in rows if row[2].grad is not None]
+        stages = [] if self._stages is None else self._stages
+        for parameter in (*(row[2] for row in rows), *(each for stage in stages for each in (stage.weight, stage.bias))):
+            if parameter is not None:  # a chain's sweeps read frozen ones as well
+                self._check_dtype(parameter)
         for _, _, parameter in rows:
             if parameter.grad.layout != torch.strided:
                 raise RuntimeError(f"PathSGD does not support sparse gradients; {self._names[parameter]} has one")
@@ -369,13 +379,15 @@ class PathSGD(Optimizer):
             if self._master_weights and parameter.dtype == torch.bfloat16:
                 if "master_weight" not in state:
                     state["master_weight"] = parameter.detach().float()
-                grad = grad.float()
+            target = self._target(parameter).detach()
+            grad = grad.to(target.dtype)  # gradients may have a dtype of their own (grad_dtype)
             momentum = float(group["momentum"])
             buffer = None
             if momentum:
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(self._target(parameter).detach())
-                buffer = state["momentum_buffer"]
+                buffer = state.get("momentum_buffer")
+                # The model may have been converted since, by `model.double()` for one.
+                buffer = torch.zeros_like(target) if buffer is None else buffer.to(target.dtype)
+                state["momentum_buffer"] = buffer
             sign = -1.0 if group["maximize"] else 1.0
             given[parameter] = (grad, buffer, (lr, momentum, float(group["nesterov"]), keep, sign), now)
         return given
