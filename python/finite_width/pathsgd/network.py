@@ -22,6 +22,7 @@ from .structure import Structure
 from .walk import Walk
 
 _RANGE = 200  # binary exponents that are left as they are
+_LARGE = 500  # where a layer's own map is read off beside its constant
 
 
 class Scaled(NamedTuple):
@@ -293,16 +294,39 @@ class PathSum(Walk):
         names = path_weights(module) or ()
         edges = {name: self.power(module.get_parameter(name)) for name in names}
 
-        def apply(value: Tensor) -> Tensor:
+        def apply(value: Tensor, edges: dict[str, Tensor] = edges) -> Tensor:
             result: Tensor = torch.func.functional_call(module, edges, (value,))
             return result
 
         if not isinstance(x.exponent, Tensor) and x.exponent == 0:
             return self._in_range(Scaled(apply(x.value)))
-        constant = apply(torch.zeros_like(x.value))  # what a bias adds
-        exponent = larger(x.exponent, 0)
-        value = (apply(x.value) - constant) * two_to(x.exponent - exponent)
-        return self._in_range(Scaled(value + Scaled(constant).to_exponent(exponent), exponent))
+        # What the layer makes of x is a map of x and a constant, its bias, which enters at an exponent of its own. The map
+        # is their difference, taken where x is by far the larger one, and with edges of its own: in their gradients the
+        # bias cancels before they meet those of the constant. Gradients themselves keep the size of x.
+        moved = self._exponent_of(x.value) - _LARGE
+        up, down = two_to(-moved), two_to(moved)
+        inner = {name: _Moved.apply(edge, 1.0, down) for name, edge in edges.items()}  # type: ignore[no-untyped-call]
+        nothing, large = torch.zeros_like(x.value), _Moved.apply(x.value, up, 1.0)  # type: ignore[no-untyped-call]
+        mapped = _Moved.apply(apply(large, inner) - apply(nothing, inner), down, 1.0)  # type: ignore[no-untyped-call]
+        return self.add(self._in_range(Scaled(mapped, x.exponent)), Scaled(apply(nothing)))
+
+    def _exponent_of(self, values: Tensor) -> int | Tensor:
+        """That of the power of two just above the largest value."""
+        largest = values.detach().max()
+        return torch.frexp(largest).exponent.to(torch.float64) if self.on_device else math.frexp(float(largest))[1]
+
+
+class _Moved(torch.autograd.Function):
+    """values · forward, whose gradient is multiplied by `backward` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, forward: float | Tensor, backward: float | Tensor) -> Tensor:
+        ctx.factors = forward, backward
+        return values * forward
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return gradient * ctx.factors[1], None, None
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
