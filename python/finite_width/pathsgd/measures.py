@@ -110,7 +110,7 @@ def path_gamma(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | N
     else:
         found = masses(structure, p)
         for param, mass in found.dense().items():
-            by_tensor[param] = _times_two_to(mass ** (2 / p), float(found.exponent * 2 / p))
+            by_tensor[param] = _times_two_to(mass ** (2 / p), float(found.exponent_of(param) * 2 / p))
     return {
         name: by_tensor.get(param, torch.zeros_like(param, dtype=torch.float64)).detach()
         for name, param in _named(model, structure)

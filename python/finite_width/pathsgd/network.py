@@ -134,8 +134,16 @@ class PathSum(Walk):
         if bias is None:
             return self._in_range(Scaled(apply(x.value, None), x.exponent))
         exponent = larger(x.exponent, 0)
-        edge = Scaled(self.edges(bias)).to_exponent(exponent)
-        return self._in_range(Scaled(apply(x.to_exponent(exponent), edge), exponent))
+        edge = self.entering(bias, exponent)
+        return self._in_range(Scaled(apply(self.aligned(x, exponent), edge), exponent))
+
+    def aligned(self, x: Scaled, exponent: int | Tensor) -> Tensor:
+        """The values of an activation at another one's exponent."""
+        return x.to_exponent(exponent)
+
+    def entering(self, bias: Tensor | Edges, exponent: int | Tensor) -> Tensor:
+        """|b|^p, at the exponent of the activation that it joins."""
+        return Scaled(self.edges(bias)).to_exponent(exponent)
 
     def reshape(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         first, *rest = args
@@ -156,12 +164,12 @@ class PathSum(Walk):
         if not (isinstance(x, Scaled) and isinstance(y, Scaled)):
             raise ValueError("adding a constant or a parameter to an activation is not supported; use a layer's bias")
         exponent = larger(x.exponent, y.exponent)
-        one, other = x.to_exponent(exponent), y.to_exponent(exponent)
+        one, other = self.aligned(x, exponent), self.aligned(y, exponent)
         return Scaled(torch.maximum(one, other) if math.isinf(self.p) else one + other, exponent)
 
     def cat(self, values: list[Scaled], dim: int) -> Scaled:
         exponent = reduce(larger, [value.exponent for value in values])
-        return Scaled(torch.cat([value.to_exponent(exponent) for value in values], dim), exponent)
+        return Scaled(torch.cat([self.aligned(value, exponent) for value in values], dim), exponent)
 
     def reduce(self, how: str, x: Scaled, dims: tuple[int, ...], keepdim: bool) -> Scaled:
         self._finite(how)
@@ -197,21 +205,20 @@ class PathSum(Walk):
             return self._in_range(Scaled(x.value * scale.view(shape), exponent))
         exponent = larger(exponent, 0)
         if mean is None:
-            edge = self.power(module.bias)
+            edge = self.entering(module.bias, exponent).view(shape)
         else:  # one edge b − μ w/σ; its path counts for b, whose part of it has slope 1
-            edge = self._folded_bias(module, deviation, mean)
-        edge = Scaled(edge).to_exponent(exponent).view(shape)
-        value = x.to_exponent(exponent) * scale.view(shape)
+            edge = self._folded_bias(module, deviation, mean, exponent).view(shape)
+        value = self.aligned(x, exponent) * scale.view(shape)
         return self._in_range(Scaled(torch.maximum(value, edge) if math.isinf(self.p) else value + edge, exponent))
 
-    def _folded_bias(self, module: Any, deviation: Tensor, mean: Tensor) -> Tensor:
+    def _folded_bias(self, module: Any, deviation: Tensor, mean: Tensor, exponent: int | Tensor) -> Tensor:
         weight = torch.ones_like(mean) if module.weight is None else module.weight.to(torch.float64)
         bias = torch.zeros_like(mean) if module.bias is None else module.bias.to(torch.float64)
-        edge = powered(bias - mean * weight / deviation, self.p)
+        edge = Scaled(powered(bias - mean * weight / deviation, self.p)).to_exponent(exponent)
         if module.bias is None:
             return edge
         # With |b|^p given as a leaf (for γ), the edge moves with it at slope 1, as an edge of its own does.
-        leaf = self.power(module.bias)
+        leaf = self.entering(module.bias, exponent)
         if leaf.requires_grad and leaf.is_leaf:
             return edge.detach() + (leaf - leaf.detach())
         return edge
@@ -269,25 +276,30 @@ class PathSum(Walk):
                 states = self._recurrence(sequence[::-1] if suffix else sequence, module, f"_l{layer}{suffix}")
                 finals.append(states[-1])
                 sides.append(states[::-1] if suffix else states)
-            sequence = [self.cat(list(both), -1) for both in zip(*sides, strict=True)]
-        return self._stack(sequence, 1 - batch_axis), self._stack(finals, 0)
+            sequence = [self._together(list(both), -1, torch.cat) for both in zip(*sides, strict=True)]
+        return self._together(sequence, 1 - batch_axis, torch.stack), self._together(finals, 0, torch.stack)
 
     def _recurrence(self, sequence: list[Scaled], module: nn.RNN, name: str) -> list[Scaled]:
         into, along = (self.power(getattr(module, f"weight_{side}{name}")) for side in ("ih", "hh"))
-        biases = [self.power(getattr(module, f"bias_{side}{name}")) for side in ("ih", "hh")] if module.bias else []
+        biases = [getattr(module, f"bias_{side}{name}") for side in ("ih", "hh")] if module.bias else []
         states: list[Scaled] = []
         for step in sequence:
             state = Scaled(F.linear(step.value, into), step.exponent)
-            if states:
-                state = self.add(state, Scaled(F.linear(states[-1].value, along), states[-1].exponent))
+            if states:  # what enters late is a small part of the same weights' sums
+                before = Scaled(F.linear(states[-1].value, along), states[-1].exponent)
+                exponent = larger(state.exponent, before.exponent)
+                state = Scaled(state.to_exponent(exponent) + before.to_exponent(exponent), exponent)
             for bias in biases:
-                state = self.add(state, Scaled(bias.expand_as(state.value)))
+                exponent = larger(state.exponent, 0)
+                state = Scaled(state.to_exponent(exponent) + self.entering(bias, exponent), exponent)
             states.append(self._in_range(state))
         return states
 
-    def _stack(self, values: list[Scaled], dim: int) -> Scaled:
+    @staticmethod
+    def _together(values: list[Scaled], dim: int, how: Callable[[list[Tensor], int], Tensor]) -> Scaled:
+        """States of several steps, layers or directions in one; small ones may be lost beside large ones."""
         exponent = reduce(larger, [value.exponent for value in values])
-        return Scaled(torch.stack([value.to_exponent(exponent) for value in values], dim), exponent)
+        return Scaled(how([value.to_exponent(exponent) for value in values], dim), exponent)
 
     def protocol(self, x: Scaled, module: nn.Module) -> Scaled:
         self._finite(f"a {type(module).__name__}")

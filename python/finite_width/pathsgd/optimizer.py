@@ -337,12 +337,17 @@ class PathSGD(Optimizer):
         return masses(self._structure, self._p, sigma, self._shared, fused=True, on_device=self._on_device)
 
     def _apply(self, found: Masses, given: dict[Tensor, Given], scaling: Scaling) -> None:
-        exponent = found.exponent
-        if not isinstance(exponent, Tensor):
-            exponent = torch.full((), float(exponent), dtype=torch.float64, device=found.total.value.device)
+        def on_device(exponent: int | Tensor) -> Tensor:
+            if isinstance(exponent, Tensor):
+                return exponent
+            return torch.full((), float(exponent), dtype=torch.float64, device=found.total.value.device)
+
+        common = on_device(found.exponent)
         for parameter, (grad, momentum, rates, lr) in given.items():
             target = self._target(parameter)
             mass = found.of.get(parameter)
+            own = found.own_exponents.get(parameter)
+            exponent = common if own is None else on_device(own)
             if isinstance(mass, ConvolutionMass):
                 mass.update(target.detach(), grad, momentum, exponent, self._p, rates, *scaling, lr)
                 continue
