@@ -39,7 +39,7 @@ def constant(model, value):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("every", [1, 2])
 def test_masses_far_below_the_norm(norm, every) -> None:
-    """400 blocks, each of which multiplies by 17: Φ passes 2^1600. All units are alike, so that F and B of a layer are one number."""
+    """400 blocks, each of which multiplies by 17: Φ passes 2^1600. B of a layer is one number."""
     depth, width = 400, 4
     model = constant(Deep(depth, width, norm).eval(), 4.0)
     if norm:
@@ -120,3 +120,62 @@ def test_branches_too_far_apart_are_refused() -> None:
         call(model, 1)
     nn.init.zeros_(model.direct.weight)
     assert P.path_norm(model, 2, power=True, log=True).item() == pytest.approx(1200 * math.log(2), rel=1e-12)
+
+
+class Spread(nn.Module):
+    """Two layers, in a chain or with a branch, whose units are 2^±60 apart; the function is as before."""
+
+    def __init__(self, branch, apart) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.branch = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(4, 2), branch
+        factors = 2.0 ** (apart * torch.tensor([-1.0, 1, 0, -1, 1, 0]))
+        with torch.no_grad():
+            self.a.weight.mul_(factors[:, None])
+            self.a.bias.mul_(factors)
+            self.b.weight.div_(factors)
+
+    def forward(self, x):
+        y = self.b(F.relu(self.a(x)))
+        return y + self.c(x) if self.branch else y
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("p", [8.0, 9.0, 12.0])
+def test_units_too_far_apart_for_p(p, branch) -> None:
+    torch.manual_seed(0)
+    model = Spread(branch, 60.0).double()
+    optimizer = P.PathSGD(model, 1e-12, p=p)
+    if not branch:
+        model.c.requires_grad_(False)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(5, 4, dtype=torch.float64)).square().sum().backward()
+        before = {name: each.detach().clone() for name, each in model.named_parameters()}
+        if p <= 8:
+            assert all((each > 0).all() for name, each in P.path_gamma(model, p).items() if branch or "c" not in name)
+            optimizer.step()
+            continue
+        for call in (optimizer.step, lambda: P.path_gamma(model, p), lambda: P.path_norm(model, p)):
+            with pytest.raises(ValueError, match=f"p = {p:g} takes paths of this model out of float64's range"):
+                call()
+        assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("branch", [False, True])
+def test_a_large_p_of_a_plain_model(branch) -> None:
+    torch.manual_seed(0)
+    model = Spread(branch, 1.0).double()
+    optimizer = P.PathSGD(model, 1e-12, p=12)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(5, 4, dtype=torch.float64)).square().sum().backward()
+        gamma, before = (
+            P.path_gamma(model, 12),
+            {name: each.detach().clone() for name, each in model.named_parameters()},
+        )
+        optimizer.step()
+        for name, each in model.named_parameters():
+            if each.grad is not None:
+                torch.testing.assert_close(each, before[name] - 1e-12 * each.grad / gamma[name])

@@ -14,6 +14,7 @@ from .arguments import flag, path_power
 from .chain import Dense, Norm, PathVectors, find_chain, nothing
 from .masses import masses
 from .network import PathSum, powered
+from .spread import check_spread
 from .structure import Structure, trace
 from .walk import Walk
 
@@ -42,7 +43,8 @@ def path_norm(
         A float64 scalar.
 
     Raises:
-        ValueError: p < 1, an operation without paths, input_shape missing where it is needed.
+        ValueError: p < 1, an operation without paths, input_shape missing where it is needed; p > 8 and units of one
+            layer too far apart for it.
 
     Source: Neyshabur, Tomioka, Srebro, "Norm-Based Capacity Control in Neural Networks" (2015).
 
@@ -55,7 +57,9 @@ def path_norm(
     """
     p = path_power(p)
     power, log = flag("power", power), flag("log", log)
-    total = PathSum(trace(model, input_shape), p, lambda param: powered(param, p)).total()
+    structure = trace(model, input_shape)
+    total = PathSum(structure, p, lambda param: powered(param, p)).total()
+    check_spread(structure, p)
     root = 1.0 if power or math.isinf(p) else 1 / p
     if log:
         return (total.value.log() + total.exponent * math.log(2.0)) * root
@@ -103,6 +107,7 @@ def path_gamma(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | N
     structure = trace(model, input_shape)
     stages = find_chain(structure)
     by_tensor: dict[Tensor, Tensor] = {}
+    check_spread(structure, p)
     if stages is not None:
         by_tensor = _chain_gamma(stages, p)
     elif math.isinf(p):

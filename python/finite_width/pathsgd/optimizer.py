@@ -23,6 +23,7 @@ from .layered_chain import LayeredChain
 from .masses import Masses, masses
 from .operations import BATCHNORMS
 from .ops import path_update
+from .spread import check_spread
 from .structure import trace
 
 
@@ -235,7 +236,7 @@ class PathSGD(Optimizer):
             RuntimeError: a sparse gradient; a BatchNorm in training mode that saw no batch since the last step.
             TypeError: a parameter that is float16 by now.
             ValueError: a gradient of a parameter that no path passes; a model of which parts were replaced; a
-                BatchNorm in training mode that a forward calls more than once.
+                BatchNorm in training mode that a forward calls more than once; p > 8 and units too far apart for it.
         """
         with torch.inference_mode(False), _library.grad_mode(False):
             return self._step(closure)
@@ -252,6 +253,8 @@ class PathSGD(Optimizer):
         if not given:
             return loss
         sigma = self._batches.deviations()
+        if not (self._on_device and _capturing(next(iter(self._names)))):  # it reads values on the host
+            check_spread(self._structure, self._p, sigma)
         scaling = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)) if self._on_device else UNSCALED
         with uninterrupted():
             if self._update_every > 1:
@@ -367,7 +370,10 @@ class PathSGD(Optimizer):
         rows = [(group, lrs[i], each) for i, group in enumerate(self.param_groups) for each in group["params"]]
         rows = [row for row in rows if row[2].grad is not None]
         stages = [] if self._stages is None else self._stages
-        for parameter in (*(row[2] for row in rows), *(each for stage in stages for each in (stage.weight, stage.bias))):
+        for parameter in (
+            *(row[2] for row in rows),
+            *(each for stage in stages for each in (stage.weight, stage.bias)),
+        ):
             if parameter is not None:  # a chain's sweeps read frozen ones as well
                 self._check_dtype(parameter)
         for _, _, parameter in rows:
@@ -381,9 +387,8 @@ class PathSGD(Optimizer):
         given: dict[Tensor, Given] = {}
         for group, (lr, keep, now), parameter in rows:
             state, grad = self.state[parameter], parameter.grad
-            if self._master_weights and parameter.dtype == torch.bfloat16:
-                if "master_weight" not in state:
-                    state["master_weight"] = parameter.detach().float()
+            if self._master_weights and parameter.dtype == torch.bfloat16 and "master_weight" not in state:
+                state["master_weight"] = parameter.detach().float()
             target = self._target(parameter).detach()
             grad = grad.to(target.dtype)  # gradients may have a dtype of their own (grad_dtype)
             momentum = float(group["momentum"])
@@ -472,9 +477,11 @@ class PathSGD(Optimizer):
             )
         if path["p"] != self._p:
             raise ValueError(f"state_dict was made with p = {path['p']:g}, this optimizer has p = {self._p:g}")
-        for name, own in (("shared", self._shared), ("batchnorm", self._batchnorm)):
-            if path[name] != own:
-                raise ValueError(f"state_dict was made with {name}={path[name]!r}, this optimizer has {name}={own!r}")
+        for setting, value in (("shared", self._shared), ("batchnorm", self._batchnorm)):
+            if path[setting] != value:
+                raise ValueError(
+                    f"state_dict was made with {setting}={path[setting]!r}, this optimizer has {setting}={value!r}"
+                )
         super().load_state_dict(state_dict)
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
