@@ -39,9 +39,7 @@ class BatchDeviations:
         """Take notice of a forward."""
         if not (module in self.modules and _uses_batch(module) and torch.is_grad_enabled()):
             return
-        x = x.detach()
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        deviation = (x.to(torch.float64).var(axes, unbiased=False) + module.eps).sqrt()
+        deviation = _deviation(x.detach(), module.eps)
         before = [self.seen[module]] if module in self.seen else []
         self.seen[module] = _sum([*before, (deviation, 1)])
         if output.requires_grad and not torch.compiler.is_compiling():  # a hook would break the graph
@@ -115,6 +113,15 @@ class _Hook:
         recorder = None if self.recorder is None else self.recorder()
         if recorder is not None:
             recorder.record(module, args[0] if args else kwargs["input"], output)
+
+
+def _deviation(x: Tensor, eps: float) -> Tensor:
+    """sqrt(var + eps) of every channel, in float64."""
+    if x.dtype in (torch.float32, torch.float64):  # torch's own, to the dtype's rounding: less than half the time
+        _, _, inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+        return 1 / inverse.to(torch.float64)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    return (x.to(torch.float64).var(axes, unbiased=False) + eps).sqrt()
 
 
 def is_own_hook(hook: Any) -> bool:
