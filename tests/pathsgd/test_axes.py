@@ -29,7 +29,9 @@ def test_pools_between_linear_layers(layer, p) -> None:
     model = filled(nn.Linear(8, 8, bias=False), copy.deepcopy(layer), nn.Linear(4, 1, bias=False))
     weight = 0.5 if "Avg" in type(layer).__name__ else 1.0
     assert P.path_norm(model, p, power=True).item() == pytest.approx(64 * weight**p, rel=1e-12)
-    torch.testing.assert_close(P.path_gamma(model, p)["2.weight"], torch.full((1, 4), (16 * weight**p) ** (2 / p)).double())
+    torch.testing.assert_close(
+        P.path_gamma(model, p)["2.weight"], torch.full((1, 4), (16 * weight**p) ** (2 / p)).double()
+    )
     x = torch.randn(5, 8, dtype=torch.float64)
     before = model(x)
     P.rescale_(model, seed=0)
@@ -82,7 +84,12 @@ class Squeezed(nn.Module):
 
     def __init__(self, squeeze) -> None:
         super().__init__()
-        self.conv, self.pool, self.out, self.squeeze = nn.Conv2d(1, 3, (4, 1)), nn.AvgPool1d(2), nn.Linear(3, 2), squeeze
+        self.conv, self.pool, self.out, self.squeeze = (
+            nn.Conv2d(1, 3, (4, 1)),
+            nn.AvgPool1d(2),
+            nn.Linear(3, 2),
+            squeeze,
+        )
 
     def forward(self, x):
         return self.out(self.pool(self.squeeze(F.relu(self.conv(x)))).mean(-1))
@@ -121,7 +128,9 @@ class Reduces(nn.Module):
 )  # fmt: skip
 def test_the_batch_is_no_axis_to_reduce(reduce) -> None:
     for call in (P.path_norm, P.path_gamma, P.rescale_, lambda model: P.PathSGD(model, 0.1)):
-        with pytest.raises(ValueError, match=r"the model.s forward: (mean|sum) over axis 0 .* batch.*input_shape \(3,\)"):
+        with pytest.raises(
+            ValueError, match=r"the model.s forward: (mean|sum) over axis 0 .* batch.*input_shape \(3,\)"
+        ):
             call(Reduces(reduce))
 
 

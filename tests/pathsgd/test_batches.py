@@ -203,5 +203,5 @@ def test_a_batchnorm_that_the_forward_leaves_out() -> None:
     optimizer = PathSGD(model, 1e-3)
     loss_of(model, batch(0)).backward()
     optimizer.step()
-    with pytest.raises(RuntimeError, match="^1: a BatchNorm in training mode saw no batch"):
+    with pytest.raises(RuntimeError, match=r"^1: a BatchNorm in training mode saw no batch"):
         optimizer.step()

@@ -75,7 +75,7 @@ def test_a_layer_in_half_precision_stops_the_step_before_it_begins(kind, every, 
     if frozen and kind in ("residual", "convolution"):
         optimizer.step()  # there a frozen layer is read in float64, whatever its dtype
         return
-    with pytest.raises(TypeError, match="(weight|bias) must be float32, float64 or bfloat16, got torch.float16"):
+    with pytest.raises(TypeError, match=r"(weight|bias) must be float32, .* got torch\.float16"):
         optimizer.step()
     assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
 

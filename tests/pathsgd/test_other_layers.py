@@ -51,7 +51,8 @@ def test_a_bias_beside_values_of_another_size(p) -> None:
     """Behind 2^(110 p) and 2^(−50 p) values carry a large exponent, and are small beside the bias all the same."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), fw.tt.TTLinear(4, 4, rank=2, bias=True), nn.Linear(4, 1)
+        nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), fw.tt.TTLinear(4, 4, rank=2, bias=True),
+        nn.Linear(4, 1),
     ).double()  # fmt: skip
     for big, small in ((2.0**110, 2.0**-50), (2.0**300, 2.0**-300), (2.0**-300, 2.0**-100)):
         nn.init.constant_(model[0].weight, big)

@@ -74,8 +74,8 @@ class _Masses(PathSum):
         apart = 0 if isinstance(exponent, Tensor) or isinstance(x.exponent, Tensor) else exponent - x.exponent
         if apart > _APART and bool((x.value > 0).any()):
             raise ValueError(
-                f"model joins activations whose path sums at p = {self.p:g} are 2^{apart} apart; beyond 2^{_APART} γ of "
-                "the smaller one leaves float64's range: use a smaller p, smaller weights or fewer layers"
+                f"model joins activations whose path sums at p = {self.p:g} are 2^{apart} apart; beyond 2^{_APART} "
+                "γ of the smaller one leaves float64's range: use a smaller p, smaller weights or fewer layers"
             )
         return super().aligned(x, exponent)
 

@@ -312,9 +312,9 @@ class PathSum(Walk):
 
         if not isinstance(x.exponent, Tensor) and x.exponent == 0:
             return self._in_range(Scaled(apply(x.value)))
-        # What the layer makes of x is a map of x and a constant, its bias, which enters at an exponent of its own. The map
-        # is their difference, taken where x is by far the larger one, and with edges of its own: in their gradients the
-        # bias cancels before they meet those of the constant. Gradients themselves keep the size of x.
+        # What the layer makes of x is a map of x and a constant, its bias, which enters at an exponent of its own. The
+        # map is their difference, taken where x is by far the larger one, and with edges of its own: in their gradients
+        # the bias cancels before they meet those of the constant. Gradients themselves keep the size of x.
         moved = self._exponent_of(x.value) - _LARGE
         up, down = two_to(-moved), two_to(moved)
         inner = {name: _Moved.apply(edge, 1.0, down) for name, edge in edges.items()}  # type: ignore[no-untyped-call]

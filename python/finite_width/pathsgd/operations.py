@@ -113,9 +113,7 @@ def module_kind(module: nn.Module) -> str | None:
 def pool_rank(module: nn.Module) -> int:
     """How many axes a pool's windows have: 1 for MaxPool1d."""
     families = (MAX_POOLS, AVERAGE_POOLS, ADAPTIVE_AVERAGES, ADAPTIVE_MAXIMA)
-    return next(
-        rank for kinds in families for rank, kind in enumerate(kinds, start=1) if isinstance(module, kind)
-    )
+    return next(rank for kinds in families for rank, kind in enumerate(kinds, start=1) if isinstance(module, kind))
 
 
 def check_pool(place: str, module: nn.Module) -> None:

@@ -201,7 +201,6 @@ class Units(Walk):
             for parameter, product in scaled.items():
                 parameter.copy_(product)
 
-
     def _refuse_shared_memory(self) -> None:
         """Raise where a weight to be scaled lies in memory that another tensor of the model, or itself, uses again."""
         module = self.structure.module

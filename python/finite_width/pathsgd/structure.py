@@ -71,7 +71,7 @@ class Structure:
         return found
 
     def fingerprint(self) -> str:
-        """The operations with their settings, and the shapes, to tell whether a saved state belongs to this structure."""
+        """The operations with their settings, and shapes, to tell whether a saved state belongs to it."""
         nodes = [
             f"{node.op} {self._described(node)} {node.args} {node.kwargs}"
             for node in self.graph.nodes
@@ -88,7 +88,9 @@ class Structure:
         module = self.module.get_submodule(node.target)
         kind = module_kind(module)
         # A dropout's rate and a BatchNorm's momentum are no part of paths, and may change from run to run.
-        settings = {"identity": "", "batchnorm": f"eps={getattr(module, 'eps', None)}"}.get(str(kind), module.extra_repr())
+        settings = {"identity": "", "batchnorm": f"eps={getattr(module, 'eps', None)}"}.get(
+            str(kind), module.extra_repr()
+        )
         return f"{node.target} {kind if kind == 'identity' else type(module).__name__}({settings})"
 
 
@@ -112,7 +114,8 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
 
     Raises:
         TypeError: not a module, complex parameters, an input_shape that holds no ints.
-        ValueError: parameters without values, hooks on layers, an operation without paths, by its qualified name, and why.
+        ValueError: parameters without values, hooks on layers, an operation without paths, by its qualified name, and
+            why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -97,16 +97,19 @@ def check_layers(root: nn.Module, graph: fx.Graph, model: nn.Module) -> None:
         graph: of its forward.
         model: the user's module, which is `root` or a layer inside it.
     """
-    called = {str(node.target): root.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    called = {
+        str(node.target): root.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"
+    }
     name_of_model = "" if model is root else "0"
     for name, module in ({name_of_model: model} | called).items():
         place = name or "model"
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         hook = next((each for each in hooks if not is_own_hook(each)), None)
         if hook is not None:
+            called_hook = getattr(hook, "__qualname__", type(hook).__name__)
             raise ValueError(
-                f"{place}: it has a forward hook, {getattr(hook, '__qualname__', type(hook).__name__)}, which may change "
-                "what it computes and has no paths; remove it, or add it afterwards"
+                f"{place}: it has a forward hook, {called_hook}, which may change what it computes and has no paths; "
+                "remove it, or add it afterwards"
             )
         if "forward" in vars(module) and not _is_of_its_class(module):
             raise ValueError(
