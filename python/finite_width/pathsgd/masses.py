@@ -72,7 +72,7 @@ class _Masses(PathSum):
     def aligned(self, x: Scaled, exponent: int | Tensor) -> Tensor:
         """As in the base; raises where the paths of x would be lost beside others, with their γ."""
         apart = 0 if isinstance(exponent, Tensor) or isinstance(x.exponent, Tensor) else exponent - x.exponent
-        if apart > _APART and bool((x.value > 0).any()):
+        if apart > _APART and x.value.requires_grad and bool((x.value > 0).any()):  # parameters stand before x
             raise ValueError(
                 f"model joins activations whose path sums at p = {self.p:g} are 2^{apart} apart; beyond 2^{_APART} "
                 "γ of the smaller one leaves float64's range: use a smaller p, smaller weights or fewer layers"
