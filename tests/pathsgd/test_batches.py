@@ -167,3 +167,41 @@ def test_moving_running_statistics_are_noticed(settings) -> None:
         for name, value in model.named_parameters():
             torch.testing.assert_close(value, before[name] - 1e-3 * value.grad / gamma[name], rtol=1e-9, atol=1e-12)
         optimizer.zero_grad()
+
+
+class Twice(nn.Module):
+    """One BatchNorm in two places, and one in none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.norm, self.unused = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.norm(self.b(torch.relu(self.norm(self.a(x)))))))
+
+
+def test_a_batchnorm_in_two_places() -> None:
+    """Each place has a σ of its own in training mode; running statistics are one for both."""
+    torch.manual_seed(0)
+    model = Twice().double()
+    optimizer, running = PathSGD(model, 1e-3), PathSGD(model, 1e-3, batchnorm="running")
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    loss_of(model, batch(0)).backward()
+    with pytest.raises(ValueError, match="norm: a BatchNorm in training mode that a forward calls 2 times"):
+        optimizer.step()
+    assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
+    running.step()
+    model.eval()
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+
+
+def test_a_batchnorm_that_the_forward_leaves_out() -> None:
+    model = mlp(4, 6, 2, norm=True).double()
+    model[1].register_module("spare", nn.BatchNorm1d(3))
+    optimizer = PathSGD(model, 1e-3)
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"^1: a BatchNorm in training mode saw no batch"):
+        optimizer.step()

@@ -185,6 +185,10 @@ def test_arguments_are_named() -> None:
         ({"lr": None}, TypeError, "lr must be a number, got NoneType"),
         ({"momentum": "a"}, TypeError, "momentum must be a number, got str"),
         ({"weight_decay": None}, TypeError, "weight_decay must be a number, got NoneType"),
+        ({"lr": torch.tensor(1j)}, TypeError, r"lr must be real, got torch\.complex64"),
+        ({"nesterov": "no", "momentum": 0.9}, TypeError, "nesterov must be True or False, got 'no'"),
+        ({"maximize": "no"}, TypeError, "maximize must be True or False, got 'no'"),
+        ({"master_weights": "no"}, TypeError, "master_weights must be True or False, got 'no'"),
         ({"input_shape": 4}, TypeError, "input_shape must be a tuple of ints .*, got 4"),
         ({"input_shape": "a"}, TypeError, "input_shape must be a tuple of ints .*, got 'a'"),
         ({"input_shape": (2.5,)}, TypeError, "input_shape must be a tuple of ints"),
@@ -194,7 +198,49 @@ def test_arguments_are_named() -> None:
     for call in (P.path_norm, P.path_gamma, P.max_norm, P.balance_):
         with pytest.raises(TypeError, match="p must be a number, got str"):
             call(model, "2")
+        with pytest.raises(TypeError, match="p must be real"):
+            call(model, torch.tensor(1j))
+    for name in ("power", "log"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got 'x'"):
+            P.path_norm(model, **{name: "x"})
     lazy = nn.Sequential(nn.LazyLinear(3), nn.ReLU(), nn.Linear(3, 2))
     refused(lazy, r"0\.weight is not initialised yet: run the model once", input_shape=(4,))
     lazy(torch.ones(1, 4))
     P.PathSGD(lazy, 0.1)
+
+
+class Rows(nn.Module):
+    """F.linear with a weight of one row without its axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w = nn.Linear(3, 4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return F.linear(F.relu(self.a(x)), self.w)
+
+
+def test_a_weight_of_one_axis() -> None:
+    torch.manual_seed(0)
+    model = Rows().double()
+    plain = nn.Sequential(model.a, nn.ReLU(), nn.Linear(4, 1, bias=False)).double()
+    plain[2].weight = nn.Parameter(model.w.detach()[None])
+    assert P.path_norm(model).item() == pytest.approx(P.path_norm(plain).item(), rel=1e-12)
+    assert P.max_norm(model).item() == pytest.approx(P.max_norm(plain).item(), rel=1e-12)
+    gamma, expected = P.path_gamma(model), P.path_gamma(plain)
+    torch.testing.assert_close(gamma["w"], expected["2.weight"][0])
+    torch.testing.assert_close(gamma["a.weight"], expected["0.weight"])
+    optimizer, before = P.PathSGD(model, 1e-3), model.w.detach().clone()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    model(x).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model.w, before - 1e-3 * model.w.grad / gamma["w"])
+    y = model(x)
+    assert len(P.rescale_(model, seed=0)) == 4
+    torch.testing.assert_close(model(x), y)
+
+
+def test_an_input_shape_that_does_not_fit_is_named() -> None:
+    pictures = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 1))
+    for model, shape in ((pictures, (1, 9, 9)), (mlp(4, 3, 2), (5,)), (pictures, (1,))):
+        refused(model, r"input_shape \(.*\) does not fit the model", input_shape=shape)

@@ -44,3 +44,25 @@ def test_bayesian_layers_have_paths_in_mean_mode_alone() -> None:
         gamma = fw.pathsgd.path_gamma(model, input_shape=(5,))
     torch.testing.assert_close(norm, fw.pathsgd.path_norm(plain))
     torch.testing.assert_close(gamma["0.weight_mu"], fw.pathsgd.path_gamma(plain)["0.weight"])
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_a_bias_beside_values_of_another_size(p) -> None:
+    """Behind 2^(110 p) and 2^(−50 p) values carry a large exponent, and are small beside the bias all the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), fw.tt.TTLinear(4, 4, rank=2, bias=True),
+        nn.Linear(4, 1),
+    ).double()  # fmt: skip
+    for big, small in ((2.0**110, 2.0**-50), (2.0**300, 2.0**-300), (2.0**-300, 2.0**-100)):
+        nn.init.constant_(model[0].weight, big)
+        nn.init.constant_(model[1].weight, small)
+        powers = [each.detach().abs().pow(p).requires_grad_() for each in model.parameters()]
+        names = [name for name, _ in model[2].named_parameters()]
+        x = torch.ones(1, 4, dtype=torch.float64) @ powers[0].T @ powers[1].T
+        x = torch.func.functional_call(model[2], dict(zip(names, powers[2:-2], strict=True)), (x,))
+        phi = (x @ powers[-2].T + powers[-1]).sum()
+        assert fw.pathsgd.path_norm(model, p, power=True).item() == pytest.approx(phi.item(), rel=1e-12)
+        masses = torch.autograd.grad(phi, powers)
+        for found, mass in zip(fw.pathsgd.path_gamma(model, p).values(), masses, strict=True):
+            torch.testing.assert_close(found, mass ** (2 / p), rtol=1e-10, atol=0)

@@ -82,3 +82,71 @@ def test_balance_refuses_weights_that_are_not_finite(value) -> None:
     model[0].weight.data[1, 2] = value
     with pytest.raises(ValueError, match="not finite"):
         P.balance_(model)
+
+
+class Constant(nn.Module):
+    """A fixed filter between two convolutions, as `kernel` makes it."""
+
+    def __init__(self, kernel) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.register_buffer("kernel", kernel)
+
+    def forward(self, x):
+        x = torch.relu(torch.nn.functional.conv2d(torch.relu(self.a(x)), self.kernel, groups=3))
+        return self.c(torch.relu(self.b(x)))
+
+
+@pytest.mark.parametrize("kernel", [torch.ones(3, 1, 3, 3), torch.ones(1, 1, 3, 3).expand(3, 1, 3, 3)])
+def test_buffers_are_constants(kernel) -> None:
+    torch.manual_seed(0)
+    model = Constant(kernel).double()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    before = model(x)
+    assert len(P.rescale_(model, seed=0, input_shape=(3, 5, 5))) == 4  # the units behind b alone
+    assert torch.equal(model.kernel, kernel.double())
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_linear_map_of_a_buffer() -> None:
+    model = mlp(3, 4, 4, 2).double()
+    weight = model[2].weight.detach()
+    del model[2].weight
+    model[2].register_buffer("weight", weight.clone())
+    with pytest.raises(ValueError, match="no hidden unit"):
+        P.rescale_(model, seed=0)
+    assert torch.equal(model[2].weight, weight)
+
+
+def aliased(how):
+    model = mlp(3, 3, 3, 2)
+    if how == "same":
+        model[2].weight.data = model[0].weight.data
+    elif how == "overlapping":
+        flat = torch.randn(12)
+        model[0].weight.data, model[2].weight.data = flat[:9].view(3, 3), flat[3:].view(3, 3)
+    elif how == "buffer":
+        model.register_buffer("copy", model[2].weight.detach()[:1])
+    else:
+        model[2].weight.data = torch.randn(3, 1).expand(3, 3)
+    return model
+
+
+@pytest.mark.parametrize("how", ["same", "overlapping", "buffer", "expanded"])
+def test_shared_memory_is_refused(how) -> None:
+    model = aliased(how)
+    before = values(model)
+    with pytest.raises(ValueError, match=r"weight.*share.? memory|copy shares memory"):
+        P.rescale_(model, seed=0)
+    assert unchanged(model, before)
+
+
+def test_weights_side_by_side_in_one_memory() -> None:
+    torch.manual_seed(0)
+    model = mlp(3, 3, 3, 2)
+    flat = torch.randn(18)
+    model[0].weight.data, model[2].weight.data = flat[9:].view(3, 3), flat[:9].view(3, 3).T
+    x = torch.randn(4, 3)
+    before = model(x)
+    P.rescale_(model, seed=0, power_of_two=True)
+    assert torch.equal(model(x), before)

@@ -91,6 +91,8 @@ def number(name: str, value: Any) -> float:
         _check.number(name, value)
     elif value.dtype == torch.bool:
         raise TypeError(f"{name} must be a number, got a tensor of bool")
+    elif value.is_complex():
+        raise TypeError(f"{name} must be real, got {value.dtype}")
     elif value.numel() != 1:
         raise ValueError(f"{name} must be a number or a tensor of one element, got shape {list(value.shape)}")
     return float(value)

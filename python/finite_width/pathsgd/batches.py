@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -20,10 +20,14 @@ class BatchDeviations:
     A forward feeds a step once a gradient comes back to its BatchNorm's output, unless gradients are dropped before the
     step. A BatchNorm to which none comes (frozen, before a detach), or that is compiled, counts with all forwards since
     the last step.
+
+    Args:
+        calls: BatchNorm -> its qualified name, and how often a forward calls it.
+        distributed: average σ over the processes.
     """
 
-    def __init__(self, modules: Sequence[Any], distributed: bool) -> None:
-        self.modules, self.distributed = list(modules), distributed
+    def __init__(self, calls: Mapping[Any, tuple[str, int]], distributed: bool) -> None:
+        self.modules, self.calls, self.distributed = list(calls), dict(calls), distributed
         self.seen: dict[Any, Sum] = {}
         self.fed: dict[Any, dict[int, Sum]] = {}  # BatchNorm -> number of the forward -> its σ
         self.numbers = count(1)
@@ -35,9 +39,7 @@ class BatchDeviations:
         """Take notice of a forward."""
         if not (module in self.modules and _uses_batch(module) and torch.is_grad_enabled()):
             return
-        x = x.detach()
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        deviation = (x.to(torch.float64).var(axes, unbiased=False) + module.eps).sqrt()
+        deviation = _deviation(x.detach(), module.eps)
         before = [self.seen[module]] if module in self.seen else []
         self.seen[module] = _sum([*before, (deviation, 1)])
         if output.requires_grad and not torch.compiler.is_compiling():  # a hook would break the graph
@@ -56,9 +58,15 @@ class BatchDeviations:
         for module in self.modules:
             if not _uses_batch(module):
                 continue
+            name, times = self.calls[module]
+            if times > 1:
+                raise ValueError(
+                    f"{name}: a BatchNorm in training mode that a forward calls {times} times has another σ at each "
+                    "call; use one BatchNorm for each, call eval() on it, or use batchnorm='running'"
+                )
             if module not in self.seen and module not in self.fed:
                 raise RuntimeError(
-                    "a BatchNorm in training mode saw no batch since the last step; run a forward with "
+                    f"{name}: a BatchNorm in training mode saw no batch since the last step; run a forward with "
                     "gradients first, call eval() on it, or use batchnorm='running'"
                 )
             total, number = self._sum_of(module)
@@ -105,6 +113,20 @@ class _Hook:
         recorder = None if self.recorder is None else self.recorder()
         if recorder is not None:
             recorder.record(module, args[0] if args else kwargs["input"], output)
+
+
+def _deviation(x: Tensor, eps: float) -> Tensor:
+    """sqrt(var + eps) of every channel, in float64."""
+    if x.dtype in (torch.float32, torch.float64):  # torch's own, to the dtype's rounding: less than half the time
+        _, _, inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+        return 1 / inverse.to(torch.float64)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    return (x.to(torch.float64).var(axes, unbiased=False) + eps).sqrt()
+
+
+def is_own_hook(hook: Any) -> bool:
+    """Whether a forward hook is this wing's, which records σ and changes nothing."""
+    return isinstance(hook, _Hook)
 
 
 def _sum(parts: Sequence[Sum]) -> Sum:

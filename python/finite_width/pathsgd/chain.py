@@ -97,6 +97,8 @@ def find_chain(structure: Structure) -> list[Dense | Norm] | None:
         if not node.args or node.args[0] is not last:
             return None
         if isinstance(module, nn.Linear):
+            if not isinstance(module.weight, nn.Parameter) or not isinstance(module.bias, (nn.Parameter, type(None))):
+                return None  # buffers may be replaced (by model.double(), say): what runs the graph reads them anew
             stages.append(Dense(module.weight, module.bias))
         elif isinstance(module, nn.BatchNorm1d):
             stages.append(Norm(module))
@@ -105,7 +107,7 @@ def find_chain(structure: Structure) -> list[Dense | Norm] | None:
             if not all(each.op == "get_attr" for each in nodes) or node.kwargs.get("weight") is not None:
                 return None
             tensors = [attribute(structure.module, str(each.target)) for each in nodes]
-            if not all(isinstance(tensor, nn.Parameter) for tensor in tensors):
+            if not all(isinstance(tensor, nn.Parameter) for tensor in tensors) or tensors[0].dim() != 2:
                 return None
             stages.append(Dense(tensors[0], tensors[1] if len(tensors) > 1 else None))
         elif not (isinstance(module, IDENTITY_MODULES) or target in IDENTITY_FUNCTIONS
@@ -147,7 +149,7 @@ def _shape_at_first_layer(structure: Structure) -> Any:
         _FirstLayer(structure).run(torch.zeros(1, *structure.input_shape))
     except _Reached as reached:
         return reached.args[0]
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         raise ValueError(f"input_shape {structure.input_shape} does not fit the model: {error}") from error
     return None
 

@@ -32,7 +32,8 @@ def saved(kept: Kept | None, module: nn.Module) -> dict[str, Any] | None:
             names[parameter]: tuple(mass) if isinstance(mass, ConvolutionMass) else mass
             for parameter, mass in kept.of.items()
         }
-        return {"masses": of, "exponent": kept.exponent, "total": tuple(kept.total)}
+        own = {names[parameter]: exponent for parameter, exponent in kept.own_exponents.items()}
+        return {"masses": of, "exponent": kept.exponent, "own_exponents": own, "total": tuple(kept.total)}
     places = {each: name for name, each in module.named_modules()}
     sigma = {places[norm]: each for norm, each in kept.sigma.items()}
     return {"forward": kept.forward, "backward": kept.backward, "sigma": sigma}
@@ -49,7 +50,8 @@ def loaded(state: dict[str, Any] | None, module: nn.Module) -> Kept | None:
             parameters[name]: ConvolutionMass(*mass).to(device) if isinstance(mass, tuple) else mass.to(device).clone()
             for name, mass in state["masses"].items()
         }
-        return Masses(of, state["exponent"], Scaled(*state["total"]))
+        own = {parameters[name]: exponent for name, exponent in state["own_exponents"].items()}
+        return Masses(of, state["exponent"], Scaled(*state["total"]), own)
     forward, backward = ([vector.to(device).clone() for vector in state[side]] for side in ("forward", "backward"))
     sigma = {module.get_submodule(name): each.to(device).clone() for name, each in state["sigma"].items()}
     return KeptVectors(forward, backward, sigma)

@@ -10,16 +10,27 @@ from torch import Tensor, fx, nn
 
 from .. import _library
 from .convolution import ConvolutionMass, PathConvolution, window_of
-from .network import Edges, PathSum, Scaled, powered, two_to
+from .network import Edges, PathSum, Scaled, larger, powered, two_to
 from .structure import Structure, attribute, is_weight
+
+_APART = 1000  # binary exponents between activations that are joined
 
 
 class Masses(NamedTuple):
-    """∂Φ/∂|w|^p of every parameter, each up to 2^exponent, and Φ."""
+    """∂Φ/∂|w|^p of every parameter, each up to 2^exponent, and Φ.
+
+    Biases that join an activation of a large exponent have one of their own: paths from there on may be fewer than all
+    by more than float64 holds.
+    """
 
     of: dict[Tensor, Tensor | ConvolutionMass]
     exponent: int | Tensor
     total: Scaled
+    own_exponents: dict[Tensor, int | Tensor]
+
+    def exponent_of(self, param: Tensor) -> int | Tensor:
+        """That of one parameter's mass."""
+        return self.own_exponents.get(param, self.exponent)
 
     def dense(self) -> dict[Tensor, Tensor]:
         """The masses, each of its parameter's shape."""
@@ -37,21 +48,43 @@ class _Masses(PathSum):
         super().__init__(structure, p, self.leaf, sigma, on_device=on_device)
         self.fused = fused
         self.leaves: dict[Tensor, Tensor] = {}
+        self.entries: list[tuple[Tensor, int | Tensor, Tensor]] = []  # bias, exponent, its leaf there
         self.convolutions: dict[Tensor, list[ConvolutionMass]] = {}
         device = next(structure.module.parameters()).device
         self.anchor = torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
 
     def leaf(self, param: Tensor) -> Tensor:
-        """|w|^p, which takes the gradient."""
+        """|w|^p, which takes the gradient; a buffer, which no step changes, needs none."""
+        if not isinstance(param, nn.Parameter):
+            return powered(param.detach(), self.p)
         if param not in self.leaves:
             self.leaves[param] = powered(param.detach(), self.p).detach().requires_grad_()
         return self.leaves[param]
+
+    def entering(self, bias: Tensor | Edges, exponent: int | Tensor) -> Tensor:
+        """|b|^p with a leaf of its own at each exponent, so that its gradient is as large as the activation's."""
+        if not isinstance(bias, nn.Parameter) or (not isinstance(exponent, Tensor) and exponent == 0):
+            return super().entering(bias, exponent)
+        edge = Scaled(powered(bias.detach(), self.p)).to_exponent(exponent).detach().clone().requires_grad_()
+        self.entries.append((bias, exponent, edge))
+        return edge
+
+    def aligned(self, x: Scaled, exponent: int | Tensor) -> Tensor:
+        """As in the base; raises where the paths of x would be lost beside others, with their γ."""
+        apart = 0 if isinstance(exponent, Tensor) or isinstance(x.exponent, Tensor) else exponent - x.exponent
+        if apart > _APART and x.value.requires_grad and bool((x.value > 0).any()):  # parameters stand before x
+            raise ValueError(
+                f"model joins activations whose path sums at p = {self.p:g} are 2^{apart} apart; beyond 2^{_APART} "
+                "γ of the smaller one leaves float64's range: use a smaller p, smaller weights or fewer layers"
+            )
+        return super().aligned(x, exponent)
 
     def convolution(
         self, x: Scaled, weight: Tensor | Edges, bias: Tensor | Edges | None, function: Any, settings: dict[str, Any]
     ) -> Scaled:
         self._finite("a convolution")
-        window = window_of(x.value, weight, settings) if self.fused and isinstance(weight, Tensor) else None
+        fused = self.fused and isinstance(weight, nn.Parameter)
+        window = window_of(x.value, weight, settings) if fused and isinstance(weight, Tensor) else None
         if window is None or isinstance(weight, Edges):
             return super().convolution(x, weight, bias, function, settings)
         found = self.convolutions.setdefault(weight, []).append
@@ -77,17 +110,28 @@ def masses(
     convolutions go through the wing's own ops, and a weight of one convolution alone has a ConvolutionMass. With
     `on_device`, exponents are tensors and nothing is read on the host.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         network = _Masses(structure, p, sigma, fused, on_device)
         total = network.total()
         leaves = network.leaves
         if not total.value.requires_grad:
             raise ValueError("model has no parameter between its input and its output, hence no paths")
-        found = torch.autograd.grad(total.value, [*leaves.values(), network.anchor], allow_unused=True)
+        entered = [leaf for _, _, leaf in network.entries]
+        found = torch.autograd.grad(total.value, [*leaves.values(), *entered, network.anchor], allow_unused=True)
     gradients: dict[Tensor, Tensor] = {}
     for param, gradient in zip(leaves, found, strict=False):
         if gradient is not None:  # else: read, but by nothing that the output depends on
             gradients[param] = gradient
+    own_exponents: dict[Tensor, int | Tensor] = {}
+    for (param, exponent, _), gradient in zip(network.entries, found[len(leaves) :], strict=False):
+        if gradient is None:
+            continue
+        entry, present = Scaled(gradient, total.exponent - exponent), gradients.get(param)
+        if present is not None:
+            before = Scaled(present, own_exponents.get(param, total.exponent))
+            common = larger(entry.exponent, before.exponent)
+            entry = Scaled(entry.to_exponent(common) + before.to_exponent(common), common)
+        gradients[param], own_exponents[param] = entry
     fused_masses: dict[Tensor, ConvolutionMass] = {}
     for param, parts in network.convolutions.items():
         if len(parts) == 1 and param not in gradients:
@@ -100,8 +144,10 @@ def masses(
         for param in gradients:
             if _recurs(structure, param):
                 second = _second_derivative(structure, p, param, sigma, total.exponent)
-                gradients[param] = gradients[param] + powered(param.detach(), p) * second
-    return Masses(gradients | fused_masses, total.exponent, Scaled(total.value.detach(), total.exponent))
+                here = Scaled(powered(param.detach(), p) * second, total.exponent)
+                gradients[param] = gradients[param] + here.to_exponent(own_exponents.get(param, total.exponent))
+    total = Scaled(total.value.detach(), total.exponent)
+    return Masses(gradients | fused_masses, total.exponent, total, own_exponents)
 
 
 def _recurs(structure: Structure, param: Tensor) -> bool:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _check
 from . import reference
 from .arguments import path_power
 from .chain import Dense, Norm, PathVectors, find_chain, no_update
 from .masses import masses
-from .network import PathSum, Scaled, powered
+from .network import PathSum, powered
+from .spread import check_spread
 from .structure import Structure, trace
 from .walk import Walk
 
@@ -42,7 +44,8 @@ def path_norm(
         A float64 scalar.
 
     Raises:
-        ValueError: p < 1, an operation without paths, input_shape missing where it is needed.
+        ValueError: p < 1, an operation without paths, input_shape missing where it is needed; p > 8 and units of one
+            layer too far apart for it.
 
     Source: Neyshabur, Tomioka, Srebro, "Norm-Based Capacity Control in Neural Networks" (2015).
 
@@ -54,17 +57,31 @@ def path_norm(
         6.0
     """
     p = path_power(p)
-    total = PathSum(trace(model, input_shape), p, lambda param: powered(param, p)).total()
+    _check.boolean("power", power)
+    _check.boolean("log", log)
+    structure = trace(model, input_shape)
+    total = PathSum(structure, p, lambda param: powered(param, p)).total()
+    check_spread(structure, p)
     root = 1.0 if power or math.isinf(p) else 1 / p
     if log:
         return (total.value.log() + total.exponent * math.log(2.0)) * root
-    if power or math.isinf(p):
-        return total.value * 2.0**total.exponent if abs(int(total.exponent)) < 1000 else _out_of_range(total)
-    return total.value**root * 2.0 ** (total.exponent * root)
+    return _times_two_to(_root(total.value, root), float(total.exponent * root))
 
 
-def _out_of_range(total: Scaled) -> Tensor:
-    return torch.ldexp(total.value, torch.tensor(float(total.exponent)))
+def _root(value: Tensor, root: float) -> Tensor:
+    """value^root, whose slope at 0 counts as 0 (a zero-initialised head), as torch's norms have it."""
+    if root == 1:
+        return value
+    no_path = value == 0
+    return torch.where(no_path, 0.0, torch.where(no_path, 1.0, value) ** root)
+
+
+def _times_two_to(values: Tensor, exponent: float) -> Tensor:
+    """values · 2^exponent in two factors: the power alone may leave the range where the product does not."""
+    half = math.floor(exponent / 2)
+    for part in (half, exponent - half):
+        values = values * 2.0 ** min(max(part, -1074.0), 1023.0)
+    return values
 
 
 def path_gamma(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -94,6 +111,7 @@ def path_gamma(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | N
     structure = trace(model, input_shape)
     stages = find_chain(structure)
     by_tensor: dict[Tensor, Tensor] = {}
+    check_spread(structure, p)
     if stages is not None:
         by_tensor = _chain_gamma(stages, p)
     elif math.isinf(p):
@@ -101,7 +119,7 @@ def path_gamma(model: nn.Module, p: float = 2, *, input_shape: Sequence[int] | N
     else:
         found = masses(structure, p)
         for param, mass in found.dense().items():
-            by_tensor[param] = mass ** (2 / p) * 2.0 ** (found.exponent * 2 / p)
+            by_tensor[param] = _times_two_to(mass ** (2 / p), float(found.exponent_of(param) * 2 / p))
     return {
         name: by_tensor.get(param, torch.zeros_like(param, dtype=torch.float64)).detach()
         for name, param in _named(model, structure)
@@ -124,7 +142,7 @@ def _chain_gamma(stages: list[Dense | Norm], p: float) -> dict[Tensor, Tensor]:
     found: dict[Tensor, Tensor] = {}
 
     def gamma(values: Tensor, exponent: Tensor) -> Tensor:
-        return values**power * torch.exp2(exponent * power)
+        return _times_two_to(values**power, float(exponent) * power)
 
     for index, stage in enumerate(stages):
         into, out = forward[index], vectors.backward[index + 1]
@@ -152,7 +170,8 @@ class _IncomingNorms(Walk):
         self.found.append(torch.linalg.vector_norm(rows, self.p, dim=1).max())
 
     def linear(self, x: Any, weight: Tensor, bias: Tensor | None) -> Any:
-        self._record(weight, None if bias is None else bias[:, None])
+        rows = weight if weight.dim() > 1 else weight[None]  # F.linear takes a row without its axis
+        self._record(rows, None if bias is None else bias.view(len(rows), 1))
 
     def convolution(self, x: Any, weight: Tensor, bias: Tensor | None, function: Any, settings: dict[str, Any]) -> Any:
         self.linear(x, weight, bias)

@@ -22,6 +22,7 @@ from .structure import Structure
 from .walk import Walk
 
 _RANGE = 200  # binary exponents that are left as they are
+_LARGE = 500  # where a layer's own map is read off beside its constant
 
 
 class Scaled(NamedTuple):
@@ -101,7 +102,7 @@ class PathSum(Walk):
         ones = torch.ones((1, *self.structure.input_shape), dtype=torch.float64, device=device)
         try:
             output = self.run(Scaled(ones))
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise ValueError(f"input_shape {self.structure.input_shape} does not fit the model: {error}") from error
         while not isinstance(output, Scaled):
             if not isinstance(output, (tuple, list)) or len(output) != 1:
@@ -133,8 +134,16 @@ class PathSum(Walk):
         if bias is None:
             return self._in_range(Scaled(apply(x.value, None), x.exponent))
         exponent = larger(x.exponent, 0)
-        edge = Scaled(self.edges(bias)).to_exponent(exponent)
-        return self._in_range(Scaled(apply(x.to_exponent(exponent), edge), exponent))
+        edge = self.entering(bias, exponent)
+        return self._in_range(Scaled(apply(self.aligned(x, exponent), edge), exponent))
+
+    def aligned(self, x: Scaled, exponent: int | Tensor) -> Tensor:
+        """The values of an activation at another one's exponent."""
+        return x.to_exponent(exponent)
+
+    def entering(self, bias: Tensor | Edges, exponent: int | Tensor) -> Tensor:
+        """|b|^p, at the exponent of the activation that it joins."""
+        return Scaled(self.edges(bias)).to_exponent(exponent)
 
     def reshape(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         first, *rest = args
@@ -155,12 +164,12 @@ class PathSum(Walk):
         if not (isinstance(x, Scaled) and isinstance(y, Scaled)):
             raise ValueError("adding a constant or a parameter to an activation is not supported; use a layer's bias")
         exponent = larger(x.exponent, y.exponent)
-        one, other = x.to_exponent(exponent), y.to_exponent(exponent)
+        one, other = self.aligned(x, exponent), self.aligned(y, exponent)
         return Scaled(torch.maximum(one, other) if math.isinf(self.p) else one + other, exponent)
 
     def cat(self, values: list[Scaled], dim: int) -> Scaled:
         exponent = reduce(larger, [value.exponent for value in values])
-        return Scaled(torch.cat([value.to_exponent(exponent) for value in values], dim), exponent)
+        return Scaled(torch.cat([self.aligned(value, exponent) for value in values], dim), exponent)
 
     def reduce(self, how: str, x: Scaled, dims: tuple[int, ...], keepdim: bool) -> Scaled:
         self._finite(how)
@@ -196,42 +205,39 @@ class PathSum(Walk):
             return self._in_range(Scaled(x.value * scale.view(shape), exponent))
         exponent = larger(exponent, 0)
         if mean is None:
-            edge = self.power(module.bias)
+            edge = self.entering(module.bias, exponent).view(shape)
         else:  # one edge b − μ w/σ; its path counts for b, whose part of it has slope 1
-            edge = self._folded_bias(module, deviation, mean)
-        edge = Scaled(edge).to_exponent(exponent).view(shape)
-        value = x.to_exponent(exponent) * scale.view(shape)
+            edge = self._folded_bias(module, deviation, mean, exponent).view(shape)
+        value = self.aligned(x, exponent) * scale.view(shape)
         return self._in_range(Scaled(torch.maximum(value, edge) if math.isinf(self.p) else value + edge, exponent))
 
-    def _folded_bias(self, module: Any, deviation: Tensor, mean: Tensor) -> Tensor:
+    def _folded_bias(self, module: Any, deviation: Tensor, mean: Tensor, exponent: int | Tensor) -> Tensor:
         weight = torch.ones_like(mean) if module.weight is None else module.weight.to(torch.float64)
         bias = torch.zeros_like(mean) if module.bias is None else module.bias.to(torch.float64)
-        edge = powered(bias - mean * weight / deviation, self.p)
+        edge = Scaled(powered(bias - mean * weight / deviation, self.p)).to_exponent(exponent)
         if module.bias is None:
             return edge
         # With |b|^p given as a leaf (for γ), the edge moves with it at slope 1, as an edge of its own does.
-        leaf = self.power(module.bias)
+        leaf = self.entering(module.bias, exponent)
         if leaf.requires_grad and leaf.is_leaf:
             return edge.detach() + (leaf - leaf.detach())
         return edge
 
     def _pool(self, x: Tensor, module: Any) -> Tensor:
         """Sums over the windows of a pooling layer."""
-        dims = x.dim() - 2
-        settings = [_tuple(getattr(module, name), dims) for name in ("kernel_size", "stride", "padding")]
-        if dims == 1:
-            widened: list[tuple[int, ...]] = [
-                (fill, setting[0]) for fill, setting in zip((1, 1, 0), settings, strict=True)
-            ]
-            return self._window_sums(x.unsqueeze(2), widened, module.ceil_mode).squeeze(2)
-        return self._window_sums(x, settings, module.ceil_mode)
-
-    @staticmethod
-    def _window_sums(x: Tensor, settings: list[tuple[int, ...]], ceil_mode: bool) -> Tensor:
-        size, stride, padding = settings
-        if x.dim() == 4:
-            return F.avg_pool2d(x, size, stride, padding, ceil_mode, True, 1)
-        return F.avg_pool3d(x, size, stride, padding, ceil_mode, True, 1)
+        rank = x.dim() - 2
+        size, stride, padding = (_tuple(getattr(module, name), rank) for name in ("kernel_size", "stride", "padding"))
+        shape = module(x).shape[2:] if module.ceil_mode else None  # it leaves out windows that begin in the padding
+        # Padded here: torch's own average pools refuse a padding that their windows need in order to fit.
+        x = F.pad(x, [each for width in reversed(padding) for each in (width, width)])
+        if rank == 1:
+            sums = F.avg_pool2d(x.unsqueeze(2), (1, *size), (1, *stride), 0, module.ceil_mode, True, 1).squeeze(2)
+        else:
+            average = F.avg_pool2d if rank == 2 else F.avg_pool3d
+            sums = average(x, size, stride, 0, module.ceil_mode, True, 1)
+        for axis, length in enumerate(shape or (), start=2):
+            sums = sums.narrow(axis, 0, length)
+        return sums
 
     def max_pool(self, x: Scaled, module: Any) -> Scaled:
         self._finite("pooling")
@@ -240,7 +246,7 @@ class PathSum(Walk):
     def average_pool(self, x: Scaled, module: Any) -> Scaled:
         self._finite("pooling")
         ones = torch.ones_like(x.value[:, :1])
-        divisor = self._pool(ones, module) / module(ones)  # what torch divides each window by
+        divisor = (self._pool(ones, module) / module(ones)).abs()  # what torch divides each window by
         return Scaled(self._pool(x.value, module) * divisor**-self.p, x.exponent)
 
     def adaptive_average(self, x: Scaled, module: Any, p: float | None = None) -> Scaled:
@@ -270,41 +276,69 @@ class PathSum(Walk):
                 states = self._recurrence(sequence[::-1] if suffix else sequence, module, f"_l{layer}{suffix}")
                 finals.append(states[-1])
                 sides.append(states[::-1] if suffix else states)
-            sequence = [self.cat(list(both), -1) for both in zip(*sides, strict=True)]
-        return self._stack(sequence, 1 - batch_axis), self._stack(finals, 0)
+            sequence = [self._together(list(both), -1, torch.cat) for both in zip(*sides, strict=True)]
+        return self._together(sequence, 1 - batch_axis, torch.stack), self._together(finals, 0, torch.stack)
 
     def _recurrence(self, sequence: list[Scaled], module: nn.RNN, name: str) -> list[Scaled]:
         into, along = (self.power(getattr(module, f"weight_{side}{name}")) for side in ("ih", "hh"))
-        biases = [self.power(getattr(module, f"bias_{side}{name}")) for side in ("ih", "hh")] if module.bias else []
+        biases = [getattr(module, f"bias_{side}{name}") for side in ("ih", "hh")] if module.bias else []
         states: list[Scaled] = []
         for step in sequence:
             state = Scaled(F.linear(step.value, into), step.exponent)
-            if states:
-                state = self.add(state, Scaled(F.linear(states[-1].value, along), states[-1].exponent))
+            if states:  # what enters late is a small part of the same weights' sums
+                before = Scaled(F.linear(states[-1].value, along), states[-1].exponent)
+                exponent = larger(state.exponent, before.exponent)
+                state = Scaled(state.to_exponent(exponent) + before.to_exponent(exponent), exponent)
             for bias in biases:
-                state = self.add(state, Scaled(bias.expand_as(state.value)))
+                exponent = larger(state.exponent, 0)
+                state = Scaled(state.to_exponent(exponent) + self.entering(bias, exponent), exponent)
             states.append(self._in_range(state))
         return states
 
-    def _stack(self, values: list[Scaled], dim: int) -> Scaled:
+    @staticmethod
+    def _together(values: list[Scaled], dim: int, how: Callable[[list[Tensor], int], Tensor]) -> Scaled:
+        """States of several steps, layers or directions in one; small ones may be lost beside large ones."""
         exponent = reduce(larger, [value.exponent for value in values])
-        return Scaled(torch.stack([value.to_exponent(exponent) for value in values], dim), exponent)
+        return Scaled(how([value.to_exponent(exponent) for value in values], dim), exponent)
 
     def protocol(self, x: Scaled, module: nn.Module) -> Scaled:
         self._finite(f"a {type(module).__name__}")
         names = path_weights(module) or ()
         edges = {name: self.power(module.get_parameter(name)) for name in names}
 
-        def apply(value: Tensor) -> Tensor:
+        def apply(value: Tensor, edges: dict[str, Tensor] = edges) -> Tensor:
             result: Tensor = torch.func.functional_call(module, edges, (value,))
             return result
 
         if not isinstance(x.exponent, Tensor) and x.exponent == 0:
             return self._in_range(Scaled(apply(x.value)))
-        constant = apply(torch.zeros_like(x.value))  # what a bias adds
-        exponent = larger(x.exponent, 0)
-        value = (apply(x.value) - constant) * two_to(x.exponent - exponent)
-        return self._in_range(Scaled(value + Scaled(constant).to_exponent(exponent), exponent))
+        # What the layer makes of x is a map of x and a constant, its bias, which enters at an exponent of its own. The
+        # map is their difference, taken where x is by far the larger one, and with edges of its own: in their gradients
+        # the bias cancels before they meet those of the constant. Gradients themselves keep the size of x.
+        moved = self._exponent_of(x.value) - _LARGE
+        up, down = two_to(-moved), two_to(moved)
+        inner = {name: _Moved.apply(edge, 1.0, down) for name, edge in edges.items()}  # type: ignore[no-untyped-call]
+        nothing, large = torch.zeros_like(x.value), _Moved.apply(x.value, up, 1.0)  # type: ignore[no-untyped-call]
+        mapped = _Moved.apply(apply(large, inner) - apply(nothing, inner), down, 1.0)  # type: ignore[no-untyped-call]
+        return self.add(self._in_range(Scaled(mapped, x.exponent)), Scaled(apply(nothing)))
+
+    def _exponent_of(self, values: Tensor) -> int | Tensor:
+        """That of the power of two just above the largest value."""
+        largest = values.detach().max()
+        return torch.frexp(largest).exponent.to(torch.float64) if self.on_device else math.frexp(float(largest))[1]
+
+
+class _Moved(torch.autograd.Function):
+    """values · forward, whose gradient is multiplied by `backward` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, forward: float | Tensor, backward: float | Tensor) -> Tensor:
+        ctx.factors = forward, backward
+        return values * forward
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return gradient * ctx.factors[1], None, None
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:

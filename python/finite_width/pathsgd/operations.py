@@ -27,6 +27,7 @@ AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 ADAPTIVE_AVERAGES = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 ADAPTIVE_MAXIMA = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 SHAPE_MODULES = (nn.Flatten, nn.Unflatten)
+POOLS = ("max_pool", "average_pool", "adaptive_average", "adaptive_max")  # as `module_kind` names them
 
 IDENTITY_FUNCTIONS = (F.relu, torch.relu, F.relu_, torch.relu_, F.leaky_relu, F.dropout, F.dropout2d, torch.dropout)
 SHAPE_FUNCTIONS = (
@@ -107,6 +108,12 @@ def module_kind(module: nn.Module) -> str | None:
     if takes_part(module):
         return "protocol"
     return next((name for types, name in kinds if isinstance(module, types)), None)
+
+
+def pool_rank(module: nn.Module) -> int:
+    """How many axes a pool's windows have: 1 for MaxPool1d."""
+    families = (MAX_POOLS, AVERAGE_POOLS, ADAPTIVE_AVERAGES, ADAPTIVE_MAXIMA)
+    return next(rank for kinds in families for rank, kind in enumerate(kinds, start=1) if isinstance(module, kind))
 
 
 def check_pool(place: str, module: nn.Module) -> None:

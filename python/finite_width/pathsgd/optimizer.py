@@ -23,6 +23,7 @@ from .layered_chain import LayeredChain
 from .masses import Masses, masses
 from .operations import BATCHNORMS
 from .ops import path_update
+from .spread import check_spread
 from .structure import trace
 
 
@@ -96,6 +97,7 @@ class PathSGD(Optimizer):
         _check.positive_int("update_every", update_every)
         _check.one_of("shared", shared, ("kappa1", "kappa"))
         _check.one_of("batchnorm", batchnorm, ("batch", "running"))
+        _check.boolean("master_weights", master_weights)
         for name, value in (("differentiable", differentiable), ("foreach", foreach)):
             if value:
                 raise ValueError(f"{name}=True is not supported by PathSGD; leave it out (the step is always fused)")
@@ -121,7 +123,7 @@ class PathSGD(Optimizer):
         }
         super().__init__(self._structure.module.parameters() if params is None else params, defaults)
         self._batches = BatchDeviations(
-            [m for m in self._structure.module.modules() if isinstance(m, BATCHNORMS)] if batchnorm == "batch" else [],
+            self._structure.calls_of(BATCHNORMS) if batchnorm == "batch" else {},
             distributed=isinstance(model, nn.parallel.DistributedDataParallel),
         )
 
@@ -193,13 +195,18 @@ class PathSGD(Optimizer):
             raise ValueError(f"momentum must be at least 0 and finite, got {momentum}")
         if not 0 <= decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0 and finite, got {decay}")
+        _check.boolean("nesterov", group["nesterov"])
+        _check.boolean("maximize", group["maximize"])
         if group["nesterov"] and momentum <= 0:
             raise ValueError("nesterov needs a momentum above 0")
         for parameter in group["params"]:
             if parameter not in self._names:
                 raise ValueError(f"params holds a parameter of shape {list(parameter.shape)} that is not inside model")
-            if parameter.dtype not in DTYPES:
-                raise TypeError(f"{self._names[parameter]} must be float32, float64 or bfloat16, got {parameter.dtype}")
+            self._check_dtype(parameter)
+
+    def _check_dtype(self, parameter: Tensor) -> None:
+        if parameter.dtype not in DTYPES:
+            raise TypeError(f"{self._names[parameter]} must be float32, float64 or bfloat16, got {parameter.dtype}")
 
     def refresh(self) -> None:
         """Rebuild F and B from the weights as they are now, after edits that the optimizer cannot see.
@@ -237,9 +244,11 @@ class PathSGD(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient; a BatchNorm in training mode that saw no batch since the last step.
-            ValueError: a gradient of a parameter that no path passes.
+            TypeError: a parameter that is float16 by now.
+            ValueError: a gradient of a parameter that no path passes; a model of which parts were replaced; a
+                BatchNorm in training mode that a forward calls more than once; p > 8 and units too far apart for it.
         """
-        with _library.grad_mode(False):
+        with torch.inference_mode(False), _library.grad_mode(False):
             return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
@@ -247,12 +256,15 @@ class PathSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._structure.check_unchanged()
         self._check_capture()
         self._renew_masters()
         given = self._gradients()
         if not given:
             return loss
         sigma = self._batches.deviations()
+        if not (self._on_device and _capturing(next(iter(self._names)))):  # it reads values on the host
+            check_spread(self._structure, self._p, sigma)
         scaling = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)) if self._on_device else UNSCALED
         with uninterrupted():
             if self._update_every > 1:
@@ -338,12 +350,17 @@ class PathSGD(Optimizer):
         return masses(self._structure, self._p, sigma, self._shared, fused=True, on_device=self._on_device)
 
     def _apply(self, found: Masses, given: dict[Tensor, Given], scaling: Scaling) -> None:
-        exponent = found.exponent
-        if not isinstance(exponent, Tensor):
-            exponent = torch.full((), float(exponent), dtype=torch.float64, device=found.total.value.device)
+        def on_device(exponent: int | Tensor) -> Tensor:
+            if isinstance(exponent, Tensor):
+                return exponent
+            return torch.full((), float(exponent), dtype=torch.float64, device=found.total.value.device)
+
+        common = on_device(found.exponent)
         for parameter, (grad, momentum, rates, lr) in given.items():
             target = self._target(parameter)
             mass = found.of.get(parameter)
+            own = found.own_exponents.get(parameter)
+            exponent = common if own is None else on_device(own)
             if isinstance(mass, ConvolutionMass):
                 mass.update(target.detach(), grad, momentum, exponent, self._p, rates, *scaling, lr)
                 continue
@@ -362,6 +379,13 @@ class PathSGD(Optimizer):
         lrs = [self._lr_of(index, group) for index, group in enumerate(self.param_groups)]
         rows = [(group, lrs[i], each) for i, group in enumerate(self.param_groups) for each in group["params"]]
         rows = [row for row in rows if row[2].grad is not None]
+        stages = [] if self._stages is None else self._stages
+        for parameter in (
+            *(row[2] for row in rows),
+            *(each for stage in stages for each in (stage.weight, stage.bias)),
+        ):
+            if parameter is not None:  # a chain's sweeps read frozen ones as well
+                self._check_dtype(parameter)
         for _, _, parameter in rows:
             if parameter.grad.layout != torch.strided:
                 raise RuntimeError(f"PathSGD does not support sparse gradients; {self._names[parameter]} has one")
@@ -373,16 +397,17 @@ class PathSGD(Optimizer):
         given: dict[Tensor, Given] = {}
         for group, (lr, keep, now), parameter in rows:
             state, grad = self.state[parameter], parameter.grad
-            if self._master_weights and parameter.dtype == torch.bfloat16:
-                if "master_weight" not in state:
-                    state["master_weight"] = parameter.detach().float()
-                grad = grad.float()
+            if self._master_weights and parameter.dtype == torch.bfloat16 and "master_weight" not in state:
+                state["master_weight"] = parameter.detach().float()
+            target = self._target(parameter).detach()
+            grad = grad.to(target.dtype)  # gradients may have a dtype of their own (grad_dtype)
             momentum = float(group["momentum"])
             buffer = None
             if momentum:
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(self._target(parameter).detach())
-                buffer = state["momentum_buffer"]
+                buffer = state.get("momentum_buffer")
+                # The model may have been converted since, by `model.double()` for one.
+                buffer = torch.zeros_like(target) if buffer is None else buffer.to(target.dtype)
+                state["momentum_buffer"] = buffer
             sign = -1.0 if group["maximize"] else 1.0
             given[parameter] = (grad, buffer, (lr, momentum, float(group["nesterov"]), keep, sign), now)
         return given
@@ -433,6 +458,8 @@ class PathSGD(Optimizer):
         state["path"] = {
             "structure": self._structure.fingerprint(),
             "p": self._p,
+            "shared": self._shared,
+            "batchnorm": self._batchnorm,
             "steps": self._parity(),
             "age": self._age,
             "kept": saved(self._kept, self._structure.module),
@@ -448,13 +475,23 @@ class PathSGD(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where a saved optimizer stood; raises ValueError, before any change, for another structure."""
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dict, as state_dict() returns it, got {type(state_dict).__name__}")
         path = state_dict.get("path")
         if path is None:
             raise ValueError('state_dict has no entry "path": it was not made by PathSGD.state_dict()')
         if path["structure"] != self._structure.fingerprint():
-            raise ValueError("state_dict belongs to a model of another structure (operations or parameter shapes)")
+            raise ValueError(
+                "state_dict belongs to a model of another structure (operations, their settings, input_shape or "
+                "parameter shapes)"
+            )
         if path["p"] != self._p:
             raise ValueError(f"state_dict was made with p = {path['p']:g}, this optimizer has p = {self._p:g}")
+        for setting, value in (("shared", self._shared), ("batchnorm", self._batchnorm)):
+            if path[setting] != value:
+                raise ValueError(
+                    f"state_dict was made with {setting}={path[setting]!r}, this optimizer has {setting}={value!r}"
+                )
         super().load_state_dict(state_dict)
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]

@@ -38,7 +38,10 @@ class Units(Walk):
                 "input_shape is needed: the shape of one input without the batch axis, such as (3, 32, 32)"
             )
         inputs = self.new(math.prod(shape), fixed=True).view(1, *shape)
-        output = self.run(inputs)
+        try:
+            output = self.run(inputs)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"input_shape {shape} does not fit the model: {error}") from error
         self.fix(output)
         frozen = {self.root(unit) for unit in self.fixed}
         numbers: dict[int, int] = {}
@@ -75,7 +78,7 @@ class Units(Walk):
 
     def _along(self, x: Tensor, axis: int) -> Tensor:
         """The units along an axis; units that differ elsewhere are merged, since one weight reads them all."""
-        rows = x.movedim(axis, -1).flatten(0, -2)
+        rows = x.movedim(axis, -1).reshape(-1, x.shape[axis])
         for row in rows[1:].unique(dim=0) if len(rows) > 1 else ():
             self._merge(rows[0], row)
         return rows[0]
@@ -102,28 +105,45 @@ class Units(Walk):
         return low
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        into, out = self._along(x, -1), self.new(weight.shape[0])
-        self.scales.append((weight, out[:, None], into[None]))
-        if bias is not None:
-            self.scales.append((bias, out, None))
-        return out.expand(*x.shape[:-1], -1)
+        into = self._along(x, -1)
+        if len(into) != weight.shape[-1]:
+            raise RuntimeError(f"a layer of {weight.shape[-1]} inputs meets {len(into)} units")
+        out = self._units_of(x, weight.shape[0] if weight.dim() > 1 else 1, weight, bias)
+        if self._is_free(weight, bias):
+            self.scales.append((weight, out[:, None], into[None]) if weight.dim() > 1 else (weight, out, into))
+            if bias is not None:
+                self.scales.append((bias, out.view(bias.shape), None))
+        return out.expand(*x.shape[:-1], -1) if weight.dim() > 1 else out.expand(x.shape[:-1])
+
+    @staticmethod
+    def _is_free(weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether an affine map consists of parameters alone: buffers are constants, and stay."""
+        return isinstance(weight, nn.Parameter) and isinstance(bias, (nn.Parameter, type(None)))
+
+    def _units_of(self, x: Tensor, count: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """New units behind an affine map; where it is constant, they and the units in front of it are fixed."""
+        free = self._is_free(weight, bias)
+        if not free:
+            self.fix(x)
+        return self.new(count, fixed=not free)
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, function: Any, settings: Any) -> Tensor:
-        into, out = self._along(x, 1), self.new(weight.shape[0])
+        shape = function(torch.zeros(x.shape), torch.zeros(weight.shape), None, **settings).shape
+        into, out = self._along(x, 1), self._units_of(x, weight.shape[0], weight, bias)
         groups, ones = settings.get("groups", 1), (1,) * (weight.dim() - 2)
         per_group = into.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(*weight.shape[:2], *ones)
-        self.scales.append((weight, out.view(-1, 1, *ones), per_group))
-        if bias is not None:
-            self.scales.append((bias, out, None))
-        shape = function(torch.zeros(x.shape), torch.zeros(weight.shape), None, **settings).shape
+        if self._is_free(weight, bias):
+            self.scales.append((weight, out.view(-1, 1, *ones), per_group))
+            if bias is not None:
+                self.scales.append((bias, out, None))
         return out.view(1, -1, *ones).expand(shape)
 
     def batchnorm(self, x: Tensor, module: Any) -> Tensor:
         self.fix(x)
-        if module.weight is None:
-            return self.new(module.num_features, fixed=True).view(1, -1, *[1] * (x.dim() - 2)).expand(x.shape)
-        out = self.new(module.num_features)
-        self.scales += [(module.weight, out, None), (module.bias, out, None)]
+        free = module.weight is not None and self._is_free(module.weight, module.bias)
+        out = self.new(module.num_features, fixed=not free)
+        if free:
+            self.scales += [(each, out, None) for each in (module.weight, module.bias) if each is not None]
         return out.view(1, -1, *[1] * (x.dim() - 2)).expand(x.shape)
 
     def _pooled(self, x: Tensor, module: Any) -> Tensor:
@@ -162,9 +182,12 @@ class Units(Walk):
         of = torch.cat([factors.to(torch.float64), torch.ones(1, dtype=torch.float64)])
         names: dict[Tensor, str] = {each: name for name, each in self.structure.module.named_parameters()}
         scaled: dict[Tensor, Tensor] = {}
+        self._refuse_shared_memory()
         with torch.no_grad():
             for parameter, out, into in self.scales:
-                name = names.get(parameter, "a buffer")
+                if parameter not in names:  # of an RNN; other layers' buffers are left out
+                    raise ValueError("a recurrent weight that is a buffer cannot be rescaled")
+                name = names[parameter]
                 if parameter in scaled:
                     raise ValueError(f"{name}: a layer that is called more than once cannot be rescaled per call")
                 scale = of[table[out]] if out is not None else torch.ones(())
@@ -178,6 +201,28 @@ class Units(Walk):
                 scaled[parameter] = product
             for parameter, product in scaled.items():
                 parameter.copy_(product)
+
+    def _refuse_shared_memory(self) -> None:
+        """Raise where a weight to be scaled lies in memory that another tensor of the model, or itself, uses again."""
+        module = self.structure.module
+        found: list[tuple[int, int, str, bool]] = []  # first and last byte, name, whether it is scaled
+        written = {parameter for parameter, _, _ in self.scales}
+        for name, each in (*module.named_parameters(), *module.named_buffers()):
+            if each.numel() == 0:
+                continue
+            strides = list(zip(each.shape, each.stride(), strict=True))
+            if each in written and any(size > 1 and stride == 0 for size, stride in strides):
+                raise ValueError(f"{name}: its elements share memory (expand), and cannot be rescaled; clone it first")
+            begin = each.data_ptr()
+            span = 1 + sum((size - 1) * stride for size, stride in strides)
+            found.append((begin, begin + span * each.element_size(), name, each in written))
+        found.sort()
+        reach, holder, holder_is_written = 0, "", False  # the tensor that ends last so far
+        for begin, end, name, is_written in found:
+            if begin < reach and (is_written or holder_is_written):
+                raise ValueError(f"{name} shares memory with {holder}, and cannot be rescaled; clone one of them first")
+            if end > reach:
+                reach, holder, holder_is_written = end, name, is_written
 
 
 def rescale_(
@@ -205,7 +250,8 @@ def rescale_(
 
     Raises:
         ValueError: no hidden units, a wrong number of factors, factors that are not positive or that leave the range
-            of a parameter's dtype, a layer that is called twice or reads a view; nothing is changed then.
+            of a parameter's dtype, a layer that is called twice or reads a view, weights that share memory, an
+            input_shape that does not fit; nothing is changed then.
         TypeError: a seed that is no int, factors that are no numbers.
 
     Source: Neyshabur, Salakhutdinov, Srebro, "Path-SGD: Path-Normalized Optimization in Deep Neural Networks" (2015).

@@ -36,19 +36,14 @@ from .operations import (
     module_kind,
     takes_part,
 )
+from .parts import Parts
+from .tracing import Tracer, check_layers, check_values, graph_of
 
 # Said of a parameter's name.
 _COMPUTED = (
     "it is computed from other tensors (a parametrization, pruning, weight norm), and paths need parameters; make it "
     "one first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove)"
 )
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if takes_part(m) or isinstance(m, tuple(REASONS)):
-            return True
-        return m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
 
 
 @dataclass
@@ -59,14 +54,45 @@ class Structure:
     graph: fx.Graph
     input_shape: tuple[int, ...] | None
 
+    def __post_init__(self) -> None:
+        self._parts = Parts(self.module)
+
+    def check_unchanged(self) -> None:
+        """Raise where a module or parameter was replaced since."""
+        self._parts.check()
+
+    def calls_of(self, kinds: tuple[type[nn.Module], ...]) -> dict[nn.Module, tuple[str, int]]:
+        """Modules of these classes that the forward calls -> their qualified name, and how often it calls them."""
+        found: dict[nn.Module, tuple[str, int]] = {}
+        for node in self.graph.nodes:
+            module = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, kinds):
+                name, times = found.get(module, (str(node.target), 0))
+                found[module] = name, times + 1
+        return found
+
     def fingerprint(self) -> str:
-        """The operations and parameter shapes, to tell whether a saved state belongs to this structure."""
+        """The operations with their settings, and shapes, to tell whether a saved state belongs to it."""
         nodes = [
-            f"{node.op} {node.target if isinstance(node.target, str) else node.target.__name__}"
+            f"{node.op} {self._described(node)} {node.args} {node.kwargs}"
             for node in self.graph.nodes
+            if node.op != "placeholder"
         ]
         shapes = [f"{name} {list(param.shape)}" for name, param in self.module.named_parameters()]
-        return "; ".join(nodes + shapes)
+        return "; ".join([f"input {self.input_shape}", *nodes, *shapes])
+
+    def _described(self, node: fx.Node) -> str:
+        if not isinstance(node.target, str):
+            return str(node.target.__name__)
+        if node.op != "call_module":
+            return node.target
+        module = self.module.get_submodule(node.target)
+        kind = module_kind(module)
+        # A dropout's rate and a BatchNorm's momentum are no part of paths, and may change from run to run.
+        settings = {"identity": "", "batchnorm": f"eps={getattr(module, 'eps', None)}"}.get(
+            str(kind), module.extra_repr()
+        )
+        return f"{node.target} {kind if kind == 'identity' else type(module).__name__}({settings})"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -88,14 +114,13 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
         input_shape: one input's shape, without the batch axis; inferred where the first layer is a Linear.
 
     Raises:
-        TypeError: not a module, an input_shape that holds no ints.
-        ValueError: parameters that are not initialised yet, an operation without paths, by its qualified name, and why.
+        TypeError: not a module, complex parameters, an input_shape that holds no ints.
+        ValueError: parameters without values, hooks on layers, an operation without paths, by its qualified name, and
+            why.
     """
     _check.is_module("model", model)
     model = unwrapped(model)
-    for name, each in model.named_parameters():
-        if nn.parameter.is_lazy(each):
-            raise ValueError(f"{name} is not initialised yet: run the model once on an input")
+    check_values(model)
     if input_shape is not None:
         try:
             input_shape = tuple(operator.index(size) for size in input_shape)
@@ -103,15 +128,8 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
             raise TypeError(f"input_shape must be a tuple of ints such as (3, 32, 32), got {input_shape!r}") from None
         if not input_shape or min(input_shape) < 1:
             raise ValueError(f"input_shape must hold sizes of at least 1, without the batch axis, got {input_shape}")
-    root = nn.Sequential(model) if _Tracer().is_leaf_module(model, "") else model
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(root)
-    except Exception as error:  # whatever the user's forward raises when run on symbols
-        raise ValueError(
-            f"model: torch.fx cannot follow the forward of {type(model).__name__} ({error}); paths need a forward "
-            "without control flow that depends on the input"
-        ) from error
+    root = nn.Sequential(model) if Tracer().is_leaf_module(model, "") else model
+    graph = graph_of(root, type(model).__name__)
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
         raise ValueError(f"model must have one input, got {len(inputs)}: {[node.name for node in inputs]}")
@@ -119,6 +137,7 @@ def trace(model: nn.Module, input_shape: Sequence[int] | None = None) -> Structu
     for node in graph.nodes:
         _input_first(node)
         _check_node(structure, node)
+    check_layers(root, graph, model)
     if structure.input_shape is None:
         structure.input_shape = _inferred_shape(structure)
     if not any(parameter is not None for parameter in root.parameters()):
@@ -138,6 +157,10 @@ def _check_node(structure: Structure, node: fx.Node) -> None:
     if node.op in ("placeholder", "output"):
         return
     if node.op == "get_attr":
+        if str(node.target).startswith("_tensor_constant"):  # torch.fx's name for it
+            raise ValueError(
+                f"{place(node)}: a tensor that is made in the forward has no paths; make it a buffer (register_buffer)"
+            )
         value = attribute(structure.module, str(node.target))
         if isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter):
             raise ValueError(f"{node.target}: {_COMPUTED}")

@@ -17,10 +17,12 @@ from .operations import (
     IDENTITY_METHODS,
     MAX_POOLS,
     POOL_FUNCTIONS,
+    POOLS,
     check_pool,
     module_kind,
+    pool_rank,
 )
-from .structure import Structure, attribute, place
+from .structure import Structure, attribute, is_weight, place
 
 CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 # As F.max_pool2d has them; nn.MaxPool2d has the last two in the other order.
@@ -53,12 +55,14 @@ class Walk:
             return attribute(self.structure.module, target)
         if node.op == "call_module":
             module = self.structure.module.get_submodule(target)
-            return getattr(self, str(module_kind(module)))(args[0], module)
+            return self._module(args[0], module)
         if node.op == "call_method":
             if target in IDENTITY_METHODS:
                 return args[0]
+            if target == "squeeze" and not is_weight(node.args[0]):
+                return self.reshape(_squeeze_behind_batch, args, kwargs)
             if target in ("mean", "sum"):
-                return self._reduce(target, *args, **kwargs)
+                return self._reduce(node, target, *args, **kwargs)
             if target in ("add", "add_"):
                 return self.add(args[0], args[1])
             return self.reshape(lambda first, *rest, **named: getattr(first, target)(*rest, **named), args, kwargs)
@@ -72,7 +76,7 @@ class Walk:
             dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
             return self.cat(list(args[0] if args else kwargs["tensors"]), dim)
         if target in (torch.mean, torch.sum):
-            return self._reduce("mean" if target is torch.mean else "sum", *args, **kwargs)
+            return self._reduce(node, "mean" if target is torch.mean else "sum", *args, **kwargs)
         if target is F.linear:
             weight, bias, x = _named(("input", "weight", "bias"), args, kwargs, "weight", "bias", "input")
             return self.linear(x, weight, bias)
@@ -85,8 +89,24 @@ class Walk:
             named = dict(zip(MAX_POOL_ARGUMENTS, args[1:], strict=False)) | kwargs
             module = kind(**named) if kind in MAX_POOLS else kind(*args[1:], **kwargs)
             check_pool(place(node), module)
-            return getattr(self, str(module_kind(module)))(args[0], module)
+            return self._module(args[0], module)
+        if target is torch.squeeze and not is_weight(node.args[0]):
+            return self.reshape(_squeeze_behind_batch, args, kwargs)
         return self.reshape(target, args, kwargs)
+
+    def _module(self, x: Any, module: nn.Module) -> Any:
+        kind = str(module_kind(module))
+        operation = getattr(self, kind)
+        if kind in POOLS and self._dim(x) == pool_rank(module) + 1:
+            # Without an axis of channels torch takes axis 0, the batch, for it: windows are the same in a channel of 1.
+            wide = self.reshape(torch.unsqueeze, (x, 1), {})
+            return self.reshape(torch.squeeze, (operation(wide, module), 1), {})
+        return operation(x, module)
+
+    def _dim(self, x: Any) -> int | None:
+        """How many axes an activation has; None in a walk that follows no shapes."""
+        found: int | None = self.reshape(Tensor.dim, (x,), {})
+        return found
 
     def check_batch_axis(self, shape: Sequence[int], module: nn.RNN) -> None:
         """Raise unless an RNN's input, whose batch is 1, has its batch axis where the RNN has it."""
@@ -100,11 +120,17 @@ class Walk:
             "transpose the input before the RNN"
         )
 
-    def _reduce(self, how: str, x: Any, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
+    def _reduce(self, node: fx.Node, how: str, x: Any, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
         dims = named.get("axis") if dim is None else dim
         dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
         if set(named) - {"axis"} or not dims:
             raise ValueError(f"{how} needs its dimensions given")
+        shape = self.reshape(lambda value: tuple(value.shape), (x,), {})
+        if shape and shape[0] == 1 and any(each in (0, -len(shape)) for each in dims):
+            raise ValueError(
+                f"{place(node)}: {how} over axis 0 of an activation of shape {list(shape)} for one sample: that is the "
+                f"batch's axis. Where inputs have more axes than input_shape {self.structure.input_shape}, pass theirs"
+            )
         return self.reduce(how, x, dims, keepdim)
 
     def identity(self, x: Any, module: nn.Module) -> Any:
@@ -162,6 +188,12 @@ class Walk:
 
     def protocol(self, x: Any, module: nn.Module) -> Any:
         raise NotImplementedError
+
+
+def _squeeze_behind_batch(x: Tensor, dim: Any = None) -> Tensor:
+    """torch.squeeze that leaves axis 0: the batch, which is 1 in a walk alone."""
+    dims = range(1, x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
+    return x.squeeze(tuple(each for each in dims if each % max(x.dim(), 1)))
 
 
 def _named(names: tuple[str, ...], args: Any, kwargs: Any, *wanted: str) -> list[Any]:
