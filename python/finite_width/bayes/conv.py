@@ -77,8 +77,8 @@ class _BayesConv(BayesLayer):
             raise ValueError(f"x must have shape [batch, {self.in_channels}, {sizes}], got {list(x.shape)}")
         if self._mean_mode:
             return self._conv(x, self.weight_mu, self.bias_mu)
-        if self._prediction is not None:
-            return self._predict(x)
+        if self._predictions and (prediction := self._prediction()) is not None:
+            return self._predict(x, prediction)
         seed = draw_seed(x.device)
         if self.estimator == "weight":
             return self._conv(x, *self._sampled(seed))
@@ -96,8 +96,10 @@ class _BayesConv(BayesLayer):
             seed,
         )
 
-    def _predict(self, x: Tensor) -> Tensor:
-        seed, first, count = self._prediction.of(self, x)
+    def _predict(self, x: Tensor, draw: Any) -> Tensor:
+        if draw.rehearsal:
+            return draw.stand_in(self, x, self._conv(x, self.weight_mu, self.bias_mu), -self.dims - 1)
+        seed, first, count = draw.of(self, x)
         outputs = []
         for index, part in enumerate(x.chunk(count)):
             sampled: list[Tensor | None] = [

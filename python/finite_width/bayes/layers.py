@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, _library
 from . import ops, reference
 from .last import Last
 from .priors import GaussianPrior, MopedPrior, check_prior
@@ -34,6 +35,11 @@ def draw_seed(device: torch.device) -> Tensor:
 def inverse_softplus(sigma: Tensor) -> Tensor:
     """ρ with softplus(ρ) = σ, for σ > 0."""
     return sigma + torch.log(-torch.expm1(-sigma))
+
+
+@_library.constant_while_tracing
+def _this_thread() -> int:
+    return threading.get_ident()
 
 
 class BayesLayer(nn.Module):
@@ -75,7 +81,7 @@ class BayesLayer(nn.Module):
         self.register_buffer("bias_prior_mean", None)
         self._last = Last()
         self._mean_mode = 0
-        self._prediction: Any = None
+        self._predictions: dict[int, Any] = {}  # thread -> the prediction under way there
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -155,6 +161,10 @@ class BayesLayer(nn.Module):
     def weight_std(self) -> Tensor:
         """σ = softplus(ρ) of the weight."""
         return reference.sigma(self.weight_rho)
+
+    def _prediction(self) -> Any:
+        """The prediction under way in this thread, or None."""
+        return self._predictions.get(_this_thread())
 
     # The KL that a forward computed on the way.
 

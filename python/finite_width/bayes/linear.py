@@ -67,8 +67,8 @@ class BayesLinear(BayesLayer):
             raise ValueError(f"x must have shape [..., {self.in_features}], got {list(x.shape)}")
         if self._mean_mode:
             return F.linear(x, self.weight_mu, self.bias_mu)
-        if self._prediction is not None:
-            return self._predict(x)
+        if self._predictions and (prediction := self._prediction()) is not None:
+            return self._predict(x, prediction)
         rows = x.reshape(-1, self.in_features)
         # Under autocast torch's own product takes x and W to the lower precision; μ, ρ and the KL stay float32.
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -114,8 +114,10 @@ class BayesLinear(BayesLayer):
         result: Tensor = y
         return result
 
-    def _predict(self, x: Tensor) -> Tensor:
-        seed, first, count = self._prediction.of(self, x)
+    def _predict(self, x: Tensor, draw: Any) -> Tensor:
+        if draw.rehearsal:
+            return draw.stand_in(self, x, F.linear(x, self.weight_mu, self.bias_mu), -1)
+        seed, first, count = draw.of(self, x)
         # Under autocast a layer before this one may give its narrow dtype, which is also that of the result; the
         # samples are float32.
         autocast = self._product_dtype()
