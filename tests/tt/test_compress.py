@@ -242,3 +242,11 @@ def test_the_compressed_model_trains():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_reported_error_under_autocast():
+    model = nn.Sequential(nn.Linear(64, 64))
+    right = fw.tt.compress(copy.deepcopy(model), max_rank=4).layers[0]
+    with torch.autocast("cpu"):
+        found = fw.tt.compress(model, max_rank=4).layers[0]
+    assert found == right

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from . import decomposition, functional
+from . import decomposition, functional, reference
 from .linear import Ranks, TTCores, exact, find_modes, largest_rank, ranks_within
 
 
@@ -219,6 +219,7 @@ class TTConv2d(TTCores):
         y = functional.tt_linear(rows, [first, *rest])[..., : self._out]
         return y if bias is None else y + bias.to(y.dtype)
 
+    @reference.without_autocast
     def to_dense(self) -> Tensor:
         """K [out_channels, in_channels / groups, kh, kw]; differentiable."""
         filters, _, *rest = self.cores

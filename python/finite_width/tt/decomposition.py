@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _check
 from .modes import check_modes
+from .reference import merge, without_autocast
 
 Ranks = int | Sequence[int] | None
 
@@ -65,6 +66,7 @@ def _floor(values: Tensor, shape: Sequence[int]) -> float:
     return largest * max(shape) * torch.finfo(values.dtype).eps
 
 
+@without_autocast
 def tt_svd(tensor: Tensor, *, eps: float | None = None, max_rank: Ranks = None) -> list[Tensor]:
     """Tensor Train of a tensor by successive truncated SVDs: A[i1, ..., id] ≈ G1[i1] G2[i2] ··· Gd[id].
 
@@ -179,6 +181,7 @@ def check_cores(cores: Sequence[Tensor], axes: Sequence[int] = (3, 4)) -> None:
         raise ValueError(f"cores[{len(cores) - 1}] must end with rank 1, got {list(cores[-1].shape)}")
 
 
+@without_autocast
 def tt_to_dense(cores: Sequence[Tensor]) -> Tensor:
     """The full tensor [n_1, ..., n_d] of three-axis cores, or the full matrix [M, N] of four-axis cores.
 
@@ -198,8 +201,6 @@ def tt_to_dense(cores: Sequence[Tensor]) -> Tensor:
     """
     check_cores(cores)
     if cores[0].dim() == 4:
-        from .reference import merge
-
         return merge(cores)[0, :, :, 0]
     dense = cores[0]
     for core in cores[1:]:
@@ -207,6 +208,7 @@ def tt_to_dense(cores: Sequence[Tensor]) -> Tensor:
     return dense.squeeze(0).squeeze(-1)
 
 
+@without_autocast
 def tt_round(cores: Sequence[Tensor], *, eps: float | None = None, max_rank: Ranks = None) -> list[Tensor]:
     """The same tensor with smaller ranks: a QR sweep from the right, then truncated SVDs from the left.
 
@@ -254,6 +256,7 @@ def tt_round(cores: Sequence[Tensor], *, eps: float | None = None, max_rank: Ran
     ]
 
 
+@without_autocast
 def relative_error(cores: Sequence[Tensor], dense: Tensor) -> float:
     """‖TT − A‖ / ‖A‖ (Frobenius); 0 for A = 0 met exactly."""
     difference = float((tt_to_dense(cores).double() - dense.double().reshape(_dense_shape(cores))).norm())

@@ -157,7 +157,8 @@ class TTEmbedding(TTCores):
             offsets: [B], where each bag begins in a flat `indices`: from 0, never falling; int64 or int32.
 
         Returns:
-            [..., embedding_dim]; an empty bag gives zeros.
+            [..., embedding_dim] of the cores' dtype, under autocast too; an empty bag gives zeros. Half precision is
+            multiplied and summed in float32.
 
         Raises:
             IndexError: an index below 0 or from num_embeddings on. Not looked for under torch.compile and vmap.
@@ -176,6 +177,11 @@ class TTEmbedding(TTCores):
                 raise IndexError(f"indices must lie between 0 and {self.num_embeddings - 1}, got {worst}")
         if plain and offsets is not None:
             self._check_offsets(offsets, len(indices))
+        return self._look_up(indices, offsets, plain).to(self.cores[0].dtype)
+
+    @reference.without_autocast
+    def _look_up(self, indices: Tensor, offsets: Tensor | None, plain: bool) -> Tensor:
+        """What `forward` returns, before it is rounded to half precision; `plain`: neither compiled nor mapped."""
         if plain:
             distinct, places = torch.unique(indices, return_inverse=True)
             rows = self._rows(distinct)
@@ -244,13 +250,13 @@ class TTEmbedding(TTCores):
         return rows.masked_fill((indices == self.padding_idx)[:, None], 0.0)
 
     def _products(self, indices: Tensor) -> Tensor:
-        """The rows of the train: a product of two looked-up factors each."""
-        cores = self.cores
+        """The rows of the train: a product of two looked-up factors each, wide."""
+        cores = [core.to(reference.accumulation_dtype(core.dtype)) for core in self.cores]
         if len(cores) == 1:
-            return cores[0][0, :, :, 0][indices][:, : self.embedding_dim]
+            return F.embedding(indices, cores[0][0, :, :, 0])[:, : self.embedding_dim]
         left, right = reference.halves(cores, self._split)  # [V1, E1, r], [r, V2, E2]
-        first = left[indices // self._num_right]
-        second = right.transpose(0, 1)[indices % self._num_right]
+        first = _entries(left, indices // self._num_right)
+        second = _entries(right.transpose(0, 1), indices % self._num_right)
         return (first @ second).flatten(1)[:, : self.embedding_dim]
 
     def to_dense(self) -> Tensor:
@@ -278,6 +284,11 @@ class TTEmbedding(TTCores):
         if self.padded_dim != self.embedding_dim:
             text += f", columns beyond {self.embedding_dim} of {self.padded_dim} dropped"
         return text
+
+
+def _entries(table: Tensor, indices: Tensor) -> Tensor:
+    """table[indices] along the first axis, by F.embedding: its gradient has the same bits for any number of threads."""
+    return F.embedding(indices, table.flatten(1)).unflatten(1, table.shape[1:])
 
 
 _MODES = {"sum": 0, "mean": 1}  # as the op behind F.embedding_bag numbers them
