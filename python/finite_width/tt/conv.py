@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from . import decomposition, functional, reference
-from .linear import Ranks, TTCores, exact, find_modes, largest_rank, ranks_within
+from .linear import Ranks, TTCores, check_trained, exact, find_modes, largest_rank, ranks_within
 
 
 class TTConv2d(TTCores):
@@ -134,6 +134,7 @@ class TTConv2d(TTCores):
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
+        check_trained("conv", conv.weight)
         weight, bias, groups = conv.weight.detach(), conv.bias, conv.groups
         wide_in, wide_out = conv.in_channels // groups, conv.out_channels // groups
         modes_in, modes_out = find_modes(wide_in, wide_out, in_modes, out_modes, "matrix")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from . import decomposition, reference
-from .linear import Ranks, TTCores, exact, find_modes, largest_rank, ranks_within
+from .linear import Ranks, TTCores, check_trained, exact, find_modes, largest_rank, ranks_within
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -62,6 +62,8 @@ class TTEmbedding(TTCores):
         _check.positive_int("num_embeddings", num_embeddings)
         _check.positive_int("embedding_dim", embedding_dim)
         _check.one_of("mode", mode, (None, "sum", "mean"))
+        if padding_idx is not None:
+            _check.integer("padding_idx", padding_idx)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(
                 f"padding_idx must lie between {-num_embeddings} and {num_embeddings - 1}, got {padding_idx}"
@@ -115,6 +117,7 @@ class TTEmbedding(TTCores):
         """
         if not isinstance(embedding, (nn.Embedding, nn.EmbeddingBag)):
             raise TypeError(f"embedding must be an nn.Embedding or nn.EmbeddingBag, got {type(embedding).__name__}")
+        check_trained("embedding", embedding.weight)
         if unlike := unlike_a_train(embedding):
             raise ValueError(f"embedding must be one that a TTEmbedding can stand for, but has {unlike}")
         weight, padding_idx = embedding.weight.detach(), embedding.padding_idx
