@@ -292,3 +292,8 @@ def test_metrics_bad_input() -> None:
     for function in (fw.bayes.nll, fw.bayes.brier):
         with pytest.raises(ValueError, match="probabilities must have one row at least"):
             function(p[:0], torch.zeros(0).long())
+
+
+def test_a_table_without_rows_and_classes() -> None:
+    with pytest.raises(ValueError, match="probabilities must have one class at least"):
+        fw.bayes.ece(torch.ones(0, 0), torch.ones(0, dtype=torch.int64))
