@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,7 +24,11 @@ def check_patterns(include: Patterns, exclude: Patterns, names: Collection[str],
     for argument, patterns in (("exclude", exclude), ("include", include)):
         if isinstance(patterns, str):
             raise TypeError(f"{argument} must be a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
+        if patterns is not None and not isinstance(patterns, Iterable):
+            raise TypeError(f"{argument} must be a list of patterns, got {patterns!r}")
         for pattern in patterns or ():
+            if not isinstance(pattern, str):
+                raise TypeError(f"{argument} must hold patterns of names, such as 'encoder.*', got {pattern!r}")
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"{argument} has the pattern {pattern!r}, which no {layers} has")
 

@@ -236,3 +236,19 @@ def test_freeze_of_nan_and_of_a_bare_layer() -> None:
     assert model[0] is layer
     with pytest.raises(ValueError, match="model has no variational layer"):
         fw.bayes.freeze_(nn.Linear(2, 2))
+
+
+def test_a_shared_bias_stays_shared() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].bias = model[0].bias
+    report = fw.bayes.convert(model)
+    assert report.left_alone == ["0", "1"]
+    assert "its bias is shared with another module" in str(report)
+    assert model[1].bias is model[0].bias
+
+
+def test_convert_inside_of_a_device_block() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    with torch.device("meta"):
+        fw.bayes.convert(model, init="moped")
+    assert model[0].weight_mu.device.type == "cpu"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -298,3 +300,72 @@ def test_kl_bad_input() -> None:
             getattr(model[1], name).view(-1)[-1] = float("nan")
         with pytest.raises(ValueError, match=rf"1\.{name} has NaN"):
             fw.bayes.kl(model)
+
+
+def test_a_fused_optimizer_step_is_seen() -> None:
+    """It writes the parameters without raising their versions."""
+    layer = BayesLinear(8, 4)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
+    layer(torch.ones(5, 8))
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    found = fw.bayes.kl(layer)
+    torch.testing.assert_close(found, fw.bayes.kl(copy.deepcopy(layer)))
+
+
+def test_parameters_of_inference_mode_keep_nothing() -> None:
+    with torch.inference_mode():
+        layer = BayesLinear(3, 2)
+    with torch.no_grad():
+        layer(torch.ones(1, 3))
+        with torch.inference_mode():
+            layer.weight_mu.add_(10.0)
+        torch.testing.assert_close(fw.bayes.kl(layer), fw.bayes.kl(copy.deepcopy(layer)))
+
+
+def test_threads_train_one_model() -> None:
+    model = nn.Sequential(BayesLinear(4, 8), nn.Tanh(), BayesLinear(8, 1))
+    errors: list[str] = []
+
+    def run() -> None:
+        x = torch.randn(50, 4)
+        for _ in range(100):
+            try:
+                (model(x).square().mean() + fw.bayes.kl(model) / 1000).backward()
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_an_estimated_kl_after_flipout_is_fresh() -> None:
+    layer = BayesLinear(6, 4, prior=fw.bayes.ScaleMixturePrior(), init_std=0.5)
+    x = torch.ones(2, 6)
+    layer(x)
+    layer.estimator = "flipout"
+    layer(x)
+    assert float(fw.bayes.kl(layer)) != float(fw.bayes.kl(layer))
+
+
+def test_priors_that_float32_does_not_hold() -> None:
+    for make in (
+        lambda: fw.bayes.GaussianPrior(std=1e-20),
+        lambda: fw.bayes.GaussianPrior(std=1e20),
+        lambda: fw.bayes.MopedPrior(std=1e-20),
+        lambda: fw.bayes.ScaleMixturePrior(std1=1e-300),
+    ):
+        with pytest.raises(ValueError, match=r"std1? must lie between 1\.1e-19 and 1\.8e\+19, so that float32 holds"):
+            make()
+    for std in (1.2e-19, 1.7e19):
+        layer = BayesLinear(3, 2, prior=fw.bayes.GaussianPrior(std=std))
+        total = fw.bayes.kl(layer)
+        total.backward()
+        assert all(bool(torch.isfinite(value).all()) for value in (total, *(p.grad for p in layer.parameters())))
+    half = BayesLinear(3, 2, prior=fw.bayes.GaussianPrior(mean=Fraction(1, 2)))  # type: ignore[arg-type]
+    assert float(half.weight_prior_mean[0, 0]) == 0.5  # type: ignore[index]

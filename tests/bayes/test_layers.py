@@ -448,7 +448,57 @@ def test_bad_input() -> None:
         layer(torch.ones(2, 4))
     with pytest.raises(TypeError, match=r"x must be a torch\.Tensor"):
         layer([1.0, 2.0, 3.0])
-    with pytest.raises(TypeError, match="weight_mu has dtype"):
+    with pytest.raises(TypeError, match="x has dtype"):
         layer(torch.ones(2, 3).double())
     with pytest.raises(ValueError, match=r"x must have shape \[batch, 2, H, W\]"):
         BayesConv2d(2, 3, 3)(torch.ones(1, 3, 5, 5))
+
+
+@pytest.mark.parametrize("make", [lambda **k: BayesLinear(6, 4, **k), lambda **k: fw.bayes.BayesConv1d(6, 4, 1, **k)])
+@pytest.mark.parametrize("size", [1e-4, 300.0])
+def test_local_under_float16_autocast(make: Any, size: float) -> None:
+    """Variances under 6e-8 or over 65504 are beyond float16."""
+    layer = make(estimator="local", init_std=1e-2, bias=False)
+    with torch.no_grad():
+        layer.weight_mu.zero_()
+    x = size * torch.ones(4000, 6) if isinstance(layer, BayesLinear) else size * torch.ones(4000, 6, 1)
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = layer(x)
+    y.square().sum().backward()
+    assert float(y.std()) == pytest.approx(size * 1e-2 * 6**0.5, rel=0.05)
+    assert bool(torch.isfinite(layer.weight_rho.grad).all())
+
+
+def test_local_shows_a_nan_variance() -> None:
+    seed = torch.tensor(1)
+    y = perturb(torch.zeros(2), torch.tensor([float("nan"), 0.0]), seed)
+    assert bool(y[0].isnan())
+    assert float(y[1]) == 0.0
+
+
+@pytest.mark.parametrize("estimator", ["weight", "flipout", "local"])
+def test_compile_with_dynamic_shapes(estimator: str) -> None:
+    torch.compiler.reset()
+    conv = fw.bayes.BayesConv1d(2, 3, 3, estimator=estimator)
+    model = nn.Sequential(conv, nn.Flatten(), BayesLinear(18, 2, estimator=estimator))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (4, 7):
+        assert compiled(torch.randn(batch, 2, 8)).shape == (batch, 2)
+
+
+def test_layers_made_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        layers = [BayesLinear(3, 2), fw.bayes.BayesConv2d(3, 2, 3)]
+    assert all(p.is_meta for layer in layers for p in layer.parameters())
+
+
+def test_dtypes_and_estimators_that_do_not_fit_are_named() -> None:
+    layer = BayesLinear(3, 2, estimator="flipout")
+    with pytest.raises(ValueError, match="estimator must be one of 'weight', 'flipout', 'local', got 'foo'"):
+        layer.estimator = "foo"
+    x = torch.ones(2, 3, dtype=torch.float64)
+    for call in (lambda: layer(x), lambda: fw.bayes.BayesConv1d(3, 2, 2)(torch.ones(2, 3, 4, dtype=torch.float64))):
+        with pytest.raises(TypeError, match=r"x has dtype torch\.float64, but weight_mu has torch\.float32"):
+            call()
+    with pytest.raises(TypeError, match="weight_mu must be float32 or float64"):
+        BayesLinear(3, 2).to(torch.bfloat16)(torch.ones(2, 3, dtype=torch.bfloat16))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -88,21 +90,94 @@ def test_sequences_with_the_batch_first() -> None:
     assert predict(model, torch.randn(3, 5, 6), samples=4).mean.shape == (3, 20)
 
 
-class BatchSecond(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = BayesLinear(6, 4)
+class Mask(nn.Module):
+    """An output more, minus infinity, as that of a class ruled out."""
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layer(x.movedim(0, 1)).movedim(1, 0)
-        return result
+        return torch.cat([x, torch.full_like(x[:, :1], -math.inf)], 1)
 
 
-def test_a_moved_batch_axis_is_an_error_and_chunk_1_works() -> None:
-    x = torch.randn(3, 5, 6)
-    with pytest.raises(ValueError, match="use chunk=1"):
-        predict(BatchSecond(), x, samples=4)
-    assert predict(BatchSecond(), x, samples=4, chunk=1).mean.shape == (3, 5, 4)
+def flat(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+
+# What a model does with its variational layers and the batch.
+MOVED: dict[str, Any] = {
+    "time first": lambda layers, x: layers(x.movedim(0, 1)).movedim(1, 0),
+    "time first, flattened": lambda layers, x: flat(layers, x.movedim(0, 1)).movedim(1, 0),
+    "flipped": lambda layers, x: layers(x.flip(0)).flip(0),
+    "siamese": lambda layers, x: layers(torch.cat([x, x + 1])).chunk(2)[0],
+    "normalised over the batch": lambda layers, x: layers(x - layers(x).mean(0).mean(-1, keepdim=True)),
+    "sums over the batch": lambda layers, x: layers(x).cumsum(0),
+    "sums over the batch from the end": lambda layers, x: layers(x).flip(0).cumsum(0).flip(0),
+}
+
+
+@pytest.mark.parametrize("way", MOVED)
+@pytest.mark.parametrize("batch", [2, 5, 20])
+@pytest.mark.parametrize("sigma", [0.3, 1e-6])
+def test_samples_keep_their_own_weights_in_any_model(way: str, batch: int, sigma: float) -> None:
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(BayesLinear(6, 6, init_std=sigma), nn.LayerNorm(6), BayesLinear(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return MOVED[way](self.layers, x)  # type: ignore[no-any-return]
+
+    model, x = Moves(), torch.randn(batch, 4, 6)
+    right = predict(model, x, samples=6, chunk=1)
+    for chunk in (None, 4):
+        torch.testing.assert_close(predict(model, x, samples=6, chunk=chunk).samples, right.samples, rtol=0, atol=0)
+
+
+def test_a_moved_axis_of_images() -> None:
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = BayesConv2d(2, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.cat([x, x + 1])).flatten(1).chunk(2)[1]  # type: ignore[no-any-return]
+
+    x = torch.randn(3, 2, 5, 5)
+    model = Moves()
+    torch.testing.assert_close(
+        predict(model, x, samples=4).samples, predict(model, x, samples=4, chunk=1).samples, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "model", [network(), nn.Sequential(network(), nn.Hardtanh()), nn.Sequential(network(), Mask())]
+)
+def test_ordinary_models_stack_their_samples(model: nn.Module) -> None:
+    passes: list[int] = []
+    model[0].register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    predict(model, samples=7)
+    assert passes == [10, 5, 5, 35]  # a rehearsal of two samples, then all
+
+
+def test_threads_predict_with_one_model() -> None:
+    class Slow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.05)
+            return x
+
+    model = nn.Sequential(BayesLinear(6, 8, init_std=1.0), Slow(), BayesLinear(8, 3, init_std=1.0))
+    right = fw.bayes.predict(model, X, samples=400).std.mean()
+    found: dict[int, Any] = {}
+
+    def run(place: int) -> None:
+        time.sleep(0.02 * place)
+        found[place] = fw.bayes.predict(model, X, samples=400 + place).std.mean()
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(torch.stack([found[k] for k in range(3)]), right.repeat(3), rtol=0.2, atol=0)
+    assert all(module.training for module in model.modules())
 
 
 def test_links() -> None:
@@ -145,7 +220,7 @@ def test_the_model_is_left_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         fw.bayes.predict(model, X)
     assert all(module.training for module in model.modules())
-    assert model[0]._prediction is None
+    assert not model[0]._predictions
     model[:2](X).sum().backward()
 
 
@@ -217,3 +292,8 @@ def test_metrics_bad_input() -> None:
     for function in (fw.bayes.nll, fw.bayes.brier):
         with pytest.raises(ValueError, match="probabilities must have one row at least"):
             function(p[:0], torch.zeros(0).long())
+
+
+def test_a_table_without_rows_and_classes() -> None:
+    with pytest.raises(ValueError, match="probabilities must have one class at least"):
+        fw.bayes.ece(torch.ones(0, 0), torch.ones(0, dtype=torch.int64))

@@ -242,3 +242,40 @@ def test_the_compressed_model_trains():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_reported_error_under_autocast():
+    model = nn.Sequential(nn.Linear(64, 64))
+    right = fw.tt.compress(copy.deepcopy(model), max_rank=4).layers[0]
+    with torch.autocast("cpu"):
+        found = fw.tt.compress(model, max_rank=4).layers[0]
+    assert found == right
+
+
+def test_subclasses_are_named_and_kept():
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(Own(64, 64), nn.Linear(64, 64), nn.LazyLinear(3))
+    report = fw.tt.compress(model, max_rank=2)
+    assert [(layer.name, layer.shape, layer.kept) for layer in report.layers] == [
+        ("0", (64, 64), "Own, a subclass of Linear"),
+        ("1", (64, 64), ""),
+        ("2", (), "LazyLinear, a subclass of Linear"),
+    ]
+    assert type(model[0]) is Own
+    assert "a subclass of Linear" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude": 5}, "exclude must be a list of patterns, got 5"),
+        ({"include": [1]}, "include must hold patterns of names"),
+    ],
+)
+def test_patterns_that_are_none(options, message):
+    with pytest.raises(TypeError, match=message):
+        fw.tt.compress(nn.Sequential(nn.Linear(64, 64)), max_rank=2, **options)
+    with pytest.raises(ValueError, match=r"0: embedding must have a weight with values.*the model is unchanged"):
+        fw.tt.compress(nn.Sequential(nn.Embedding(64, 64, device="meta", padding_idx=0)), max_rank=2)

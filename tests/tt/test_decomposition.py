@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import finite_width as fw
 from finite_width.tt.modes import choose_modes, train_size
@@ -154,3 +157,24 @@ def test_bad_input(call, message):
 def test_bad_dtype():
     with pytest.raises(TypeError, match="tensor must be float32 or float64, got int64"):
         fw.tt.tt_svd(torch.arange(6).reshape(2, 3), eps=0.1)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e160, 1e-170])
+def test_the_bound_holds_for_very_large_and_small_tensors(scale):
+    i = torch.arange(6.0, dtype=torch.float64)
+    tensor = i[:, None, None] + i[:, None] + i + 0.01 * torch.randn(6, 6, 6, dtype=torch.float64)
+    ranks = [core.shape for core in fw.tt.tt_svd(tensor, eps=0.1)]
+    exact = fw.tt.tt_svd(tensor, eps=0)
+    for cores in (
+        fw.tt.tt_svd(tensor * scale, eps=0.1),
+        fw.tt.tt_round([*exact[:-1], exact[-1] * scale], eps=0.1),
+    ):
+        assert [core.shape for core in cores] == ranks
+        error = (fw.tt.tt_to_dense(cores) / scale - tensor).norm()
+        assert float(error) <= 0.1 * float(tensor.norm())
+    linear = nn.Linear(16, 16, dtype=torch.float64)
+    right = fw.tt.compress(nn.Sequential(copy.deepcopy(linear)), max_rank=2).layers[0]
+    with torch.no_grad():
+        linear.weight.mul_(scale)
+    found = fw.tt.compress(nn.Sequential(linear), max_rank=2).layers[0]
+    assert found.relative_error == pytest.approx(right.relative_error)

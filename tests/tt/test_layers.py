@@ -274,3 +274,80 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+SIX = {"rank": 3, "in_modes": (2,) * 6, "out_modes": (2,) * 6}
+
+
+def test_a_table_under_autocast_is_that_without():
+    """Equal indices meet in the gradient: 2000 of 40 rows, summed in float32."""
+    table = fw.tt.TTEmbedding(7**5, 2**5, rank=4, num_modes=(7,) * 5, dim_modes=(2,) * 5)
+    indices = torch.randint(40, (2000,))
+    right = table(indices)
+    with torch.autocast("cpu"):
+        rows = table(indices)
+    torch.testing.assert_close(rows, right, rtol=0, atol=0)
+    got = torch.autograd.grad(rows.sum(), table.cores)
+    for a, b in zip(got, torch.autograd.grad(right.sum(), table.cores), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padding_idx", [None, 0])
+def test_bags_of_half_precision_sum_in_float32(dtype, padding_idx):
+    table = fw.tt.TTEmbedding(50, 12, rank=3, mode="mean", padding_idx=padding_idx, dtype=dtype)
+    exact = copy.deepcopy(table).double()
+    indices, offsets = torch.randint(1, 50, (5000,)), torch.tensor([0, 4000])
+    right = exact(indices, offsets)
+    grads = torch.autograd.grad(right.sum(), exact.cores)
+    torch.compiler.reset()
+    eps = torch.finfo(dtype).eps
+    for call in (table, torch.compile(table, backend="aot_eager", fullgraph=True)):
+        found = call(indices, offsets)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), right, rtol=eps, atol=eps * float(right.abs().max()))
+        for a, b in zip(torch.autograd.grad(found.sum(), table.cores), grads, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=2 * eps, atol=2 * eps * float(b.abs().max()))
+    many = torch.func.vmap(lambda rows: table(rows[None]))(indices[:4000].reshape(2, 2000))
+    right = exact(indices[:4000].reshape(2, 2000))
+    torch.testing.assert_close(many[:, 0].double(), right, rtol=eps, atol=eps * float(right.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fw.tt.TTLinear(64, 64, **SIX),
+        lambda: fw.tt.TTConv2d(64, 64, 3, **SIX),
+        lambda: fw.tt.TTEmbedding(64, 64, rank=3, num_modes=(2,) * 6, dim_modes=(2,) * 6),
+    ],
+)
+def test_dense_weights_and_algebra_under_autocast(make):
+    layer = make()
+    dense, cores = layer.to_dense(), [core.detach() for core in layer.cores[-5:]]
+    cores[0] = cores[0][:1]
+    full, rounded = fw.tt.tt_to_dense(cores), fw.tt.tt_round(cores, max_rank=2)
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(layer.to_dense(), dense, rtol=0, atol=0)
+        torch.testing.assert_close(fw.tt.tt_to_dense(cores), full, rtol=0, atol=0)
+        for a, b in zip(fw.tt.tt_round(cores, max_rank=2), rounded, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_transforms_of_many_cores_under_autocast():
+    layer = fw.tt.TTLinear(64, 64, **SIX)
+    parameters, x = {name: value.detach() for name, value in layer.named_parameters()}, torch.randn(5, 64)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,)).float().square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))
+    right = each(parameters, x)
+    stacked = {name: torch.stack([value, 2 * value]) for name, value in parameters.items()}
+    call = torch.func.vmap(lambda parameters: torch.func.functional_call(layer, parameters, (x,)))
+    with torch.autocast("cpu"):
+        found, many = each(parameters, x), call(stacked)
+        assert many.dtype == torch.bfloat16
+    for name, value in right.items():
+        assert float((found[name] - value).norm() / value.norm()) < 0.02
+    exact = call(stacked)
+    assert float((many - exact).norm() / exact.norm()) < 0.02

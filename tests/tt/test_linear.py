@@ -7,6 +7,7 @@ import io
 import pickle
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -406,3 +407,55 @@ def test_nan_weights_are_refused():
         linear.weight[3, 4] = torch.nan
     with pytest.raises(ValueError, match="weight holds NaN"):
         fw.tt.TTLinear.from_linear(linear, max_rank=2)
+
+
+def test_set_cores_never_broadcasts():
+    layer = fw.tt.TTLinear(64, 64, rank=4, in_modes=(4, 4, 4), out_modes=(4, 4, 4))
+    before = [core.detach().clone() for core in layer.cores]
+    for cores, message in (
+        (
+            fw.tt.tt_round(before, max_rank=1),
+            r"cores\[0\] must have the shape of core_0 \[1, 4, 4, 4\], got \[1, 4, 4, 1\]",
+        ),
+        (before[:2], "cores must hold 3 tensors, one for each core, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer.set_cores(cores)
+    assert all(torch.equal(a, b) for a, b in zip(layer.cores, before, strict=True))
+
+
+def test_assigned_cores_keep_their_modes():
+    layer = fw.tt.TTLinear(64, 64, rank=4, in_modes=(4, 4, 4), out_modes=(4, 4, 4))
+    with pytest.raises(ValueError, match=r"core_1 must have shape \[r, 4, 4, r'\], got \[4, 4, 2, 4\]"):
+        layer.core_1 = nn.Parameter(torch.ones(4, 4, 2, 4))
+    for k, core in enumerate(fw.tt.tt_round([core.detach() for core in layer.cores], max_rank=2)):
+        setattr(layer, f"core_{k}", nn.Parameter(core))
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_dense(), layer.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_integers_of_numpy():
+    layer = fw.tt.TTLinear(64, 64, in_modes=np.array([8, 8]), out_modes=[np.int64(8), 8])
+    assert layer.explain(np.int64(3)) == layer.explain(3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fw.tt.TTLinear(64, 64, in_modes=8), TypeError, "in_modes must be a list of ints"),
+        (lambda: fw.tt.TTEmbedding(8, 8, padding_idx=1.5), TypeError, "padding_idx must be an int, got float"),
+        (
+            lambda: fw.tt.TTLinear.from_linear(nn.Linear(8, 8, device="meta"), max_rank=2),
+            ValueError,
+            "linear must have a weight with values, but it is on the meta device",
+        ),
+        (
+            lambda: fw.tt.TTLinear.from_linear(nn.Linear(8, 8, dtype=torch.complex64), max_rank=2),
+            TypeError,
+            "linear must have a real weight, got complex64",
+        ),
+    ],
+)
+def test_errors_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -77,8 +77,9 @@ class _BayesConv(BayesLayer):
             raise ValueError(f"x must have shape [batch, {self.in_channels}, {sizes}], got {list(x.shape)}")
         if self._mean_mode:
             return self._conv(x, self.weight_mu, self.bias_mu)
-        if self._prediction is not None:
-            return self._predict(x)
+        if self._predictions and (prediction := self._prediction()) is not None:
+            return self._predict(x, prediction)
+        self._check_dtypes(x)
         seed = draw_seed(x.device)
         if self.estimator == "weight":
             return self._conv(x, *self._sampled(seed))
@@ -89,15 +90,18 @@ class _BayesConv(BayesLayer):
             change = self._conv(flipped, weight, bias)
             flip = signs(change.new_empty(*change.shape[: -self.dims], *ones), seed, SIGN_OUT)
             return self._conv(x, self.weight_mu, self.bias_mu) + change * flip
-        variance = None if self.bias_rho is None else reference.sigma(self.bias_rho) ** 2
-        return perturb(
-            self._conv(x, self.weight_mu, self.bias_mu).to(self.weight_mu.dtype),
-            self._conv(x * x, self.weight_std() ** 2, variance).to(self.weight_mu.dtype),
-            seed,
-        )
+        mean = self._conv(x, self.weight_mu, self.bias_mu).to(self.weight_mu.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # float16 holds no variance under 6e-8
+            wide = x.to(self.weight_mu.dtype)
+            bias = None if self.bias_rho is None else reference.sigma(self.bias_rho) ** 2
+            variance = self._conv(wide * wide, self.weight_std() ** 2, bias)
+        return perturb(mean, variance, seed)
 
-    def _predict(self, x: Tensor) -> Tensor:
-        seed, first, count = self._prediction.of(self, x)
+    def _predict(self, x: Tensor, draw: Any) -> Tensor:
+        if draw.rehearsal:
+            return draw.stand_in(self, x, self._conv(x, self.weight_mu, self.bias_mu), -self.dims - 1)
+        self._check_dtypes(x)
+        seed, first, count = draw.of(self, x)
         outputs = []
         for index, part in enumerate(x.chunk(count)):
             sampled: list[Tensor | None] = [

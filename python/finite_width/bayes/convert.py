@@ -119,8 +119,10 @@ def _reason_to_keep(module: nn.Module, users: dict[int, int]) -> str | None:
         return f"{kind.__name__} is not converted"
     if parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is parametrised; remove that first"
-    if users[id(module.weight)] > 1:
-        return "its weight is shared with another module"
+    for name in ("weight", "bias"):
+        parameter = module._parameters.get(name)
+        if parameter is not None and users[id(parameter)] > 1:
+            return f"its {name} is shared with another module"
     if _replace.has_hooks(module):
         return "it has hooks, which its replacement would lose; remove them first"
     if module.weight.dtype not in (torch.float32, torch.float64):

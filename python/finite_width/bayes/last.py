@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class _Steps:
+    """How many steps all optimizers have made: a fused one writes parameters without raising their versions."""
+
+    count = 0
+
+
+def _count_step(*_: Any) -> None:
+    _Steps.count += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def optimizer_steps() -> int:
+    """The number of optimizer steps so far, in this process."""
+    return _Steps.count
 
 
 class _Used:
@@ -16,13 +36,14 @@ class _Used:
         self.value = True
 
 
-class Last:
-    """What the last forward left for kl(): valid while nothing has changed and its graph is unused.
+class Last(threading.local):
+    """What this thread's last forward left for kl(): valid while nothing has changed and its graph is unused.
 
-    Copies and pickles are empty: it holds tensors of a graph.
+    Each thread has its own: the graph that kl() shares is that of its forward. Copies and pickles are empty: it holds
+    tensors of a graph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # called anew in every thread
         self.clear()
 
     def clear(self) -> None:

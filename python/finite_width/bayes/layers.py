@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, _library
 from . import ops, reference
-from .last import Last
+from .last import Last, optimizer_steps
 from .priors import GaussianPrior, MopedPrior, check_prior
 
 ESTIMATORS = ("weight", "flipout", "local")
@@ -34,6 +35,11 @@ def draw_seed(device: torch.device) -> Tensor:
 def inverse_softplus(sigma: Tensor) -> Tensor:
     """ρ with softplus(ρ) = σ, for σ > 0."""
     return sigma + torch.log(-torch.expm1(-sigma))
+
+
+@_library.constant_while_tracing
+def _this_thread() -> int:
+    return threading.get_ident()
 
 
 class BayesLayer(nn.Module):
@@ -75,13 +81,13 @@ class BayesLayer(nn.Module):
         self.register_buffer("bias_prior_mean", None)
         self._last = Last()
         self._mean_mode = 0
-        self._prediction: Any = None
+        self._predictions: dict[int, Any] = {}  # thread -> the prediction under way there
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Fresh means as torch's own layers draw them, σ = init_std everywhere, and the prior's mean."""
         bound = 1 / math.sqrt(self.fan_in) if self.fan_in else 0.0
-        rho = float(inverse_softplus(torch.tensor(self.init_std, dtype=torch.float64)))
+        rho = float(inverse_softplus(torch.tensor(self.init_std, dtype=torch.float64, device="cpu")))
         with torch.no_grad():
             for mu, each in ((self.weight_mu, self.weight_rho), (self.bias_mu, self.bias_rho)):
                 if mu is not None and each is not None:
@@ -108,10 +114,12 @@ class BayesLayer(nn.Module):
         self._reset_prior_mean()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in any module; but a new prior is checked, and brings its mean.
+        """As in any module; but a new prior is checked, and brings its mean; and a new estimator is checked.
 
         A MopedPrior takes the present means, or keeps those of another MopedPrior.
         """
+        if name == "estimator":
+            _check.one_of("estimator", value, ESTIMATORS)
         if name != "prior":
             super().__setattr__(name, value)
             return
@@ -128,7 +136,7 @@ class BayesLayer(nn.Module):
             if mu is not None and isinstance(self.prior, MopedPrior):
                 mean = mu.detach().clone()
             elif mu is not None and isinstance(self.prior, GaussianPrior) and self.prior.mean != 0:
-                mean = torch.full_like(mu.detach(), self.prior.mean)
+                mean = torch.full_like(mu.detach(), float(self.prior.mean))
             setattr(self, f"{name}_prior_mean", mean)
 
     @property
@@ -156,6 +164,10 @@ class BayesLayer(nn.Module):
         """σ = softplus(ρ) of the weight."""
         return reference.sigma(self.weight_rho)
 
+    def _prediction(self) -> Any:
+        """The prediction under way in this thread, or None."""
+        return self._predictions.get(_this_thread())
+
     # The KL that a forward computed on the way.
 
     def _owns_parameters(self) -> bool:
@@ -169,20 +181,29 @@ class BayesLayer(nn.Module):
         in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint's second forward
         if not self._owns_parameters():
             return  # nor clear: replicas share it with the layer
-        if in_backward or torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled():
+        state = None  # tensors of a transform have none
+        if not (in_backward or torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled()):
+            state = self._state()
+        if state is None:
             self._last.clear()
         else:
-            self._last.put(result, nodes, self._state())
+            self._last.put(result, nodes, state)
 
-    def _state(self) -> list[Any]:
-        """What must not have changed for the last forward's KL to be that of now."""
-        state: list[Any] = [self.prior, int(torch.is_grad_enabled())]
+    def _forget(self) -> None:
+        """Let kl() compute all anew."""
+        if not torch.compiler.is_compiling() and self._owns_parameters():
+            self._last.clear()
+
+    def _state(self) -> list[Any] | None:
+        """What must not have changed for the last forward's KL to be that of now; None where that cannot be told."""
+        state: list[Any] = [self.prior, int(torch.is_grad_enabled()), optimizer_steps()]
         # The dicts themselves: nn.Module's attribute look-up would cost as much as the rest.
         for tensor in (*self._parameters.values(), *self._buffers.values()):
             state.append(tensor)
             if tensor is not None:
-                version = -1 if tensor.is_inference() else tensor._version
-                state += (version, tensor.data_ptr(), int(tensor.requires_grad))
+                if tensor.is_inference():  # no version tells when it changes
+                    return None
+                state += (tensor._version, tensor.data_ptr(), int(tensor.requires_grad))
         return state
 
     def _kept(self) -> Any:
@@ -193,7 +214,8 @@ class BayesLayer(nn.Module):
             or not self._owns_parameters()
         ):
             return None
-        return self._last.get(self._state())
+        state = self._state()
+        return None if state is None else self._last.get(state)
 
     def ready_kl(self) -> Tensor | None:
         """KL(q || p) of this layer's weights now, where the last forward computed it on its way; else None."""
@@ -214,7 +236,9 @@ class BayesLayer(nn.Module):
         for stream in streams:
             mu, rho, _ = distributions[stream]
             normal = ops.noise(mu, seed, 0, stream)
-            weight = weights[stream] if weights else ops.sample(mu, rho, seed, stream=stream)[0]
+            weight = (
+                weights[stream] if weights else ops.sample_unchecked(mu, rho, seed, None, None, stream, False, None)[0]
+            )
             log_q = -0.5 * normal * normal - reference.log_sigma(rho) - 0.5 * math.log(2 * math.pi)
             difference = log_q.sum(dtype=torch.float64) - self.prior.log_prob(weight).sum(dtype=torch.float64)
             total = total + difference.to(mu.dtype)
@@ -224,7 +248,7 @@ class BayesLayer(nn.Module):
         """One sample of weight and bias; keeps the KL, or what it can be estimated from."""
         dtype = None if self.prior_std is None else self._product_dtype()  # an estimate needs W as it was drawn
         pairs = [
-            ops.sample(mu, rho, seed, mean, self.prior_std, stream, False, dtype)
+            ops.sample_unchecked(mu, rho, seed, mean, self.prior_std, stream, False, dtype)
             for stream, (mu, rho, mean) in enumerate(self.distributions())
         ]
         weights = [weight for weight, _ in pairs]
@@ -237,12 +261,26 @@ class BayesLayer(nn.Module):
     def _perturbation(self, seed: Tensor) -> list[Tensor | None]:
         """σ ε of weight and bias, for flipout; keeps the KL."""
         pairs = [
-            ops.sample(mu, rho, seed, mean, self.prior_std, stream, True, self._product_dtype())
+            ops.sample_unchecked(mu, rho, seed, mean, self.prior_std, stream, True, self._product_dtype())
             for stream, (mu, rho, mean) in enumerate(self.distributions())
         ]
         if self.prior_std is not None:
             self._keep(torch.stack([kl for _, kl in pairs]).sum(), [weight for weight, _ in pairs])
+        else:
+            self._forget()  # an estimate needs one W, and this forward has none
         return [*(weight for weight, _ in pairs), None][:2]
+
+    def _check_dtypes(self, x: Tensor) -> None:
+        """Raise TypeError unless x and the weights can meet; autocast sees to that itself."""
+        mu = self.weight_mu
+        if x.dtype == mu.dtype and mu.dtype in (torch.float32, torch.float64):
+            return
+        if mu.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"weight_mu must be float32 or float64 (for bfloat16 compute, use autocast), got {mu.dtype}"
+            )
+        if not torch.is_autocast_enabled(x.device.type):
+            _check.like("x", x, "weight_mu", mu)
 
     def _product_dtype(self) -> torch.dtype | None:
         """What autocast's products take W in: it is written so at once; None for the dtype of μ."""
@@ -274,9 +312,10 @@ def signs(like: Tensor, seed: Tensor, stream: int) -> Tensor:
 
 def perturb(mean: Tensor, variance: Tensor, seed: Tensor) -> Tensor:
     """mean + √variance ε: local reparametrisation. A variance of 0 stays 0, with gradient 0."""
-    deviation = torch.sqrt(variance.clamp_min(1e-30))
+    still = variance <= reference.LEAST_VARIANCE  # not where it is NaN
+    deviation = torch.where(still, 0.0, torch.sqrt(torch.where(still, 1.0, variance)))
     noise = ops.noise(mean.detach().contiguous(), seed, 0, OUTPUT)
-    return mean + torch.where(variance > 1e-30, deviation, 0.0) * noise
+    return mean + deviation * noise
 
 
 def with_means(layer: Any, source: BayesLayer) -> Any:

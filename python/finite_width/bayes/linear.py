@@ -67,8 +67,9 @@ class BayesLinear(BayesLayer):
             raise ValueError(f"x must have shape [..., {self.in_features}], got {list(x.shape)}")
         if self._mean_mode:
             return F.linear(x, self.weight_mu, self.bias_mu)
-        if self._prediction is not None:
-            return self._predict(x)
+        if self._predictions and (prediction := self._prediction()) is not None:
+            return self._predict(x, prediction)
+        self._check_dtypes(x)
         rows = x.reshape(-1, self.in_features)
         # Under autocast torch's own product takes x and W to the lower precision; μ, ρ and the KL stay float32.
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -88,19 +89,20 @@ class BayesLinear(BayesLayer):
         elif not autocast:
             y = self._fused(ops.local_unchecked, rows, seed)
         else:
-            variance = None if self.bias_rho is None else reference.sigma(self.bias_rho) ** 2
-            y = perturb(
-                F.linear(rows, self.weight_mu, self.bias_mu).to(self.weight_mu.dtype),
-                F.linear(rows * rows, self.weight_std() ** 2, variance).to(self.weight_mu.dtype),
-                seed,
-            )
+            mean = F.linear(rows, self.weight_mu, self.bias_mu).to(self.weight_mu.dtype)
+            with torch.autocast(x.device.type, enabled=False):  # float16 holds no variance under 6e-8
+                wide = rows.to(self.weight_mu.dtype)
+                bias = None if self.bias_rho is None else reference.sigma(self.bias_rho) ** 2
+                variance = F.linear(wide * wide, self.weight_std() ** 2, bias)
+            y = perturb(mean, variance, seed)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _fused(self, op: Callable[..., Any], rows: Tensor, seed: Tensor) -> Tensor:
         """y and the KL in one op; keeps the KL."""
         parameters, buffers = self.four_parameters(), self._buffers
-        _check.like("weight_mu", parameters[0], "x", rows)
-        # The other checks of ops.linear and ops.local hold by construction.
+        if rows.device != parameters[0].device:
+            _check.like("x", rows, "weight_mu", parameters[0])
+        # The other checks of ops.linear and ops.local hold by construction, or were made by forward.
         y, kl, *_ = op(
             rows,
             *parameters,
@@ -114,8 +116,10 @@ class BayesLinear(BayesLayer):
         result: Tensor = y
         return result
 
-    def _predict(self, x: Tensor) -> Tensor:
-        seed, first, count = self._prediction.of(self, x)
+    def _predict(self, x: Tensor, draw: Any) -> Tensor:
+        if draw.rehearsal:
+            return draw.stand_in(self, x, F.linear(x, self.weight_mu, self.bias_mu), -1)
+        seed, first, count = draw.of(self, x)
         # Under autocast a layer before this one may give its narrow dtype, which is also that of the result; the
         # samples are float32.
         autocast = self._product_dtype()

@@ -14,6 +14,8 @@ def _check_probabilities(probabilities: Tensor, labels: Tensor | None = None) ->
     _check.is_tensor("probabilities", probabilities)
     _check.is_float("probabilities", probabilities)
     _check.has_dim("probabilities", probabilities, 2, "[N, classes]")
+    if not probabilities.shape[1]:
+        raise ValueError(f"probabilities must have one class at least, got shape {list(probabilities.shape)}")
     sums = probabilities.sum(-1)
     if bool((probabilities < 0).any()) or not bool(torch.isclose(sums, torch.ones_like(sums), atol=1e-3).all()):
         raise ValueError(

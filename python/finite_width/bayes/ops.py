@@ -3,7 +3,7 @@
 from .kl_ops import kl, kl_sum, kl_sum_unchecked
 from .linear_ops import linear, linear_samples, linear_unchecked
 from .local_ops import local, local_unchecked
-from .sampling_ops import NARROW, noise, sample
+from .sampling_ops import NARROW, noise, sample, sample_unchecked
 
 __all__ = [
     "NARROW",
@@ -17,4 +17,5 @@ __all__ = [
     "local_unchecked",
     "noise",
     "sample",
+    "sample_unchecked",
 ]

@@ -11,6 +11,17 @@ from torch import Tensor
 
 from .. import _check
 
+# A KL holds 1/σ² in float32: the least and the largest σ whose square is a normal float32 number.
+_LEAST_STD, _LARGEST_STD = 1.1e-19, 1.8e19
+
+
+def _check_std(name: str, std: Any) -> None:
+    _check.positive(name, std)
+    if not _LEAST_STD <= std <= _LARGEST_STD:
+        raise ValueError(
+            f"{name} must lie between {_LEAST_STD} and {_LARGEST_STD}, so that float32 holds its square, got {std}"
+        )
+
 
 @runtime_checkable
 class Prior(Protocol):
@@ -30,7 +41,7 @@ class GaussianPrior:
         mean: one number for all weights. Other than 0, the layer keeps it as a buffer of the weight's size.
 
     Raises:
-        ValueError: std <= 0 or not finite.
+        ValueError: std <= 0, not finite, or so small or large that float32 does not hold its square.
 
     Example:
         >>> import finite_width as fw
@@ -42,7 +53,7 @@ class GaussianPrior:
     mean: float = 0.0
 
     def __post_init__(self) -> None:
-        _check.positive("std", self.std)
+        _check_std("std", self.std)
         _check.number("mean", self.mean)
         if not math.isfinite(self.mean):
             raise ValueError(f"mean must be finite, got {self.mean}")
@@ -50,7 +61,7 @@ class GaussianPrior:
     def log_prob(self, weight: Tensor) -> Tensor:
         """log N(weight; mean, std²), element by element."""
         constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
-        return -0.5 * ((weight - self.mean) / self.std) ** 2 - constant
+        return -0.5 * ((weight - float(self.mean)) / float(self.std)) ** 2 - constant
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,8 @@ class ScaleMixturePrior:
     std2: float = 0.0025
 
     def __post_init__(self) -> None:
-        _check.positive("std1", self.std1)
-        _check.positive("std2", self.std2)
+        _check_std("std1", self.std1)
+        _check_std("std2", self.std2)
         _check.number("pi", self.pi)
         if not 0 < self.pi < 1:
             raise ValueError(f"pi must lie in (0, 1), got {self.pi}")
@@ -120,7 +131,7 @@ class MopedPrior:
     delta: float = 0.1
 
     def __post_init__(self) -> None:
-        _check.positive("std", self.std)
+        _check_std("std", self.std)
         _check.positive("delta", self.delta)
 
 

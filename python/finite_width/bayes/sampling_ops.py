@@ -124,6 +124,8 @@ class _Sample(torch.autograd.Function):
 
 
 _sample = _library.differentiable(_sample_op, _Sample)
+# For layers, whose own tensors fit each other.
+sample_unchecked = _sample
 
 
 def check_weights(

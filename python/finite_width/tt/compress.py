@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import _check, _replace
+from . import decomposition
 from .conv import TTConv2d
 from .decomposition import one_given
 from .embedding import TTEmbedding, unlike_a_train
@@ -108,9 +111,9 @@ def compress(
 
     Raises:
         ValueError: none of eps, max_rank and ratio; a ratio that a layer cannot reach; a pattern that no layer has;
-            NaN weights; a weight that two layers share, or that is made from other parameters; hooks on a layer, which
-            would be lost.
-        TypeError: not a module, eps or ratio that is no number, patterns that are no list.
+            weights with NaN, or without values (meta device); a weight that two layers share, or that is made from
+            other parameters; hooks on a layer, which would be lost.
+        TypeError: not a module, eps or ratio that is no number, patterns that are no list, complex weights.
 
     Source: Oseledets, "Tensor-Train Decomposition", SIAM J. Sci. Comput. 33(5), 2011; for layers Novikov et al.,
     "Tensorizing Neural Networks", NeurIPS 2015, and Garipov et al., "Ultimate tensorization: compressing convolutional
@@ -149,7 +152,9 @@ def _places(
 ) -> dict[nn.Module, list[str]]:
     """Layer -> its names in the model."""
     layers = [
-        (name, layer) for name, layer in model.named_modules(remove_duplicate=False) if type(layer) in REPLACEABLE
+        (name, layer)
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, REPLACEABLE) and layer is not model
     ]
     names = [name for name, _ in layers]
     _replace.check_patterns(include, exclude, names, "linear, convolution or embedding layer")
@@ -166,6 +171,8 @@ def _check_sharing(model: nn.Module, places: dict[nn.Module, list[str]]) -> None
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, []).append((module, name))
     for layer, names in places.items():
+        if type(layer) not in REPLACEABLE:  # kept as it is
+            continue
         if _replace.has_hooks(layer):
             raise ValueError(
                 f"{names[0]} has hooks, which its replacement would lose: remove them, or name it in exclude"
@@ -188,10 +195,12 @@ def _train_of(
     layer: nn.Module, name: str, eps: float | None, max_rank: int | None, ratio: float | None
 ) -> tuple[nn.Module | None, CompressedLayer]:
     """(the train, or None where the layer is kept; its row of the report)."""
+    if type(layer) not in REPLACEABLE:
+        return None, _kept_subclass(layer, name)
     weight: Any = layer.weight
     before = sum(parameter.numel() for parameter in layer.parameters())
     shape = tuple(weight.shape)
-    kept = _reason_to_keep(layer)
+    kept = "" if weight.is_meta else _reason_to_keep(layer)
     new: Any = None
     if not kept:
         options: dict[str, Any] = {"eps": eps, "max_rank": max_rank}
@@ -204,8 +213,8 @@ def _train_of(
                 new = TTConv2d.from_conv(layer, **options)
             elif isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
                 new = TTEmbedding.from_embedding(layer, **options)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}; the model is unchanged") from error
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{name}: {error}; the model is unchanged") from error
         after = sum(parameter.numel() for parameter in new.parameters())
         if after >= before:
             kept = f"its train would have {after} parameters"
@@ -216,13 +225,22 @@ def _train_of(
     if getattr(layer, "bias", None) is not None:
         new.bias.requires_grad_(layer.bias.requires_grad)  # type: ignore[union-attr]
     with torch.no_grad():
-        norm = float(weight.double().norm())
-        error_norm = float((new.to_dense().double() - weight.double()).norm())
+        relative = decomposition.relative_distance(new.to_dense(), weight)
     in_modes, out_modes = (
         (new.dim_modes, new.num_modes) if isinstance(new, TTEmbedding) else (new.in_modes, new.out_modes)
     )
-    relative = error_norm / norm if norm else error_norm
     return new, CompressedLayer(name, shape, in_modes, out_modes, new.ranks, before, after, relative)
+
+
+def _kept_subclass(layer: nn.Module, name: str) -> CompressedLayer:
+    """Its row; a subclass may compute something else, and may have no weight yet (a lazy layer)."""
+    base = next(kind for kind in REPLACEABLE if isinstance(layer, kind))
+    sizes = [() if is_lazy(value) else tuple(value.shape) for value in layer.parameters()]
+    weight = layer._parameters.get("weight")
+    shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
+    count = sum(prod(size) for size in sizes if size)
+    kept = f"{type(layer).__name__}, a subclass of {base.__name__}"
+    return CompressedLayer(name, shape, (), (), (), count, count, 0.0, kept)
 
 
 def _reason_to_keep(layer: nn.Module) -> str:

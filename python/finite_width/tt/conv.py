@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from . import decomposition, functional
-from .linear import Ranks, TTCores, exact, find_modes, largest_rank, ranks_within
+from . import decomposition, functional, reference
+from .linear import Ranks, TTCores, check_trained, exact, find_modes, largest_rank, ranks_within
 
 
 class TTConv2d(TTCores):
@@ -137,6 +137,7 @@ class TTConv2d(TTCores):
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
         decomposition.one_given(eps=eps, max_rank=max_rank, target_params=target_params)
+        check_trained("conv", conv.weight)
         weight, bias, groups = conv.weight.detach(), conv.bias, conv.groups
         wide_in, wide_out = conv.in_channels // groups, conv.out_channels // groups
         modes_in, modes_out = find_modes(wide_in, wide_out, in_modes, out_modes, "matrix")
@@ -222,6 +223,7 @@ class TTConv2d(TTCores):
         y = functional.tt_linear(rows, [first, *rest])[..., : self._out]
         return y if bias is None else y + bias.to(y.dtype)
 
+    @reference.without_autocast
     def to_dense(self) -> Tensor:
         """K [out_channels, in_channels / groups, kh, kw]; differentiable."""
         filters, _, *rest = self.cores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, prod, sqrt
+from math import frexp, isfinite, ldexp, prod, sqrt
 from numbers import Integral
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
-from .modes import check_modes
+from .modes import as_modes, check_modes
+from .reference import merge, without_autocast
 
 Ranks = int | Sequence[int] | None
 
@@ -70,6 +71,17 @@ def _floor(values: Tensor, shape: Sequence[int]) -> float:
     return largest * max(shape) * torch.finfo(values.dtype).eps
 
 
+def _power_of_two(tensor: Tensor) -> float:
+    """Near the largest absolute entry; 1 for zeros. Divided by it, the tensor has the same digits.
+
+    Norms square their entries: those of a float64 tensor beyond 1e±154 would be infinite or zero.
+    """
+    largest = float(tensor.detach().abs().amax()) if tensor.numel() else 0.0
+    limit = 1021 if tensor.dtype == torch.float64 else 125  # so that the inverse is a normal number too
+    return ldexp(1.0, max(-limit, min(frexp(largest)[1] - 1, limit))) if largest else 1.0
+
+
+@without_autocast
 def tt_svd(tensor: Tensor, *, eps: float | None = None, max_rank: Ranks = None) -> list[Tensor]:
     """Tensor Train of a tensor by successive truncated SVDs: A[i1, ..., id] ≈ G1[i1] G2[i2] ··· Gd[id].
 
@@ -102,15 +114,17 @@ def tt_svd(tensor: Tensor, *, eps: float | None = None, max_rank: Ranks = None) 
         raise ValueError(f"tensor must have at least one axis and one element, got shape {list(tensor.shape)}")
     modes, bonds = list(tensor.shape), tensor.dim() - 1
     limits = _check_accuracy(eps, max_rank, bonds)
-    tolerance = (eps or 0.0) * float(tensor.double().norm()) / sqrt(max(bonds, 1))
-    cores, rank, rest = [], 1, tensor
+    scale = _power_of_two(tensor)
+    rest = tensor / scale
+    tolerance = (eps or 0.0) * float(rest.detach().double().norm()) / sqrt(max(bonds, 1))
+    cores, rank = [], 1
     for mode, limit in zip(modes[:-1], limits, strict=True):
         unfolding = rest.reshape(rank * mode, -1)
         u, values, vt = torch.linalg.svd(unfolding, full_matrices=False)
         kept = _truncation(values, max(tolerance, _floor(values, unfolding.shape)), limit)
         cores.append(u[:, :kept].reshape(rank, mode, kept).contiguous())
         rest, rank = values[:kept, None] * vt[:kept], kept
-    return [*cores, rest.reshape(rank, modes[-1], 1).contiguous()]
+    return [*cores, (rest * scale).reshape(rank, modes[-1], 1).contiguous()]
 
 
 def tt_matrix_svd(
@@ -145,7 +159,7 @@ def tt_matrix_svd(
     """
     _check_values("weight", weight)
     _check.has_dim("weight", weight, 2, "[M, N]")
-    out_modes, in_modes = tuple(out_modes), tuple(in_modes)
+    out_modes, in_modes = as_modes("out_modes", out_modes), as_modes("in_modes", in_modes)
     check_modes("out_modes", out_modes, weight.shape[0], "the rows of weight")
     check_modes("in_modes", in_modes, weight.shape[1], "the columns of weight")
     if len(out_modes) != len(in_modes):
@@ -191,6 +205,7 @@ def check_cores(cores: Sequence[Tensor], axes: Sequence[int] = (3, 4)) -> None:
         raise ValueError(f"cores[{len(cores) - 1}] must end with rank 1, got {list(cores[-1].shape)}")
 
 
+@without_autocast
 def tt_to_dense(cores: Sequence[Tensor]) -> Tensor:
     """The full tensor [n_1, ..., n_d] of three-axis cores, or the full matrix [M, N] of four-axis cores.
 
@@ -210,8 +225,6 @@ def tt_to_dense(cores: Sequence[Tensor]) -> Tensor:
     """
     check_cores(cores)
     if cores[0].dim() == 4:
-        from .reference import merge
-
         return merge(cores)[0, :, :, 0]
     dense = cores[0]
     for core in cores[1:]:
@@ -219,6 +232,7 @@ def tt_to_dense(cores: Sequence[Tensor]) -> Tensor:
     return dense.squeeze(0).squeeze(-1)
 
 
+@without_autocast
 def tt_round(cores: Sequence[Tensor], *, eps: float | None = None, max_rank: Ranks = None) -> list[Tensor]:
     """The same tensor with smaller ranks: a QR sweep from the right, then truncated SVDs from the left.
 
@@ -247,13 +261,16 @@ def tt_round(cores: Sequence[Tensor], *, eps: float | None = None, max_rank: Ran
     bonds = len(cores) - 1
     limits = _check_accuracy(eps, max_rank, bonds)
     middles = [core.shape[1:-1] for core in cores]
-    flat = [core.reshape(core.shape[0], -1, core.shape[-1]) for core in cores]
+    scales = [_power_of_two(core) for core in cores]
+    flat = [
+        (core / scale).reshape(core.shape[0], -1, core.shape[-1]) for core, scale in zip(cores, scales, strict=True)
+    ]
     for k in range(bonds, 0, -1):  # every core but the first gets orthonormal rows
         rank, mode, rank_right = flat[k].shape
         q, r = torch.linalg.qr(flat[k].reshape(rank, mode * rank_right).mT)
         flat[k] = q.mT.reshape(-1, mode, rank_right)
         flat[k - 1] = torch.tensordot(flat[k - 1], r.mT, 1)
-    tolerance = (eps or 0.0) * float(flat[0].double().norm()) / sqrt(max(bonds, 1))
+    tolerance = (eps or 0.0) * float(flat[0].detach().double().norm()) / sqrt(max(bonds, 1))
     for k, limit in enumerate(limits):
         rank, mode, rank_right = flat[k].shape
         u, values, vt = torch.linalg.svd(flat[k].reshape(rank * mode, rank_right), full_matrices=False)
@@ -261,15 +278,23 @@ def tt_round(cores: Sequence[Tensor], *, eps: float | None = None, max_rank: Ran
         flat[k] = u[:, :kept].reshape(rank, mode, kept)
         flat[k + 1] = torch.tensordot(values[:kept, None] * vt[:kept], flat[k + 1], 1)
     return [
-        core.reshape(core.shape[0], *middle, core.shape[-1]).contiguous()
-        for core, middle in zip(flat, middles, strict=True)
+        (core * scale).reshape(core.shape[0], *middle, core.shape[-1]).contiguous()
+        for core, middle, scale in zip(flat, middles, scales, strict=True)
     ]
 
 
+@without_autocast
 def relative_error(cores: Sequence[Tensor], dense: Tensor) -> float:
     """‖TT − A‖ / ‖A‖ (Frobenius); 0 for A = 0 met exactly."""
-    difference = float((tt_to_dense(cores).double() - dense.double().reshape(_dense_shape(cores))).norm())
-    norm = float(dense.double().norm())
+    return relative_distance(tt_to_dense(cores), dense.reshape(_dense_shape(cores)))
+
+
+@torch.no_grad()
+def relative_distance(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖ (Frobenius), in float64; ‖found‖ for wanted = 0."""
+    wanted = wanted.double()
+    scale = _power_of_two(wanted)
+    difference, norm = float((found.double() / scale - wanted / scale).norm()), float((wanted / scale).norm())
     return difference / norm if norm else difference
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from . import decomposition, reference
-from .linear import Ranks, TTCores, exact, find_modes, largest_rank, ranks_within
+from .linear import Ranks, TTCores, check_trained, exact, find_modes, largest_rank, ranks_within
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -62,6 +62,8 @@ class TTEmbedding(TTCores):
         _check.positive_int("num_embeddings", num_embeddings)
         _check.positive_int("embedding_dim", embedding_dim)
         _check.one_of("mode", mode, (None, "sum", "mean"))
+        if padding_idx is not None:
+            _check.integer("padding_idx", padding_idx)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(
                 f"padding_idx must lie between {-num_embeddings} and {num_embeddings - 1}, got {padding_idx}"
@@ -117,6 +119,7 @@ class TTEmbedding(TTCores):
         if not isinstance(embedding, (nn.Embedding, nn.EmbeddingBag)):
             raise TypeError(f"embedding must be an nn.Embedding or nn.EmbeddingBag, got {type(embedding).__name__}")
         decomposition.one_given(eps=eps, max_rank=max_rank, target_params=target_params)
+        check_trained("embedding", embedding.weight)
         if unlike := unlike_a_train(embedding):
             raise ValueError(f"embedding must be one that a TTEmbedding can stand for, but has {unlike}")
         weight, padding_idx = embedding.weight.detach(), embedding.padding_idx
@@ -159,7 +162,8 @@ class TTEmbedding(TTCores):
             offsets: [B], where each bag begins in a flat `indices`: from 0, never falling; int64 or int32.
 
         Returns:
-            [..., embedding_dim]; an empty bag gives zeros.
+            [..., embedding_dim] of the cores' dtype, under autocast too; an empty bag gives zeros. Half precision is
+            multiplied and summed in float32.
 
         Raises:
             IndexError: an index below 0 or from num_embeddings on. Not looked for under torch.compile and vmap.
@@ -178,6 +182,11 @@ class TTEmbedding(TTCores):
                 raise IndexError(f"indices must lie between 0 and {self.num_embeddings - 1}, got {worst}")
         if plain and offsets is not None:
             self._check_offsets(offsets, len(indices))
+        return self._look_up(indices, offsets, plain).to(self.cores[0].dtype)
+
+    @reference.without_autocast
+    def _look_up(self, indices: Tensor, offsets: Tensor | None, plain: bool) -> Tensor:
+        """What `forward` returns, before it is rounded to half precision; `plain`: neither compiled nor mapped."""
         if plain:
             distinct, places = torch.unique(indices, return_inverse=True)
             rows = self._rows(distinct)
@@ -246,13 +255,13 @@ class TTEmbedding(TTCores):
         return rows.masked_fill((indices == self.padding_idx)[:, None], 0.0)
 
     def _products(self, indices: Tensor) -> Tensor:
-        """The rows of the train: a product of two looked-up factors each."""
-        cores = self.cores
+        """The rows of the train: a product of two looked-up factors each, wide."""
+        cores = [core.to(reference.accumulation_dtype(core.dtype)) for core in self.cores]
         if len(cores) == 1:
-            return cores[0][0, :, :, 0][indices][:, : self.embedding_dim]
+            return F.embedding(indices, cores[0][0, :, :, 0])[:, : self.embedding_dim]
         left, right = reference.halves(cores, self._split)  # [V1, E1, r], [r, V2, E2]
-        first = left[indices // self._num_right]
-        second = right.transpose(0, 1)[indices % self._num_right]
+        first = _entries(left, indices // self._num_right)
+        second = _entries(right.transpose(0, 1), indices % self._num_right)
         return (first @ second).flatten(1)[:, : self.embedding_dim]
 
     def to_dense(self) -> Tensor:
@@ -280,6 +289,11 @@ class TTEmbedding(TTCores):
         if self.padded_dim != self.embedding_dim:
             text += f", columns beyond {self.embedding_dim} of {self.padded_dim} dropped"
         return text
+
+
+def _entries(table: Tensor, indices: Tensor) -> Tensor:
+    """table[indices] along the first axis, by F.embedding: its gradient has the same bits for any number of threads."""
+    return F.embedding(indices, table.flatten(1)).unflatten(1, table.shape[1:])
 
 
 _MODES = {"sum": 0, "mean": 1}  # as the op behind F.embedding_bag numbers them

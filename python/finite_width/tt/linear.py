@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from . import decomposition, functional, ops, planner, precision, reference
-from .modes import bond_limits, check_modes, choose_modes, number_of_cores, train_size
+from .modes import as_modes, bond_limits, check_modes, choose_modes, number_of_cores, train_size
 
 Ranks = int | Sequence[int]
 
@@ -24,6 +24,15 @@ class TTCores(nn.Module):
         self._core_names = tuple(f"core_{k}" for k in range(len(shapes)))
         for name, shape in zip(self._core_names, shapes, strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(*shape, device=device, dtype=dtype)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in any module; but a core keeps its modes. Its ranks may change, in all cores one after another."""
+        if name.startswith("core_") and isinstance(value, Tensor):
+            before = self._parameters.get(name)
+            if before is not None and value.shape[1:-1] != before.shape[1:-1]:
+                modes = ", ".join(map(str, before.shape[1:-1]))
+                raise ValueError(f"{name} must have shape [r, {modes}, r'], got {list(value.shape)}")
+        super().__setattr__(name, value)
 
     @property
     def cores(self) -> tuple[Tensor, ...]:
@@ -43,8 +52,21 @@ class TTCores(nn.Module):
 
     @torch.no_grad()
     def set_cores(self, cores: Sequence[Tensor]) -> None:
-        """Copy these values into the cores."""
-        for mine, value in zip(self.cores, cores, strict=True):
+        """Copy these values into the cores.
+
+        Raises:
+            ValueError: another number of cores, or shapes other than theirs; nothing is copied then.
+        """
+        own = self.cores
+        if len(cores) != len(own):
+            raise ValueError(f"cores must hold {len(own)} tensors, one for each core, got {len(cores)}")
+        for k, (mine, value) in enumerate(zip(own, cores, strict=True)):
+            _check.is_tensor(f"cores[{k}]", value)
+            if value.shape != mine.shape:  # copy_ would broadcast a smaller one
+                raise ValueError(
+                    f"cores[{k}] must have the shape of core_{k} {list(mine.shape)}, got {list(value.shape)}"
+                )
+        for mine, value in zip(own, cores, strict=True):
             mine.copy_(value)
 
     @torch.no_grad()
@@ -189,8 +211,10 @@ class TTLinear(TTCores):
             in_modes, out_modes: as in the constructor.
 
         Raises:
-            ValueError: none of eps, max_rank and target_params; NaN weights; a target below rank 1.
-            TypeError: not an nn.Linear; an eps that is no number, a max_rank or target_params that is no int.
+            ValueError: none of eps, max_rank and target_params; NaN weights, or none (meta device); a target below
+                rank 1.
+            TypeError: not an nn.Linear, complex weights; an eps that is no number, a max_rank or target_params that is
+                no int.
 
         Example:
             >>> import torch, finite_width as fw
@@ -201,6 +225,7 @@ class TTLinear(TTCores):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         decomposition.one_given(eps=eps, max_rank=max_rank, target_params=target_params)
+        check_trained("linear", linear.weight)
         weight, bias = linear.weight.detach(), linear.bias
         modes = find_modes(linear.in_features, linear.out_features, in_modes, out_modes, "matrix")
         if target_params is not None:
@@ -277,6 +302,14 @@ class TTLinear(TTCores):
         return text
 
 
+def check_trained(name: str, weight: Tensor) -> None:
+    """Raise unless the weight of the layer that the argument is holds real values."""
+    if weight.is_meta:
+        raise ValueError(f"{name} must have a weight with values, but it is on the meta device: load them first")
+    if weight.is_complex():
+        raise TypeError(f"{name} must have a real weight, got {str(weight.dtype).removeprefix('torch.')}")
+
+
 def exact(modes: tuple[int, ...], size: int) -> tuple[int, ...] | None:
     """The modes, or None where they are padded and the layer finds them again itself."""
     return modes if prod(modes) == size else None
@@ -291,12 +324,15 @@ def find_modes(
     names: tuple[str, str] = ("in_features", "out_features"),
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(input modes, output modes): those given, checked; balanced ones for those left out."""
-    given_in = None if in_modes is None else tuple(in_modes)
-    given_out = None if out_modes is None else tuple(out_modes)
-    if given_in is not None:
-        check_modes("in_modes" if names[0] == "in_features" else "dim_modes", given_in, in_features, names[0])
-    if given_out is not None:
-        check_modes("out_modes" if names[1] == "out_features" else "num_modes", given_out, out_features, names[1])
+    given_in = given_out = None
+    if in_modes is not None:
+        name = "in_modes" if names[0] == "in_features" else "dim_modes"
+        given_in = as_modes(name, in_modes)
+        check_modes(name, given_in, in_features, names[0])
+    if out_modes is not None:
+        name = "out_modes" if names[1] == "out_features" else "num_modes"
+        given_out = as_modes(name, out_modes)
+        check_modes(name, given_out, out_features, names[1])
     if given_in is None:
         count = number_of_cores(in_features, out_features) if given_out is None else len(given_out)
         given_in = choose_modes(in_features, count)

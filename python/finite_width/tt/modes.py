@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import ceil, log, prod
+from numbers import Integral
+from typing import Any
 
 from .. import _check
 
@@ -62,6 +64,13 @@ def choose_modes(size: int, count: int) -> tuple[int, ...]:
     while max(modes := _balanced(padded, count)) > limit:
         padded += 1
     return modes
+
+
+def as_modes(name: str, modes: Any) -> tuple[int, ...]:
+    """The modes as a tuple, integers of numpy's as Python's; TypeError for what is no list."""
+    if isinstance(modes, str) or not isinstance(modes, Iterable):
+        raise TypeError(f"{name} must be a list of ints, such as [4, 8, 8, 4], got {modes!r}")
+    return tuple(int(m) if isinstance(m, Integral) and not isinstance(m, bool) else m for m in modes)
 
 
 def check_modes(name: str, modes: tuple[int, ...], size: int, size_name: str) -> None:

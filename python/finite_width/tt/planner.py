@@ -98,7 +98,7 @@ class Plan:
 
 def bucket(batch: int) -> int:
     """The next power of two."""
-    return 1 << max(batch - 1, 0).bit_length()
+    return 1 << max(int(batch) - 1, 0).bit_length()  # of numpy's, or a tensor under torch.jit.trace, too
 
 
 def plan(

@@ -8,7 +8,9 @@ bond of rank r, its cores merge into a left half L [M1, N1, r] and a right half 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,28 @@ from torch import Tensor
 Plan = Sequence[int]
 
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def without_autocast(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """The function computes in the dtypes of its arguments, also under autocast.
+
+    The callers have cast what is to be cast; products inside are summed wide, and torch's tensordot and linalg fail
+    under autocast.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not kinds:
+            return function(*args, **kwargs)
+        with torch.autocast(kinds[0], enabled=False), torch.autocast(kinds[-1], enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products are summed: float32 for half-precision inputs."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
@@ -35,6 +59,7 @@ def as_matrix(cores: Sequence[Tensor], in_cores: int) -> list[Tensor]:
     return [core.unsqueeze(1 if k < in_cores else 2) for k, core in enumerate(cores)]
 
 
+@without_autocast
 def merge(cores: Sequence[Tensor]) -> Tensor:
     """Consecutive cores [r_{k-1}, m_k, n_k, r_k] as one core [r_left, Πm, Πn, r_right]."""
     merged = cores[0]
@@ -51,12 +76,14 @@ def halves(cores: Sequence[Tensor], split: int) -> tuple[Tensor, Tensor]:
     return merge(cores[:split])[0], merge(cores[split:])[..., 0]
 
 
+@without_autocast
 def dense(left: Tensor, right: Tensor) -> Tensor:
     """W [M1 M2, N1 N2] from its halves."""
     rows, columns = left.shape[0] * right.shape[1], left.shape[1] * right.shape[2]
     return torch.einsum("anr,rck->acnk", left, right).reshape(rows, columns)
 
 
+@without_autocast
 def split_gradient(gradient: Tensor, cores: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of the cores, given that of what `merge` makes of them, [r_left, Πm, Πn, r_right]."""
     result = []
@@ -76,6 +103,7 @@ def _unit(like: Tensor, rank: int) -> Tensor:
     return torch.eye(rank, dtype=like.dtype, device=like.device)[:, None, None, :]
 
 
+@without_autocast
 def tt_linear(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, plan: Plan) -> Tensor:
     """x [B, N] -> x Wᵀ + bias [B, M]."""
     split, left_first, dense_forward, _, _, in_cores = plan[:6]
@@ -99,6 +127,7 @@ def _contract(x: Tensor, left: Tensor, right: Tensor, left_first: int) -> Tensor
     return y.reshape(x.shape[0], left.shape[0] * right.shape[1])
 
 
+@without_autocast
 def tt_linear_backward(
     grad: Tensor, x: Tensor, cores: Sequence[Tensor], plan: Plan, needs: Sequence[int]
 ) -> list[Tensor]:
@@ -145,6 +174,7 @@ def tt_linear_backward(
     return [value.to(x.dtype).contiguous() for value in result]
 
 
+@without_autocast
 def tt_chain(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, groups: Sequence[int], left_first: int) -> Tensor:
     """x [B, N] -> x Wᵀ + bias [B, M], one group of merged cores after another, from the left or from the right.
 
