@@ -357,7 +357,7 @@ def test_narrow_weights_where_they_make_no_sense() -> None:
     with pytest.raises(TypeError, match="dtype must be that of mu, or bfloat16 or float16 where mu is float32"):
         ops.sample(two.double(), two.double(), SEED, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="dtype must be that of mu"):
-        ops.sample(two, two, SEED, dtype=torch.float64)
+        ops.sample_unchecked(two, two, SEED, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("estimator", ["weight", "flipout"])
@@ -365,8 +365,8 @@ def test_autocast_draws_weights_in_its_own_dtype(estimator: str, monkeypatch: py
     torch.manual_seed(0)
     layer = fw.bayes.BayesLinear(7, 5, estimator=estimator)
     drawn: list[Any] = []
-    sample = ops.sample
-    monkeypatch.setattr(ops, "sample", lambda *args: drawn.append(args[7]) or sample(*args))
+    sample = ops.sample_unchecked
+    monkeypatch.setattr(ops, "sample_unchecked", lambda *args: drawn.append(args[7]) or sample(*args))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(torch.randn(4, 7)).float().sum().backward()
     layer(torch.randn(4, 7))
