@@ -229,6 +229,18 @@ def test_weights_from_other_weights_and_rows_from_none() -> None:
         torch.testing.assert_close(found, torch.einsum("nap,mbp->nmab", j[:rows], j), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("entries", "method"), [(11, "gradients"), (40, "tokens")])
+def test_small_tables_and_large_ones(entries: int, method: str) -> None:
+    """Rows of five tokens: 25 pairs of positions cost more than a table of 11 entries, and less than one of 40."""
+    torch.manual_seed(0)
+    layers = [nn.Embedding(entries, WIDTH, padding_idx=2), nn.Flatten(), nn.Linear(POSITIONS * WIDTH, 2)]
+    model, x = nn.Sequential(*layers).double(), torch.randint(min(entries, 6), (7, POSITIONS))
+    j = jacobian(model, x)
+    found = fw.ntk.empirical_ntk(model, x, x[:3])
+    torch.testing.assert_close(found, torch.einsum("nap,mbp->nmab", j, j[:3]), rtol=1e-12, atol=1e-13)
+    assert method in {row.method for row in fw.ntk.explain(model, x, x[:3]).rows}
+
+
 def test_other_parameters_in_its_place() -> None:
     torch.manual_seed(0)
     model = Words(lambda m, h: h + m.p[:POSITIONS], p=(9, WIDTH)).double()

@@ -95,6 +95,7 @@ def _probed(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool
 
 
 def _probe(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool) -> _Probe:
+    """One forward of these rows, and the test of where they lie; an error where they mix."""
     leaves = _leaves(tensors)
     with refusing_random_numbers(target.device) if check else nullcontext():
         copies = [leaf.clone() for leaf in leaves]

@@ -227,6 +227,9 @@ class Planner:
         sizes, times = self.sizes, self._positions(own)
         width = self.uses[own[0][0]].shape[-1]
         flops = 2 * sizes.pairs * times**2 * sizes.products * width
+        gradients = self._gradients(name, own)
+        if gradients.flops < flops:  # a small table, and long rows
+            return gradients
         return Entry("tokens", (name,), own, 0.0, flops, times * sizes.outputs * width * sizes.itemsize)
 
     def _conv(self, name: str, own: list[Role]) -> Entry:
