@@ -357,7 +357,7 @@ def test_narrow_weights_where_they_make_no_sense() -> None:
     with pytest.raises(TypeError, match="dtype must be that of mu, or bfloat16 or float16 where mu is float32"):
         ops.sample(two.double(), two.double(), SEED, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="dtype must be that of mu"):
-        ops.sample_unchecked(two, two, SEED, dtype=torch.float64)
+        ops.sample(two, two, SEED, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("estimator", ["weight", "flipout"])
