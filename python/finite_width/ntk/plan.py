@@ -286,7 +286,7 @@ def block_rows(row_bytes: int, device: torch.device) -> int:
     rows, size = block_limits(device)
     most = max(1, min(rows, size // max(1, row_bytes)))
     if device.type == "cpu":
-        most = max(most, min(FEW_ROWS, FEW_ROWS_BYTES // max(1, row_bytes)))
+        most = max(most, min(rows, FEW_ROWS, FEW_ROWS_BYTES // max(1, row_bytes)))
     return 1 << (most.bit_length() - 1)
 
 
