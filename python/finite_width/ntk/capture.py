@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .contract import Target
-from .made import Made, parameters_behind
+from .made import Made, graph_nodes, parameters_behind
 from .recognise import RECOGNISED
 
 
@@ -74,6 +74,7 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.names = {id(value): name for name, value in target.parameters.items()}
         self.uses: list[Use] = []
+        self._recorded: set[Any] = set()  # their nodes in the graph
         self.made: list[Made] = []
         self._made_names: dict[tuple[int, int], str] = {}  # by the value's id and version
         self._attached = target.choices.attached
@@ -140,7 +141,7 @@ class Capture(TorchFunctionMode):
             return None
         own = self.names.get(id(value)) or self._made_names.get((id(value), value._version))
         if own is None and value.grad_fn is not None:
-            names = parameters_behind(value, self.names, {use.edge.node for use in self.uses})
+            names = parameters_behind(value, self.names, self._recorded)
             if names:
                 own = made_name(len(self.made))
                 self.made.append(Made(value, names))
@@ -174,6 +175,7 @@ class Capture(TorchFunctionMode):
             result = _Anchored.apply(self.anchor, lambda: call(used_weight, used_bias))
         if weight_name or bias_name:
             self._watched.append(result.grad_fn.register_prehook(self._differentiate))  # type: ignore[union-attr]
+            self._recorded.add(result.grad_fn)
             kept = input if keep_input else input.new_zeros(()).expand(input.shape)
             self.uses.append(
                 Use(
@@ -198,10 +200,7 @@ class Capture(TorchFunctionMode):
         reached: set[str] = set()
         if result.grad_fn is None:
             return {self.names[id(result)]} if id(result) in self.names else reached
-        seen = {result.grad_fn}
-        stack = [result.grad_fn]
-        while stack:
-            node = stack.pop()
+        for node in graph_nodes(result.grad_fn):
             if node.name() == "CheckpointFunctionBackward":
                 raise ValueError(
                     "model: it uses torch.utils.checkpoint with use_reentrant=True, which hides parameters from "
@@ -210,10 +209,6 @@ class Capture(TorchFunctionMode):
             variable = getattr(node, "variable", None)
             if variable is not None and id(variable) in self.names:
                 reached.add(self.names[id(variable)])
-            for following, _ in node.next_functions:
-                if following is not None and following not in seen:
-                    seen.add(following)
-                    stack.append(following)
         return reached
 
 

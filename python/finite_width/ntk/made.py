@@ -7,7 +7,7 @@ or backward of the model is repeated for that.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,18 @@ class Made:
         return self.value._version != self.version
 
 
+def graph_nodes(root: Any) -> Iterator[Any]:
+    """The nodes of autograd's graph that lead to a value, its own first, each once."""
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+
+
 def parameters_behind(value: Tensor, names: Mapping[int, str], recorded: Container[Any]) -> tuple[str, ...]:
     """The parameters that made the value; none where anything else did.
 
@@ -57,20 +69,14 @@ def parameters_behind(value: Tensor, names: Mapping[int, str], recorded: Contain
         recorded: nodes of the graph whose parameters are cut off.
     """
     found: set[str] = set()
-    seen, stack = {value.grad_fn}, [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node in recorded or len(seen) > MOST_NODES:
+    for count, node in enumerate(graph_nodes(value.grad_fn)):
+        if node in recorded or count >= MOST_NODES:
             return ()
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if id(leaf) not in names or leaf.is_complex():
                 return ()
             found.add(names[id(leaf)])
-        for following, _ in node.next_functions:  # type: ignore[union-attr]
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
     return tuple(name for name in names.values() if name in found)
 
 
