@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import finite_width as fw
+from ntk.jacobians import jacobian
 
 LENGTH, FEATURES, HIDDEN = 6, 3, 4
 
@@ -77,26 +78,11 @@ LAYERS = [
 ]
 
 
-def _jacobian(model: nn.Module, x: Tensor) -> Tensor:
-    parameters = list(model.parameters())
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    torch.cat([part.flatten() for part in torch.autograd.grad(value, parameters, retain_graph=True)])
-                    for value in model(row).flatten()
-                ]
-            )
-            for row in x.split(1)
-        ]
-    )
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name: str) -> None:
     torch.manual_seed(0)
     model, x = _build(name).double(), torch.randn(7, LENGTH, FEATURES).double()
-    j = _jacobian(model, x)
+    j = jacobian(model, x)
     right = torch.einsum("nap,mbp->nmab", j, j)
     for one, two in ((7, 7), (1, 7), (5, 1)):
         found = fw.ntk.empirical_ntk(model, x[:one], x[:two])
@@ -110,7 +96,7 @@ def test_layers(name: str) -> None:
 def test_cells(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model, x = Cells(kind(FEATURES, HIDDEN)).double(), torch.randn(5, LENGTH, FEATURES).double()
-    j = _jacobian(model, x)
+    j = jacobian(model, x)
     right = torch.einsum("nap,map->nm", j, j)
     torch.testing.assert_close(fw.ntk.empirical_ntk(model, x, compute="trace"), right, rtol=1e-11, atol=1e-12)
     assert not {row.method for row in fw.ntk.explain(model, x).rows} & {"vmap", "loop"}
@@ -129,6 +115,6 @@ def test_packed_sequences_are_left_to_autograd() -> None:
 
     torch.manual_seed(0)
     model, x = Packed().double(), torch.randn(5, LENGTH, FEATURES).double()
-    j = _jacobian(model, x)
+    j = jacobian(model, x)
     right = torch.einsum("nap,mbp->nmab", j, j)
     torch.testing.assert_close(fw.ntk.empirical_ntk(model, x), right, rtol=1e-11, atol=1e-12)

@@ -11,6 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Residual(nn.Module):
+    """Two layers, the first one beside its input: no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.b(x + F.relu(self.a(x)))
+
+
 class Dag(nn.Module):
     """Values 0 (the input), 1, 2, ...; each is ("linear", source), ("add", a, b) or ("cat", a, b)."""
 

@@ -9,18 +9,9 @@ from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 
 import finite_width as fw
-from pathsgd.networks import mlp
+from pathsgd.networks import Residual, mlp
 
 PathSGD, path_gamma = fw.pathsgd.PathSGD, fw.pathsgd.path_gamma
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.b(x + F.relu(self.a(x)))
 
 
 def give_gradients(model) -> None:
