@@ -142,7 +142,7 @@ def fuzz_convolution(d: Draw) -> Call:
     n, o, c_in, c_out = d.size(0, 3), d.size(1, 2), groups * d.size(1, 4), groups * d.size(1, 9)
     if d.choice([True, False]):  # what takes Winograd's form
         kernel, stride, dilation, groups = [3, 3], [1, 1], [1, 1], 1
-        padding, places = [d.size(0, 2) for _ in range(2)], [d.size(3, 12) for _ in range(2)]
+        padding, places = [d.size(0, 2) for _ in range(2)], [d.size(3, 20) for _ in range(2)]
         sizes = [max(place + 2 - 2 * p, 1) for place, p in zip(places, padding, strict=True)]
         places = [size + 2 * p - 2 for size, p in zip(sizes, padding, strict=True)]
         c_in, c_out = d.size(15, 40), d.size(15, 40)
@@ -157,11 +157,11 @@ def fuzz_convolve(d: Draw) -> Call:
     n, c_in, c_out = d.size(0, 4), groups * d.size(1, 9), groups * d.size(1, 18)
     if d.choice([True, False]):  # what takes Winograd's form
         kernel, dilation, groups = [3, 3], [1, 1], 1
-        padding, sizes = [d.size(-1, 3) for _ in range(2)], [d.size(4, 14) for _ in range(2)]
+        padding, sizes = [d.size(-1, 3) for _ in range(2)], [d.size(4, 21) for _ in range(2)]
         c_in, c_out = d.size(23, 50), d.size(23, 50)
     bias = d.tensor(c_out) if d.choice([True, False]) else None
-    args = (d.tensor(n, c_in, *sizes), d.tensor(c_out, c_in // groups, *kernel), bias, None, padding, dilation, groups)
-    return Call(ntk.convolve, args, linear=True)
+    operands = (d.tensor(n, c_in, *sizes), d.tensor(c_out, c_in // groups, *kernel), bias, None)
+    return Call(ntk.convolve, (*operands, padding, dilation, groups, d.choice([True, False])), linear=True)
 
 
 def fuzz_tensor_train(d: Draw) -> Call:

@@ -129,7 +129,7 @@ Tensor conv_cpu(const Tensor& input, const Tensor& delta, std::vector<int64_t> k
 
 Tensor convolve_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& gate, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                    int64_t groups) {
+                    int64_t groups, bool local) {
   const int64_t spatial = weight.dim() - 2;
   STD_TORCH_CHECK(spatial >= 1 && spatial <= kMaxAxes, "finite_width: weight must have 1, 2 or 3 spatial axes");
   std::vector<int64_t> kernel_size;
@@ -164,7 +164,7 @@ Tensor convolve_cpu(const Tensor& input, const Tensor& weight, const std::option
   with_type(input, [&]<class T>(T) {
     convolve<T>(input.size(0), shape, inputs.const_data_ptr<T>(), weights.const_data_ptr<T>(),
                 bias ? shift.const_data_ptr<T>() : nullptr, gate ? kept.const_data_ptr<T>() : nullptr,
-                gate ? gate->size(0) : 1, output.mutable_data_ptr<T>());
+                gate ? gate->size(0) : 1, local, output.mutable_data_ptr<T>());
   });
   return output;
 }

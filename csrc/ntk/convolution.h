@@ -21,6 +21,6 @@ namespace finite_width::ntk {
 // take Winograd's form (ntk/winograd.h).
 template <class T>
 void convolve(int64_t N, const Convolution& shape, const T* input, const T* weight, const T* bias, const T* gate,
-              int64_t gates, T* output);
+              int64_t gates, bool local, T* output);
 
 }  // namespace finite_width::ntk

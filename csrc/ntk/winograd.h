@@ -30,7 +30,7 @@ inline bool winograd_serves(const Convolution& shape, int64_t least_channels) {
 // Floor: 8 N Cout Cin |S'| operations at the multiply-add rate.
 template <class T>
 void winograd_convolve(int64_t N, const Convolution& shape, const T* input, const T* weight, const T* bias,
-                       const T* gate, int64_t gates, T* output);
+                       const T* gate, int64_t gates, bool local, T* output);
 
 // As `conv_gradients` (ntk/ntk.h), for what winograd_serves.
 //

@@ -12,13 +12,13 @@ namespace finite_width::ntk {
 
 template <class T>
 void winograd_convolve(int64_t N, const Convolution& shape, const T* input, const T* weight, const T* bias,
-                       const T* gate, int64_t gates, T* output) {
-  FW_DISPATCH(ntk::winograd_convolve<T>)(N, shape, input, weight, bias, gate, gates, output);
+                       const T* gate, int64_t gates, bool local, T* output) {
+  FW_DISPATCH(ntk::winograd_convolve<T>)(N, shape, input, weight, bias, gate, gates, local, output);
 }
 
 template void winograd_convolve<float>(int64_t, const Convolution&, const float*, const float*, const float*,
-                                       const float*, int64_t, float*);
+                                       const float*, int64_t, bool, float*);
 template void winograd_convolve<double>(int64_t, const Convolution&, const double*, const double*, const double*,
-                                        const double*, int64_t, double*);
+                                        const double*, int64_t, bool, double*);
 
 }  // namespace finite_width::ntk

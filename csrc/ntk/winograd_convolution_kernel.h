@@ -25,42 +25,28 @@ struct Strips {
 
 // G g Gᵀ of every filter and channel, packed: frequency f of strip s at to[(s * kFrequencies + f) * panel_step], as a
 // left panel [channels, kTileRows].
-template <class T>
+template <class T, class Form>
 void transform_weights(const T* weight, const Strips<T>& strips, int64_t channels, int64_t panel_step, T* to) {
   constexpr int Rows = tile::kTileRows<T>, L = simd::kLanes<T>;
   const int64_t panel = channels * Rows;
   T* taps = thread_workspace<T>(kTapsSlot, 9 * panel + tile::kSlack<T> + L);
-  for (int64_t s = 0; s < strips.count; ++s, to += winograd::kFrequencies * panel_step) {
+  for (int64_t s = 0; s < strips.count; ++s, to += Form::kFrequencies * panel_step) {
     const T* filters = weight + strips.first(s) * channels * 9;
     for (int64_t tap = 0; tap < 9; ++tap) {
       tile::pack_left(filters + tap, channels * 9, 9, strips.rows(s), channels, taps + tap * panel);
     }
-    const simd::Vec<T> half = simd::broadcast(T(0.5));
     for (int64_t at = 0; at < panel; at += L) {
-      simd::Vec<T> t[4][3];
-#pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j) {
-        const simd::Vec<T> g0 = simd::load(taps + j * panel + at), g1 = simd::load(taps + (3 + j) * panel + at);
-        const simd::Vec<T> g2 = simd::load(taps + (6 + j) * panel + at), ends = g0 + g2;
-        t[0][j] = g0, t[1][j] = half * (ends + g1), t[2][j] = half * (ends - g1), t[3][j] = g2;
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const simd::Vec<T> ends = t[i][0] + t[i][2];
-        T* row = to + 4 * i * panel_step + at;
-        simd::store(row, t[i][0]);
-        simd::store(row + panel_step, half * (ends + t[i][1]));
-        simd::store(row + 2 * panel_step, half * (ends - t[i][1]));
-        simd::store(row + 3 * panel_step, t[i][2]);
-      }
+      winograd::both_axes<T, 3, Form::kSide>(
+          Form::weights, [&](int i, int j) { return simd::load(taps + (3 * i + j) * panel + at); },
+          [&](int i, int j, simd::Vec<T> value) { simd::store(to + (Form::kSide * i + j) * panel_step + at, value); });
     }
   }
 }
 
-template <class T>
+template <class T, class Form>
 struct WinogradConvolving {
   const Convolution& shape;
-  const winograd::Tiles& tiles;
+  const winograd::Tiles<Form>& tiles;
   const T *input, *bias, *gate;
   int64_t gates;
   T* output;
@@ -78,19 +64,19 @@ struct WinogradConvolving {
     const int64_t count = (end - begin) * tiles.across, step = ((count + Columns) / kLine / 2 * 2 + 3) * kLine;
     const int64_t inputs = winograd::apart<T>(channels * step), outputs = winograd::apart<T>(filters * step);
     T* transformed =
-        thread_workspace<T>(kTransformedSlot, winograd::kFrequencies * inputs);  // [frequencies, channels, step]
-    T* products = thread_workspace<T>(kProductsSlot, winograd::kFrequencies * outputs);  // [frequencies, filters, step]
+        thread_workspace<T>(kTransformedSlot, Form::kFrequencies * inputs);          // [frequencies, channels, step]
+    T* products = thread_workspace<T>(kProductsSlot, Form::kFrequencies * outputs);  // [frequencies, filters, step]
     transform(begin, end, transformed, step, inputs);
-    for (int f = 0; f < winograd::kFrequencies; ++f) {
+    for (int f = 0; f < Form::kFrequencies; ++f) {
       const T* right = transformed + f * inputs;
       for (int64_t k = 0; k < channels; k += tile::kDepth) {
         const int64_t depth = tile::smaller(tile::kDepth, channels - k);
         // A few columns of the tiles, in the first cache, meet all filters.
         for (int64_t j = 0; j < count; j += Columns) {
           for (int64_t s = 0; s < strips.count; ++s) {
-            tile::multiply_tile<T>(
-                strips.rows(s), Columns, depth, weights + (s * winograd::kFrequencies + f) * panel_step + k * Rows,
-                right + k * step + j, step, products + f * outputs + strips.first(s) * step + j, step, k > 0);
+            tile::multiply_tile<T>(strips.rows(s), Columns, depth,
+                                   weights + (s * Form::kFrequencies + f) * panel_step + k * Rows, right + k * step + j,
+                                   step, products + f * outputs + strips.first(s) * step + j, step, k > 0);
           }
         }
       }
@@ -102,7 +88,7 @@ struct WinogradConvolving {
   // Frequency f of channel k and tile t of these lines at to[f * frequency + k * step + t].
   void transform(int64_t begin, int64_t end, T* to, int64_t step, int64_t frequency) const {
     const int64_t channels = shape.channels_in, volume = shape.size[1] * shape.size[2];
-    const winograd::TransformedInput<T> transformed(shape, tiles);
+    const winograd::TransformedInput<T, Form> transformed(shape, tiles);
     for (int64_t k = 0; k < channels; ++k, to += step) {
       // Tiles in increasing order, since each line may write past its last one.
       for (int64_t at = begin; at < end;) {
@@ -116,62 +102,66 @@ struct WinogradConvolving {
 
   // Aᵀ [frequencies] A of one filter's tiles, written to the images. Frequency f stands at from[f * step].
   void write(const T* from, int64_t step, int64_t filter, int64_t begin, int64_t end) const {
-    constexpr int L = simd::kLanes<T>;
-    const int64_t count = (end - begin) * tiles.across, room = (count + L - 1) / L * 2 * L;
-    T* upper = thread_workspace<T>(kLinesSlot, 2 * room);  // positions of the even lines, then of the odd ones
+    constexpr int L = simd::kLanes<T>, N = Form::kTile;
+    const int64_t count = (end - begin) * tiles.across, room = (count + L - 1) / L * N * L;
+    T* positions = thread_workspace<T>(kLinesSlot, N * room);  // line i of every tile at positions[i * room]
     for (int64_t t = 0; t < count; t += L) {
-      simd::Vec<T> s[2][4];
+      simd::Vec<T> y[N][N];
+      winograd::both_axes<T, Form::kSide, N>(
+          Form::outputs, [&](int i, int j) { return simd::load(from + (Form::kSide * i + j) * step + t); },
+          [&](int i, int j, simd::Vec<T> value) { y[i][j] = value; });
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const T* at = from + j * step + t;
-        const simd::Vec<T> m1 = simd::load(at + 4 * step), m2 = simd::load(at + 8 * step);
-        s[0][j] = simd::load(at) + (m1 + m2), s[1][j] = (m1 - m2) + simd::load(at + 12 * step);
-      }
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const winograd::Pair<T> line =
-            winograd::interleaved<T>(s[i][0] + (s[i][1] + s[i][2]), (s[i][1] - s[i][2]) + s[i][3]);
-        simd::store(upper + i * room + 2 * t, line.first);
-        simd::store(upper + i * room + 2 * t + L, line.second);
+      for (int i = 0; i < N; ++i) {
+        winograd::interleave<T, N>(y[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) simd::store(positions + i * room + N * t + j * L, y[i][j]);
       }
     }
     const T shift = bias ? bias[filter] : T(0);
     const int64_t down = shape.positions[1], across = shape.positions[2];
     for (int64_t line = begin; line < end; ++line) {
-      const int64_t n = line / tiles.lines, y = line % tiles.lines * 2;
-      for (int64_t i = 0; i < std::min<int64_t>(2, down - y); ++i) {
+      const int64_t n = line / tiles.lines, y = line % tiles.lines * N;
+      for (int64_t i = 0; i < std::min<int64_t>(N, down - y); ++i) {
         const int64_t within = (filter * down + y + i) * across, image = shape.channels_out * down * across;
         const T* kept = gate ? gate + n % gates * image + within : nullptr;
-        write_line(upper + i * room + (line - begin) * 2 * tiles.across, across, shift, kept,
+        write_line(positions + i * room + (line - begin) * N * tiles.across, across, shift, kept,
                    output + n * image + within);
       }
     }
   }
 };
 
-template <class T>
-void winograd_convolve(int64_t N, const Convolution& shape, const T* input, const T* weight, const T* bias,
-                       const T* gate, int64_t gates, T* output) {
+template <class T, class Form>
+void convolve_tiles(int64_t N, const Convolution& shape, const T* input, const T* weight, const T* bias, const T* gate,
+                    int64_t gates, T* output) {
   constexpr int Rows = tile::kTileRows<T>, L = simd::kLanes<T>;
   const int64_t channels = shape.channels_in, filters = shape.channels_out;
   const int64_t panel_step = (channels * Rows + L - 1) / L * L;
   const Strips<T> strips{filters};
-  T* weights = thread_workspace<T>(kFiltersSlot, strips.count * winograd::kFrequencies * panel_step);
-  transform_weights(weight, strips, channels, panel_step, weights);
+  T* weights = thread_workspace<T>(kFiltersSlot, strips.count * Form::kFrequencies * panel_step);
+  transform_weights<T, Form>(weight, strips, channels, panel_step, weights);
 
-  const winograd::Tiles tiles(shape);
-  const WinogradConvolving<T> work{shape, tiles, input, bias, gate, gates, output, strips, weights, panel_step};
+  const winograd::Tiles<Form> tiles(shape);
+  const WinogradConvolving<T, Form> work{shape, tiles, input, bias, gate, gates, output, strips, weights, panel_step};
   const int64_t lines = N * tiles.lines, blocks = num_threads() == 1 ? 1 : num_threads() * kBlocksPerThread;
-  const int64_t most = kTransformedBytes / (winograd::kFrequencies * channels * static_cast<int64_t>(sizeof(T)));
+  const int64_t most = kTransformedBytes / (Form::kFrequencies * channels * static_cast<int64_t>(sizeof(T)));
   const int64_t least = (kLeastTiles + tiles.across - 1) / tiles.across;
   const int64_t some = std::max(least, std::min(most / tiles.across, lines / blocks));
   parallel_blocks((lines + some - 1) / some,
                   [&](int64_t block) { work.run(block * some, std::min(lines, (block + 1) * some)); });
 }
 
+template <class T>
+void winograd_convolve(int64_t N, const Convolution& shape, const T* input, const T* weight, const T* bias,
+                       const T* gate, int64_t gates, bool local, T* output) {
+  const auto run = !local && winograd::four_serves<T>(shape) ? convolve_tiles<T, winograd::Four<T>>
+                                                             : convolve_tiles<T, winograd::Two<T>>;
+  run(N, shape, input, weight, bias, gate, gates, output);
+}
+
 template void winograd_convolve<float>(int64_t, const Convolution&, const float*, const float*, const float*,
-                                       const float*, int64_t, float*);
+                                       const float*, int64_t, bool, float*);
 template void winograd_convolve<double>(int64_t, const Convolution&, const double*, const double*, const double*,
-                                        const double*, int64_t, double*);
+                                        const double*, int64_t, bool, double*);
 
 }  // namespace finite_width::FW_ISA::ntk

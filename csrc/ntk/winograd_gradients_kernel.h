@@ -14,7 +14,7 @@ constexpr int64_t kChainTiles = 112;
 // What is in work at once: the sums of so many strips of rows and so many channels.
 constexpr int64_t kStripsAtOnce = 64, kChannelsAtOnce = 64;
 
-template <class T>
+template <class T, class Form>
 class WinogradGradients {
  public:
   // Cotangents of one example by row (output, filter); its input; its gradients, rows `step` apart.
@@ -34,15 +34,17 @@ class WinogradGradients {
 
  private:
   static constexpr int Rows = tile::kTileRows<T>, Columns = tile::kTileColumns<T>, L = simd::kLanes<T>;
-  static constexpr int F = winograd::kFrequencies;
+  static constexpr int F = Form::kFrequencies, N = Form::kTile, Side = Form::kSide;
 
   void block(int64_t first, int64_t count, int64_t channel, int64_t channels) const {
     const int64_t strips = (count + Rows - 1) / Rows, wide = (channels + Columns - 1) / Columns * Columns;
-    T* sums = thread_workspace<T>(kSumsSlot, strips * F * Rows * wide);  // [strips, F, Rows, wide]
+    // [strips, F, Rows, wide]; one strip after the other where each is summed in one chain.
+    const int64_t of_strip = F * Rows * wide, next_strip = lines_ < tiles_.lines ? of_strip : 0;
+    T* sums = thread_workspace<T>(kSumsSlot, of_strip + (strips - 1) * next_strip);
     const int64_t most = lines_ * tiles_.across;
     T* right = thread_workspace<T>(kInputsSlot, F * wide / Columns * panel_step(most));
     T* left = thread_workspace<T>(kCotangentsSlot, F * (Rows * most + L));
-    T* positions = thread_workspace<T>(kPositionsSlot, (2 * lines_ * shape_.positions[2] + 1) * Rows + tile::kSlack<T>);
+    T* positions = thread_workspace<T>(kPositionsSlot, (N * lines_ * shape_.positions[2] + 1) * Rows + tile::kSlack<T>);
     const Summed<T> cotangents{cotangents_.rows, channel == 0 ? cotangents_.sums : nullptr, cotangents_.step};
     for (int64_t line = 0; line < tiles_.lines; line += lines_) {
       const int64_t end = std::min(tiles_.lines, line + lines_), depth = (end - line) * tiles_.across;
@@ -50,7 +52,7 @@ class WinogradGradients {
       for (int64_t s = 0; s < strips; ++s) {
         const int rows = static_cast<int>(tile::smaller(Rows, count - s * Rows));
         pack_cotangents(cotangents, first + s * Rows, rows, line, end, positions, left);
-        T* strip = sums + s * F * Rows * wide;
+        T* strip = sums + s * next_strip;
         for (int f = 0; f < F; ++f) {
           for (int64_t j = 0; j < wide; j += Columns) {
             tile::multiply_tile<T>(rows, Columns, depth, left + f * (Rows * depth + L),
@@ -74,7 +76,7 @@ class WinogradGradients {
     const int64_t depth = (end - line) * tiles_.across, wide = (channels + Columns - 1) / Columns * Columns;
     const int64_t volume = shape_.size[1] * shape_.size[2], step = (depth + L) * Columns;
     T* transformed = thread_workspace<T>(kTransformedSlot, F * step);  // [F, Columns, depth + L]
-    const winograd::TransformedInput<T> transform(shape_, tiles_);
+    const winograd::TransformedInput<T, Form> transform(shape_, tiles_);
     for (int64_t j = 0; j < wide; j += Columns) {
       const int some = static_cast<int>(tile::smaller(Columns, channels - j));
       for (int i = 0; i < some; ++i) {
@@ -90,74 +92,72 @@ class WinogradGradients {
   // A c Aᵀ: frequency f of these rows at left[f * (Rows * depth + L)], as a left panel over tiles.
   void pack_cotangents(const Summed<T>& cotangents, int64_t row, int rows, int64_t line, int64_t end, T* positions,
                        T* left) const {
-    const int64_t across = shape_.positions[2], down = std::min(2 * end, shape_.positions[1]) - 2 * line;
+    const int64_t across = shape_.positions[2], down = std::min(N * end, shape_.positions[1]) - N * line;
     const int64_t step = (end - line) * tiles_.across * Rows + L;
-    cotangents.pack_left(positions, row, rows, 2 * line * across, down * across);
-    T* zeros = positions + down * across * Rows;  // for positions beyond an odd edge
+    cotangents.pack_left(positions, row, rows, N * line * across, down * across);
+    T* zeros = positions + down * across * Rows;  // for positions beyond an edge
     std::fill(zeros, zeros + Rows + tile::kSlack<T>, T(0));
-    for (int64_t y = 0; y < down; y += 2) {
-      for (int64_t x = 0; x < across; x += 2, left += Rows) {
-        const T* c00 = positions + (y * across + x) * Rows;
-        const T* c01 = x + 1 < across ? c00 + Rows : zeros;
-        const T* c10 = y + 1 < down ? c00 + across * Rows : zeros;
-        const T* c11 = x + 1 < across && y + 1 < down ? c00 + (across + 1) * Rows : zeros;
+    for (int64_t y = 0; y < down; y += N) {
+      for (int64_t x = 0; x < across; x += N, left += Rows) {
+        const T* c[N][N];
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < N; ++j) {
+            c[i][j] = y + i < down && x + j < across ? positions + ((y + i) * across + x + j) * Rows : zeros;
+          }
+        }
         // From left to right: what a vector writes past Rows is overwritten by the next tile.
-        for (int i = 0; i < Rows; i += L) {
-          const simd::Vec<T> a0 = simd::load(c00 + i), a3 = simd::load(c10 + i);
-          const simd::Vec<T> b0 = simd::load(c01 + i), b3 = simd::load(c11 + i);
-          frequencies(a0, b0, left + i, step);
-          frequencies(a0 + a3, b0 + b3, left + 4 * step + i, step);
-          frequencies(a0 - a3, b0 - b3, left + 8 * step + i, step);
-          frequencies(a3, b3, left + 12 * step + i, step);
+        for (int r = 0; r < Rows; r += L) {
+          winograd::both_axes<T, N, Side>(
+              Form::cotangents, [&](int i, int j) { return simd::load(c[i][j] + r); },
+              [&](int i, int j, simd::Vec<T> value) { simd::store(left + (Side * i + j) * step + r, value); });
         }
       }
     }
   }
 
-  static void frequencies(simd::Vec<T> first, simd::Vec<T> second, T* to, int64_t step) {
-    simd::store(to, first);
-    simd::store(to + step, first + second);
-    simd::store(to + 2 * step, first - second);
-    simd::store(to + 3 * step, second);
-  }
-
   // Gᵀ [frequencies] G of one row and its channels, as [channels, 9]. Frequency f stands at from[f * step].
   static void write(const T* from, int64_t step, int64_t channels, T* to) {
-    const simd::Vec<T> half = simd::broadcast(T(0.5));
-    for (int64_t i = 0; i < channels; i += L) {
-      simd::Vec<T> t[3][4];
+    for (int64_t channel = 0; channel < channels; channel += L) {
+      simd::Vec<T> taps[9];
+      winograd::both_axes<T, Side, 3>(
+          Form::gradients, [&](int i, int j) { return simd::load(from + (Side * i + j) * step + channel); },
+          [&](int i, int j, simd::Vec<T> value) { taps[3 * i + j] = value; });
+      const int some = static_cast<int>(tile::smaller(L, channels - channel));
+      write_taps(taps, some, to);
+      to += 9 * some;
+    }
+  }
+
+  // taps[tap][lane] at to[9 lane + tap], lane < count.
+  FW_STRAIGHT static void write_taps(const simd::Vec<T>* taps, int count, T* to) {
+    constexpr int kWhole = 8 % L == 0 ? 8 : 0;  // taps that go out as whole vectors of one channel
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const T* at = from + j * step + i;
-        const simd::Vec<T> m0 = simd::load(at), m1 = simd::load(at + 4 * step);
-        const simd::Vec<T> m2 = simd::load(at + 8 * step), m3 = simd::load(at + 12 * step), middle = half * (m1 + m2);
-        t[0][j] = m0 + middle, t[1][j] = half * (m1 - m2), t[2][j] = middle + m3;
-      }
-      T taps[9][L];
-#pragma GCC unroll 3
-      for (int k = 0; k < 3; ++k) {
-        const simd::Vec<T> middle = half * (t[k][1] + t[k][2]);
-        simd::store(taps[3 * k], t[k][0] + middle);
-        simd::store(taps[3 * k + 1], half * (t[k][1] - t[k][2]));
-        simd::store(taps[3 * k + 2], middle + t[k][3]);
-      }
-      const int some = static_cast<int>(tile::smaller(L, channels - i));
-      for (int lane = 0; lane < some; ++lane) {
-        for (int tap = 0; tap < 9; ++tap) *to++ = taps[tap][lane];
-      }
+    for (int tap = 0; tap < kWhole; tap += L) {
+      simd::Vec<T> square[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) square[i] = taps[tap + i];
+      simd::transpose<T>(square);
+      for (int lane = 0; lane < count; ++lane) simd::store(to + 9 * lane + tap, square[lane]);
+    }
+    for (int tap = kWhole; tap < 9; ++tap) {
+      T lanes[L];
+      simd::store(lanes, taps[tap]);
+      for (int lane = 0; lane < count; ++lane) to[9 * lane + tap] = lanes[lane];
     }
   }
 
   const Convolution& shape_;
-  winograd::Tiles tiles_;
+  winograd::Tiles<Form> tiles_;
   const Summed<T>& cotangents_;
   const T* input_;
   T* gradients_;
   int64_t step_, lines_;
 };
 
-template <class T>
-void winograd_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta,
+template <class T, class Form>
+void gradients_of_tiles(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta,
                         int64_t delta_row, int64_t delta_output, bool bias, T* gradients) {
   const int64_t filters = shape.channels_out, rows = O * filters, width = shape.channels_in * 9;
   const int64_t positions = shape.positions[1] * shape.positions[2], step = width + (bias ? 1 : 0);
@@ -166,8 +166,16 @@ void winograd_gradients(int64_t N, int64_t O, const Convolution& shape, const T*
     const Summed<T> cotangents{
         {delta + n * delta_row, filters, delta_output, positions}, bias ? of_example + width : nullptr, step};
     const T* image = input + n * shape.channels_in * shape.size[1] * shape.size[2];
-    WinogradGradients<T>(shape, cotangents, image, of_example, step).run(first, count);
+    WinogradGradients<T, Form>(shape, cotangents, image, of_example, step).run(first, count);
   });
+}
+
+template <class T>
+void winograd_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta,
+                        int64_t delta_row, int64_t delta_output, bool bias, T* gradients) {
+  const auto run = winograd::four_serves<T>(shape) ? gradients_of_tiles<T, winograd::Four<T>>
+                                                   : gradients_of_tiles<T, winograd::Two<T>>;
+  run(N, O, shape, input, delta, delta_row, delta_output, bias, gradients);
 }
 
 template void winograd_gradients<float>(int64_t, int64_t, const Convolution&, const float*, const float*, int64_t,

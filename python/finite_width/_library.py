@@ -35,7 +35,7 @@ SCHEMAS: dict[str, str] = {
     "ntk_conv_gradients": "(Tensor input, Tensor delta, int[] kernel_size, int[] stride, int[] padding, "
     "int[] dilation, int groups, bool bias, int precision) -> Tensor",
     "ntk_convolve": "(Tensor input, Tensor weight, Tensor? bias, Tensor? gate, int[] padding, int[] dilation, "
-    "int groups) -> Tensor",
+    "int groups, bool local) -> Tensor",
     # Tensor-Train.
     "tt_linear": "(Tensor x, Tensor[] cores, Tensor? bias, int[] plan) -> Tensor",
     "tt_linear_backward": "(Tensor grad, Tensor x, Tensor[] cores, int[] plan, int[] needs) -> Tensor[]",

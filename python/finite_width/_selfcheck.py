@@ -52,7 +52,7 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "ntk_convolve": lambda: (
         *(_randn(6, 24, 9, 7), _randn(25, 24, 3, 3), _randn(25), _randn(3, 25, 9, 9)),
-        *([1, 2], [1, 1], 1),
+        *([1, 2], [1, 1], 1, False),
     ),
     "tt_linear": lambda: (_randn(7, 35), [_randn(1, 3, 5, 4), _randn(4, 6, 7, 1)], _randn(18), [1, 0, 0, 0, 0, 0]),
     "tt_linear_backward": lambda: (

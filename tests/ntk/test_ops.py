@@ -118,6 +118,10 @@ CONVOLUTIONS = [  # rows, outputs, channels in, channels out, spatial sizes, ker
     (2, 1, 33, 16, (24, 25), (3, 3), (1, 1), (1, 1), (1, 1), 1),
     (1, 1, 16, 16, (3, 460), (3, 3), (1, 1), (1, 1), (1, 1), 1),
     (2, 2, 16, 16, (3, 3), (3, 3), (1, 1), (0, 0), (1, 1), 1),
+    # The same on larger tiles: every remainder at the edges, tiles in several chains.
+    (2, 2, 16, 17, (16, 18), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (1, 3, 18, 16, (19, 21), (3, 3), (1, 1), (2, 0), (1, 1), 1),
+    (1, 1, 16, 16, (50, 61), (3, 3), (1, 1), (1, 1), (1, 1), 1),
 ]
 
 
@@ -159,6 +163,10 @@ CONVOLVED = [  # rows, channels in, channels out, spatial sizes, kernel, padding
     (37, 25, 24, (5, 6), (3, 3), (1, 1), (1, 1), 1, 1),
     (2, 24, 50, (40, 39), (3, 3), (-1, 2), (1, 1), 1, 2),
     (1, 24, 24, (4, 300), (3, 3), (1, -2), (1, 1), 1, 0),
+    # The same, on larger tiles where a position may see its neighbours' rounding.
+    (3, 24, 29, (16, 31), (3, 3), (1, 0), (1, 1), 1, 3),
+    (1, 400, 24, (18, 17), (3, 3), (1, 1), (1, 1), 1, 0),
+    (9, 25, 24, (20, 19), (3, 3), (0, 2), (1, 1), 1, 1),
 ]
 
 
@@ -169,43 +177,43 @@ def convolve_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sam
         weight = normal(channels_out, channels_in // groups, *kernel, dtype=dtype, generator=generator)
         bias = normal(channels_out, dtype=dtype, generator=generator)
         geometry = (padding, dilation, groups)
-        shape = ops.convolve(input, weight, None, None, *geometry).shape[1:]
+        shape = ops.convolve(input, weight, None, None, *geometry, True).shape[1:]
         gate = normal(gates, *shape, dtype=dtype, generator=generator) if gates else None
-        samples.append(Sample((input, weight, bias, None, *geometry)))
-        samples.append(Sample((strided(input), strided(weight), None, gate, *geometry)))
+        samples.append(Sample((input, weight, bias, None, *geometry, True)))
+        samples.append(Sample((strided(input), strided(weight), None, gate, *geometry, False)))
     return samples
 
 
 def test_convolutions_and_their_backward_are_those_of_torch() -> None:
     generator = torch.Generator().manual_seed(4)
     for sample in convolve_samples(torch.float64, generator):
-        input, weight, bias, gate, padding, dilation, groups = sample.args
+        input, weight, bias, gate, padding, dilation, groups, local = sample.args
         if min(padding) < 0 or len(input) == 0:
             continue
         source = input.clone().requires_grad_()
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(padding)]
-        if min(ops.convolve(input, weight, None, None, padding, dilation, groups).shape) == 0:
+        if min(ops.convolve(input, weight, None, None, padding, dilation, groups, local).shape) == 0:
             with pytest.raises(RuntimeError, match="Kernel size"):
                 convolve(source, weight, bias, 1, padding, dilation, groups)
             continue
         expected = convolve(source, weight, bias, 1, padding, dilation, groups)
         if gate is not None:
             expected = torch.where(gate.repeat(len(input) // len(gate), *[1] * (gate.dim() - 1)) > 0, expected, 0)
-        found = ops.convolve(input, weight, bias, gate, padding, dilation, groups)
+        found = ops.convolve(input, weight, bias, gate, padding, dilation, groups, local)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("first", [4, 5])
+@pytest.mark.parametrize("first", [4, 5, 6, 7])
 def test_a_window_of_zeros_gives_zero_and_sees_nothing_else(first: int) -> None:
-    """Winograd's form computes four positions together; where a ReLU's corner decides, each has to be alone."""
+    """Winograd's form computes several positions together; where a ReLU's corner decides, each has to be alone."""
     generator = torch.Generator().manual_seed(7)
     for dtype in (torch.float32, torch.float64):
         weight = normal(32, 32, 3, 3, dtype=dtype, generator=generator)
-        for last in (9, 10):
-            image = normal(2, 32, 12, 12, dtype=dtype, generator=generator)
+        for last in (11, 12):
+            image = normal(2, 32, 20, 20, dtype=dtype, generator=generator)
             image[1] = torch.inf
             image[:, :, first:last, first:last] = 0
-            result = ops.convolve(image, weight, None, None, [1, 1], [1, 1], 1)
+            result = ops.convolve(image, weight, None, None, [1, 1], [1, 1], 1, True)
             inside = result[:, :, first + 1 : last - 1, first + 1 : last - 1]
             assert torch.equal(inside, torch.zeros_like(inside))
 
@@ -562,12 +570,12 @@ CASES = [
         call=ops.convolve,
         samples=convolve_samples,
         bad=[
-            ((zeros(1, 2, 5), zeros(3, 3, 2), None, None, [0], [1], 1), ValueError, "weight must have 2 / groups"),
-            ((zeros(1, 2, 5), zeros(3, 2, 2), zeros(2), None, [0], [1], 1), ValueError, "bias must have shape"),
-            ((zeros(1, 2, 5), zeros(3, 2, 2), None, zeros(1, 3, 5), [0], [1], 1), ValueError, "gate must have shape"),
-            ((zeros(3, 2, 5), zeros(3, 2, 2), None, zeros(2, 3, 4), [0], [1], 1), ValueError, "gate's 2 rows"),
-            ((zeros(1, 2, 5), zeros(3, 2, 2), None, None, [0, 0], [1], 1), ValueError, "padding must have 1 entries"),
-            ((zeros(1, 2, 5), zeros(3, 2, 2).double(), None, None, [0], [1], 1), TypeError, "weight has dtype"),
+            ((zeros(1, 2, 5), zeros(3, 3, 2), None, None, [0], [1], 1, True), ValueError, "weight must have 2 / groups"),
+            ((zeros(1, 2, 5), zeros(3, 2, 2), zeros(2), None, [0], [1], 1, True), ValueError, "bias must have shape"),
+            ((zeros(1, 2, 5), zeros(3, 2, 2), None, zeros(1, 3, 5), [0], [1], 1, True), ValueError, "gate must have shape"),
+            ((zeros(3, 2, 5), zeros(3, 2, 2), None, zeros(2, 3, 4), [0], [1], 1, True), ValueError, "gate's 2 rows"),
+            ((zeros(1, 2, 5), zeros(3, 2, 2), None, None, [0, 0], [1], 1, True), ValueError, "padding must have 1 entries"),
+            ((zeros(1, 2, 5), zeros(3, 2, 2).double(), None, None, [0], [1], 1, True), TypeError, "weight has dtype"),
         ],
     ),
 ]

@@ -66,7 +66,7 @@ class Convolved(torch.autograd.Function):
         ctx.gated = gated
         if gated:
             ctx.save_for_backward(input)  # raises in the backward if the input was written in place meanwhile
-        return ops.convolve(input, weight, bias, None, padding, dilation, groups)
+        return ops.convolve(input, weight, bias, None, padding, dilation, groups, True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -74,4 +74,4 @@ class Convolved(torch.autograd.Function):
         kernel = weight.shape[2:]
         flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(*range(2, weight.dim()))
         padding = [d * (k - 1) - p for d, k, p in zip(ctx.dilation, kernel, ctx.padding, strict=True)]
-        return ops.convolve(grads[0], flipped, None, gate, padding, ctx.dilation, groups), *[None] * 7
+        return ops.convolve(grads[0], flipped, None, gate, padding, ctx.dilation, groups, False), *[None] * 7

@@ -50,6 +50,7 @@ def _convolve_shape(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    local: bool,
 ) -> Tensor:
     sizes = zip(input.shape[2:], weight.shape[2:], padding, dilation, strict=True)
     positions = [max(0, size + 2 * pad - d * (k - 1)) for size, k, pad, d in sizes]
@@ -355,6 +356,7 @@ def convolve(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    local: bool,
 ) -> Tensor:
     """A convolution with stride 1 in 1, 2 or 3 spatial axes, and maybe the backward of a ReLU behind it.
 
@@ -369,6 +371,9 @@ def convolve(
         padding: zeros added on both sides of each spatial axis; where negative, that much of the input is left out.
         dilation: as in torch's convolution.
         groups: as in torch's convolution.
+        local: a position depends on its own window alone, bit for bit: then a window of zeros gives its bias exactly,
+            as a ReLU behind needs it. Without it, neighbours may reach a position by their rounding, which allows
+            3 × 3 kernels a form with fewer products.
 
     Returns:
         [N, Cout, *S'], contiguous. The bits of a row depend on this row alone, for any number of threads.
@@ -380,7 +385,7 @@ def convolve(
     Example:
         >>> import torch
         >>> from finite_width.ntk import ops
-        >>> ops.convolve(torch.ones(1, 1, 3), torch.ones(1, 1, 2), None, torch.tensor([[[1.0, -1.0]]]), [0], [1], 1)
+        >>> ops.convolve(torch.ones(1, 1, 3), torch.ones(1, 1, 2), None, torch.tensor([[[1.0, -1.0]]]), [0], [1], 1, True)
         tensor([[[2., 0.]]])
     """
     _check_operands("input", input, {"weight": weight})
@@ -406,10 +411,10 @@ def convolve(
     if gate is not None:
         _check.is_tensor("gate", gate)
         _check.like("gate", gate, "input", input)
-        sizes = _convolve_shape(input, weight, bias, gate, padding, dilation, groups).shape[1:]
+        sizes = _convolve_shape(input, weight, bias, gate, padding, dilation, groups, local).shape[1:]
         if gate.shape[1:] != sizes:
             raise ValueError(f"gate must have shape {['G', *sizes]}, got {list(gate.shape)}")
         if input.shape[0] and (gate.shape[0] == 0 or input.shape[0] % gate.shape[0]):
             raise ValueError(f"input must have a multiple of gate's {gate.shape[0]} rows, got {input.shape[0]}")
-    result: Tensor = _convolve(input, weight, bias, gate, list(padding), list(dilation), groups)
+    result: Tensor = _convolve(input, weight, bias, gate, list(padding), list(dilation), groups, local)
     return result

@@ -98,6 +98,7 @@ def convolve(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    local: bool,
 ) -> Tensor:
     """torch's convolution with stride 1 and any padding, and 0 where the gate [n mod its rows] is not positive."""
     taps = weight.shape[2:]
