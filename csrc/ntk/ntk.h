@@ -47,8 +47,8 @@ void gram_accumulate(const Side<T>& one, const Side<T>& two, int64_t I, int64_t 
 //   gradients  [N, O, Cout, Cin / groups, *kernel], contiguous; with `bias`, one value more behind each filter's: the
 //              sum of delta over positions, taken while delta is packed
 //
-// Floor: 2 N O Cout Cin / groups |kernel| |S'| operations at the multiply-add rate; 4 / 9 of them where 3 x 3 kernels
-// take Winograd's form (ntk/winograd.h).
+// Floor: 2 N O Cout Cin / groups |kernel| |S'| operations at the multiply-add rate; 4 / 9 or 1 / 4 of them where 3 x 3
+// kernels take one of Winograd's forms (ntk/winograd.h).
 template <class T>
 void conv_gradients(int64_t N, int64_t O, const Convolution& convolution, const T* input, const T* delta,
                     int64_t delta_row, int64_t delta_output, bool bias, T* gradients);
