@@ -385,7 +385,8 @@ def convolve(
     Example:
         >>> import torch
         >>> from finite_width.ntk import ops
-        >>> ops.convolve(torch.ones(1, 1, 3), torch.ones(1, 1, 2), None, torch.tensor([[[1.0, -1.0]]]), [0], [1], 1, True)
+        >>> gate = torch.tensor([[[1.0, -1.0]]])
+        >>> ops.convolve(torch.ones(1, 1, 3), torch.ones(1, 1, 2), None, gate, [0], [1], 1, True)
         tensor([[[2., 0.]]])
     """
     _check_operands("input", input, {"weight": weight})
