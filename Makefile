@@ -4,8 +4,6 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # One process for each core, four at most: most tests keep one core busy.
 TEST := $(RUN) -m pytest -n auto --maxprocesses 4
-# The op battery alone, without the time that it takes to import every other test.
-BATTERY := $(TEST) tests/*/test_ops.py -m battery
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # ninja is found on the PATH, and lives in the environment.
 INSIDE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -35,13 +33,9 @@ $(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(SOURCES)
 demo: setup
 	$(RUN) examples/demo.py
 
-# The suite without its slow tests, with the kernels; then the op battery alone, without them and with the instruction set forced down.
+# The suite without its slow tests, and the docstrings' examples.
 test: setup
-	$(TEST) tests
-	$(TEST) --doctest-modules python -p no:cacheprovider
-	FINITE_WIDTH_DISABLE_EXT=1 $(BATTERY)
-	FINITE_WIDTH_ISA=avx2 $(BATTERY)
-	FINITE_WIDTH_ISA=generic $(BATTERY)
+	$(TEST) --doctest-modules tests python
 
 test-slow: setup
 	$(TEST) tests --slow
@@ -93,7 +87,7 @@ sanitize: setup
 	for isa in avx512 avx2 generic; do \
 	  FINITE_WIDTH_ISA=$$isa PYTHONPATH=$(CURDIR)/build/sanitize/python ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(BATTERY) -k "kernel or threads or bad_input or gradcheck" -p no:cacheprovider || exit 1; \
+	  $(TEST) tests/*/test_ops.py -m battery -k "kernel or threads or bad_input or gradcheck" -p no:cacheprovider || exit 1; \
 	done
 
 # On a machine with a GPU: build, test and measure the CUDA kernels with its own python3 and torch (2.11 or later), without

@@ -20,4 +20,5 @@ def main() -> None:
     print("ran", *names)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -351,10 +351,9 @@ def torchrun(ranks: int, *arguments: str, **named: str) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_the_tiles(problem: Problem, tmp_path: Path, ranks: int) -> None:
+def test_ranks_share_the_tiles(problem: Problem, tmp_path: Path) -> None:
     model, x = problem
-    done = torchrun(ranks, str(tmp_path / "kernel"))
+    done = torchrun(3, str(tmp_path / "kernel"))
     assert done.returncode == 0, done.stderr
     for compute in ("trace", "full"):
         found = zarr.open_array(tmp_path / f"kernel-{compute}.zarr", mode="r")[:]
