@@ -112,7 +112,7 @@ struct WinogradConvolving {
           [&](int i, int j, simd::Vec<T> value) { y[i][j] = value; });
 #pragma GCC unroll 4
       for (int i = 0; i < N; ++i) {
-        winograd::interleave<T, N>(y[i]);
+        simd::interleave_vectors<T, N>(y[i]);
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) simd::store(positions + i * room + N * t + j * L, y[i][j]);
       }

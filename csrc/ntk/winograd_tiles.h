@@ -1,6 +1,7 @@
 // How Winograd's forms (ntk/winograd_forms.h) read an image: cut into tiles, and transformed line by line. For kernel
 // files compiled by common/foreach_isa.h.
 #include "common/gemm_tile.h"
+#include "ntk/interleaved.h"
 #include "ntk/winograd_forms.h"
 
 namespace finite_width::FW_ISA::winograd {
@@ -32,108 +33,6 @@ template <class T>
 int64_t apart(int64_t count) {
   constexpr int64_t kPage = 4096 / sizeof(T), kLine = 64 / sizeof(T);
   return (count + kPage - 1) / kPage * kPage + 5 * kLine;
-}
-
-// One vector of the lanes of two, by their numbers; those of the second follow those of the first.
-template <class T, class Choice>
-inline __attribute__((always_inline)) simd::Vec<T> pick(simd::Vec<T> first, simd::Vec<T> second, const Choice& choice) {
-  simd::Mask<T> lanes;
-#pragma GCC unroll 16
-  for (int lane = 0; lane < simd::kLanes<T>; ++lane) lanes[lane] = choice(lane);
-  return __builtin_shuffle(first, second, lanes);
-}
-
-// On AVX2 a shuffle of any lanes of two vectors takes three instructions. These take one each: pairs of lanes, and
-// halves, within and between the halves of 128 bits.
-template <class T>
-constexpr bool kHalves = FW_ISA_LEVEL == 1 && sizeof(T) == 4;
-
-template <class T>
-inline __attribute__((always_inline)) simd::Vec<T> low_lanes(simd::Vec<T> a, simd::Vec<T> b) {  // a0 b0 a1 b1
-  return pick<T>(a, b, [](int lane) { return lane / 4 * 4 + lane % 4 / 2 + lane % 2 * 8; });
-}
-template <class T>
-inline __attribute__((always_inline)) simd::Vec<T> high_lanes(simd::Vec<T> a, simd::Vec<T> b) {  // a2 b2 a3 b3
-  return pick<T>(a, b, [](int lane) { return lane / 4 * 4 + 2 + lane % 4 / 2 + lane % 2 * 8; });
-}
-template <class T>
-inline __attribute__((always_inline)) simd::Vec<T> low_pairs(simd::Vec<T> a, simd::Vec<T> b) {  // a0 a1 b0 b1
-  return pick<T>(a, b, [](int lane) { return lane / 4 * 4 + lane % 2 + lane % 4 / 2 * 8; });
-}
-template <class T>
-inline __attribute__((always_inline)) simd::Vec<T> high_pairs(simd::Vec<T> a, simd::Vec<T> b) {  // a2 a3 b2 b3
-  return pick<T>(a, b, [](int lane) { return lane / 4 * 4 + 2 + lane % 2 + lane % 4 / 2 * 8; });
-}
-template <class T>
-inline __attribute__((always_inline)) simd::Vec<T> low_half(simd::Vec<T> a, simd::Vec<T> b) {
-  return pick<T>(a, b, [](int lane) { return lane % 4 + lane / 4 * 8; });
-}
-template <class T>
-inline __attribute__((always_inline)) simd::Vec<T> high_half(simd::Vec<T> a, simd::Vec<T> b) {
-  return pick<T>(a, b, [](int lane) { return 4 + lane % 4 + lane / 4 * 8; });
-}
-
-// (a0 b0 a1 b1 ..) as two vectors, in place of a and b.
-template <class T>
-inline __attribute__((always_inline)) void interleave_two(simd::Vec<T>& a, simd::Vec<T>& b) {
-  constexpr int L = simd::kLanes<T>;
-  const simd::Vec<T> first = a, second = b;
-  if constexpr (kHalves<T>) {
-    const simd::Vec<T> low = low_lanes<T>(first, second), high = high_lanes<T>(first, second);
-    a = low_half<T>(low, high), b = high_half<T>(low, high);
-  } else {
-    a = pick<T>(first, second, [](int lane) { return lane / 2 + lane % 2 * L; });
-    b = pick<T>(first, second, [](int lane) { return L / 2 + lane / 2 + lane % 2 * L; });
-  }
-}
-
-// And back.
-template <class T>
-inline __attribute__((always_inline)) void separate_two(simd::Vec<T>& low, simd::Vec<T>& high) {
-  const simd::Vec<T> first = low, second = high;
-  if constexpr (kHalves<T>) {
-    const simd::Vec<T> one = low_half<T>(first, second), two = high_half<T>(first, second);
-    low = pick<T>(one, two, [](int lane) { return lane / 4 * 4 + lane % 2 * 2 + lane % 4 / 2 * 8; });
-    high = pick<T>(one, two, [](int lane) { return lane / 4 * 4 + lane % 2 * 2 + 1 + lane % 4 / 2 * 8; });
-  } else {
-    low = pick<T>(first, second, [](int lane) { return 2 * lane; });
-    high = pick<T>(first, second, [](int lane) { return 2 * lane + 1; });
-  }
-}
-
-// values[j][lane] of N vectors becomes element N lane + j of N vectors one behind the other.
-template <class T, int N>
-inline __attribute__((always_inline)) void interleave(simd::Vec<T>* v) {
-  if constexpr (N == 2) {
-    interleave_two<T>(v[0], v[1]);
-  } else if constexpr (kHalves<T>) {
-    const simd::Vec<T> a = low_lanes<T>(v[0], v[1]), b = high_lanes<T>(v[0], v[1]);
-    const simd::Vec<T> c = low_lanes<T>(v[2], v[3]), d = high_lanes<T>(v[2], v[3]);
-    const simd::Vec<T> first = low_pairs<T>(a, c), second = high_pairs<T>(a, c);
-    const simd::Vec<T> third = low_pairs<T>(b, d), fourth = high_pairs<T>(b, d);
-    v[0] = low_half<T>(first, second), v[1] = low_half<T>(third, fourth);
-    v[2] = high_half<T>(first, second), v[3] = high_half<T>(third, fourth);
-  } else {
-    interleave_two<T>(v[0], v[2]), interleave_two<T>(v[1], v[3]);
-    interleave_two<T>(v[0], v[1]), interleave_two<T>(v[2], v[3]);
-  }
-}
-
-// And back.
-template <class T, int N>
-inline __attribute__((always_inline)) void separate(simd::Vec<T>* v) {
-  if constexpr (N == 2) {
-    separate_two<T>(v[0], v[1]);
-  } else if constexpr (kHalves<T>) {
-    const simd::Vec<T> first = low_half<T>(v[0], v[2]), second = high_half<T>(v[0], v[2]);
-    const simd::Vec<T> third = low_half<T>(v[1], v[3]), fourth = high_half<T>(v[1], v[3]);
-    const simd::Vec<T> a = low_lanes<T>(first, second), b = high_lanes<T>(first, second);
-    const simd::Vec<T> c = low_lanes<T>(third, fourth), d = high_lanes<T>(third, fourth);
-    v[0] = low_pairs<T>(a, c), v[1] = high_pairs<T>(a, c), v[2] = low_pairs<T>(b, d), v[3] = high_pairs<T>(b, d);
-  } else {
-    separate_two<T>(v[0], v[1]), separate_two<T>(v[2], v[3]);
-    separate_two<T>(v[0], v[2]), separate_two<T>(v[1], v[3]);
-  }
 }
 
 // Bᵀ d B of lines of tiles, read from one channel [H, W] where it lies; outside of it the inputs are 0.
@@ -211,7 +110,7 @@ class TransformedInput {
     V d[Side];  // d[j][lane] is value N lane + j of the line
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) d[j] = from.load(at, j);
-    separate<T, N>(d);
+    simd::separate_vectors<T, N>(d);
     const V next = from.load(at, N);
     d[N] = following<0>(d[0], next), d[N + 1] = following<1>(d[1], next);
     Form::inputs(d, t);
@@ -220,7 +119,7 @@ class TransformedInput {
   // The lanes one further on, and behind them next[J].
   template <int J>
   FW_STRAIGHT static V following(V value, V next) {
-    return pick<T>(value, next, [](int lane) { return lane + 1 < L ? lane + 1 : L + J; });
+    return simd::pick<T>(value, next, [](int lane) { return lane + 1 < L ? lane + 1 : L + J; });
   }
 
   const Convolution& shape_;
