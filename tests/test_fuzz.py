@@ -69,8 +69,9 @@ class Draw:
 class Call:
     """One call: the public wrapper and its arguments.
 
-    linear: the result is multilinear in the arguments; its error is then held against the result of |arguments|,
-        since a sum that cancels has no small relative error in any arithmetic.
+    linear: the result is multilinear in the arguments; its error is then held against the result of |arguments|, and
+        a gradient's against that of |arguments| and |cotangent|, since a sum that cancels has no small relative error
+        in any arithmetic.
     differentiable: gradients are compared as well.
     size: for other calls, the size of what is summed up in an entry: the error of an entry that cancels is held
         against this.
@@ -395,8 +396,14 @@ def tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
 
 
-def outcome(call: Call, args: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """What a call returns and leaves in its arguments; and its gradients for a cotangent without symmetry."""
+def outcome(call: Call, args: tuple[Any, ...], absolute: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    """What a call returns and leaves in its arguments; and its gradients for a cotangent without symmetry.
+
+    Args:
+        absolute: for the arguments' and the cotangent's absolute values.
+    """
+    if absolute:
+        args = tree_map(lambda x: x.abs() if isinstance(x, Tensor) else x, args)
     args = copy(args)
     leaves = [leaf for leaf in tensors(args) if leaf.is_floating_point()] if call.differentiable else []
     for leaf in leaves:
@@ -406,7 +413,7 @@ def outcome(call: Call, args: tuple[Any, ...]) -> tuple[list[Tensor], list[Tenso
     if leaves:
         # Rounded from float64: where the ramp crosses 0, the float32 one would be another number altogether.
         ramps = [torch.linspace(-1, 0.7, out.numel(), dtype=torch.float64).reshape(out.shape) for out in result]
-        ramps = [ramp.to(out.dtype) for ramp, out in zip(ramps, result, strict=True)]
+        ramps = [(ramp.abs() if absolute else ramp).to(out.dtype) for ramp, out in zip(ramps, result, strict=True)]
         loss = torch.stack([(out * ramp).sum() for out, ramp in zip(result, ramps, strict=True)]).sum()
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
         gradients = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
@@ -421,7 +428,7 @@ def check(call: Call) -> None:
         exact = outcome(call, double)
         scale = exact
         if call.linear:
-            scale = outcome(call, tree_map(lambda x: x.abs() if isinstance(x, Tensor) else x, double))
+            scale = outcome(call, double, absolute=True)
     found = outcome(call, call.args)
     bound = call.tolerance[dtype == torch.float64]
     if call.summands:
