@@ -24,8 +24,6 @@ COMMON_CHECKS = ("kernel", "threads", "bad_input", "opcheck", "compile")
 DEVICES = ("cpu", "cuda")
 # The others trace or transform the same calls, whatever their instruction set.
 OF_AN_INSTRUCTION_SET = ("kernel", "threads", "bad_input", "gradcheck")
-# What only tells of an op's schema, fake tensors and autograd: without kernels, opcheck shows the same.
-WITH_KERNELS_ALONE = ("compile",)
 # Elements of a sample from which on second derivatives are checked in one random direction, not in all.
 MOST_SECOND_DERIVATIVES = 64
 CHECKS = {
@@ -99,9 +97,7 @@ def need(device: str) -> None:
 
 
 def need_instruction_set(check: str) -> None:
-    """Skip a check that the run with all kernels and the best instruction set shows as well."""
-    if check in WITH_KERNELS_ALONE and not fw.has_kernels() and "FINITE_WIDTH_DISABLE_EXT" in os.environ:
-        pytest.skip(f"{check} does not depend on the kernels: the run with them shows it")
+    """Skip a check that another run of the battery has shown, where the instruction set is forced down."""
     forced = os.environ.get("FINITE_WIDTH_ISA")
     if forced and fw.has_kernels():
         if fw.build_info()["detected_isa"] == forced:
