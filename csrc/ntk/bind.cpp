@@ -102,12 +102,13 @@ Tensor position_cpu(const Tensor& a, const Tensor& d, int64_t /*precision*/) {
   check_position_gradients(a, d);
   check_cpu(a, "a");
   check_like(d, "d", a);
-  const Tensor inputs = torch::stable::contiguous(a), deltas = torch::stable::contiguous(d);
+  const Tensor inputs = torch::stable::contiguous(a), deltas = adjacent_from(d, 3);
   const int64_t outputs = d.size(1), channels = d.size(3);
   Tensor gradients = torch::stable::new_empty(d, {d.size(0), outputs, channels * a.size(2)});
   with_type(a, [&]<class T>(T) {
     position_gradients<T>(a.size(0), outputs, a.size(1), channels, a.size(2), inputs.const_data_ptr<T>(),
-                          deltas.const_data_ptr<T>(), gradients.mutable_data_ptr<T>());
+                          deltas.const_data_ptr<T>(), deltas.stride(0), deltas.stride(1), deltas.stride(2),
+                          gradients.mutable_data_ptr<T>());
   });
   return gradients;
 }

@@ -20,14 +20,15 @@ void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* inp
 
 template <class T>
 void position_gradients(int64_t N, int64_t O, int64_t positions, int64_t C, int64_t I, const T* a, const T* d,
-                        T* gradients) {
-  FW_DISPATCH(ntk::position_gradients<T>)(N, O, positions, C, I, a, d, gradients);
+                        int64_t d_row, int64_t d_output, int64_t d_position, T* gradients) {
+  FW_DISPATCH(ntk::position_gradients<T>)(N, O, positions, C, I, a, d, d_row, d_output, d_position, gradients);
 }
 
 #define FW_INSTANTIATE(T)                                                                                           \
   template void conv_gradients<T>(int64_t, int64_t, const Convolution&, const T*, const T*, int64_t, int64_t, bool, \
                                   T*);                                                                              \
-  template void position_gradients<T>(int64_t, int64_t, int64_t, int64_t, int64_t, const T*, const T*, T*);
+  template void position_gradients<T>(int64_t, int64_t, int64_t, int64_t, int64_t, const T*, const T*, int64_t,     \
+                                      int64_t, int64_t, T*);
 FW_INSTANTIATE(float)
 FW_INSTANTIATE(double)
 #undef FW_INSTANTIATE

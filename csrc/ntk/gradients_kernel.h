@@ -76,26 +76,30 @@ void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* inp
   const Unfolded<T> sizes(shape, input);
   const int64_t width = channels * sizes.taps, positions = sizes.positions, step = width + (bias ? 1 : 0);
   if (width == 0) return;
-  // With one group the outputs and filters of an example are the rows of one product.
-  const int64_t products = groups == 1 ? 1 : O * groups, rows = groups == 1 ? O * filters : filters;
+  // The outputs and filters of an example and group are the rows of one product, where their gradients are equally far
+  // apart: with one group, or one filter a group (depthwise), whose tiles would hold a single row.
+  const bool together = groups == 1 || filters == 1;
+  const int64_t products = together ? groups : O * groups, rows = together ? O * filters : filters;
+  const int64_t row_step = groups > 1 && together ? shape.channels_out * step : step;
   over_examples<T>(N * products, rows, [&](int64_t index, int64_t first, int64_t count) {
-    const int64_t n = index / products, o = groups == 1 ? 0 : index % products / groups, group = index % groups;
+    const int64_t n = index / products, o = together ? 0 : index % products / groups, group = index % groups;
     const int64_t row = (n * O + o) * shape.channels_out + group * filters;
     const T* cotangents = delta + n * delta_row + o * delta_output + group * filters * positions;
     const Unfolded<T> unfolded(shape, input + (n * shape.channels_in + group * channels) * sizes.volume);
     T* of_product = gradients + row * step;
     tile::multiply_block<T>(
-        Summed<T>{{cotangents, filters, delta_output, positions}, bias ? of_product + width : nullptr, step}, unfolded,
-        first, count, 0, width, positions, of_product + first * step, step);
+        Summed<T>{{cotangents, filters, delta_output, positions}, bias ? of_product + width : nullptr, row_step},
+        unfolded, first, count, 0, width, positions, of_product + first * row_step, row_step);
   });
 }
 
 template <class T>
 void position_gradients(int64_t N, int64_t O, int64_t positions, int64_t C, int64_t I, const T* a, const T* d,
-                        T* gradients) {
+                        int64_t d_row, int64_t d_output, int64_t d_position, T* gradients) {
   if (I == 0) return;
   over_examples<T>(N * O, C, [&](int64_t index, int64_t first, int64_t count) {
-    tile::multiply_block<T>(tile::Strided<T>{d + index * positions * C, 1, C},
+    const T* cotangents = d + index / O * d_row + index % O * d_output;
+    tile::multiply_block<T>(tile::Strided<T>{cotangents, 1, d_position},
                             tile::Strided<T>{a + index / O * positions * I, 1, I}, first, count, 0, I, positions,
                             gradients + (index * C + first) * I, I);
   });
@@ -104,7 +108,8 @@ void position_gradients(int64_t N, int64_t O, int64_t positions, int64_t C, int6
 #define FW_INSTANTIATE(T)                                                                                           \
   template void conv_gradients<T>(int64_t, int64_t, const Convolution&, const T*, const T*, int64_t, int64_t, bool, \
                                   T*);                                                                              \
-  template void position_gradients<T>(int64_t, int64_t, int64_t, int64_t, int64_t, const T*, const T*, T*);
+  template void position_gradients<T>(int64_t, int64_t, int64_t, int64_t, int64_t, const T*, const T*, int64_t,     \
+                                      int64_t, int64_t, T*);
 FW_INSTANTIATE(float)
 FW_INSTANTIATE(double)
 #undef FW_INSTANTIATE

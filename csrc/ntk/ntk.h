@@ -55,12 +55,12 @@ void conv_gradients(int64_t N, int64_t O, const Convolution& convolution, const 
 
 // gradients[n, o, c, i] = sum over t of d[n, o, t, c] a[n, t, i].
 //   a          [N, T, I], contiguous
-//   d          [N, O, T, C], contiguous
+//   d          [N, O, T, C], contiguous in C: a range of a layer's channels can stand in all of them
 //   gradients  [N, O, C, I], contiguous
 //
 // Floor: 2 N O T C I operations at the multiply-add rate, or writing the gradients.
 template <class T>
 void position_gradients(int64_t N, int64_t O, int64_t positions, int64_t C, int64_t I, const T* a, const T* d,
-                        T* gradients);
+                        int64_t d_row, int64_t d_output, int64_t d_position, T* gradients);
 
 }  // namespace finite_width::ntk

@@ -505,6 +505,7 @@ def test_other_methods(name: str, method: str) -> None:
         "conv after ReLU",
         "conv, wide groups",
         "conv, Winograd's form",
+        "batch norm",
         "attention",
         "sequence",
         "embedding with padding",

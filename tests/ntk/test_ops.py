@@ -100,7 +100,10 @@ def position_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sam
     ]:
         a = normal(rows, positions, features, dtype=dtype, generator=generator)
         d = normal(rows, outputs, positions, channels, dtype=dtype, generator=generator)
-        samples += [Sample((a, d)), Sample((strided(a), strided(d)))]
+        # Some of a layer's channels, of a sweep that has the outputs first.
+        wide = normal(outputs, rows, positions, channels + 3, dtype=dtype, generator=generator)
+        some = wide.transpose(0, 1)[..., 2 : channels + 2]
+        samples += [Sample((a, d)), Sample((strided(a), strided(d))), Sample((a, some))]
     return samples
 
 
@@ -110,6 +113,8 @@ CONVOLUTIONS = [  # rows, outputs, channels in, channels out, spatial sizes, ker
     (1, 1, 3, 3, (7,), (3,), (2,), (1,), (2,), 3),
     (2, 2, 2, 3, (5, 4, 6), (2, 3, 3), (1, 2, 1), (1, 0, 1), (1, 1, 2), 1),
     (0, 2, 2, 3, (5,), (2,), (1,), (0,), (1,), 1),
+    (2, 7, 5, 5, (6, 7), (3, 3), (1, 1), (1, 1), (1, 1), 5),
+    (2, 7, 4, 4, (30,), (1,), (1,), (0,), (1,), 4),
     (3, 2, 5, 17, (20, 19), (3, 3), (1, 1), (1, 1), (1, 1), 1),
     # In Winograd's form: odd and even edges, channels and rows in several blocks, tiles in several chains.
     (2, 3, 17, 19, (9, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1),

@@ -201,12 +201,12 @@ def make_plan(
         row_shapes=row_shapes(uses, layouts, rows),
         made=made,
         unrecognised=probe.unrecognised,
-        block=block_rows(touched + 2 * kept, target.device),
+        block=block_rows(touched + 2 * kept, uses, target.device),
         batched_backward=probe.batched_backward,
         last=last,
         sweep_bytes=touched + kept,
         copies_inputs=probe.writes_inputs,
-        sure=certain == layouts,
+        sure=probe.sure,
         probe=seen if check else None,
     )
 

@@ -135,6 +135,21 @@ class Jacobian:
 
 
 @dataclass
+class DenseInputs:
+    """All uses of a dense layer's weight, side by side: what its gradients are computed from."""
+
+    a: Tensor  # [n, T, I]
+    d: Tensor  # [n, O, T, C]
+
+    def rows(self, begin: int, end: int) -> DenseInputs:
+        return DenseInputs(self.a[begin:end], self.d[begin:end])
+
+    def gradients(self, begin: int, end: int) -> Tensor:
+        """[n, O, p]: the gradients of what makes the channels [begin, end)."""
+        return ops.position_gradients(self.a, self.d[..., begin:end])
+
+
+@dataclass
 class ConvInputs:
     """One use of a convolution's weight: what its gradients are computed from."""
 
@@ -142,6 +157,9 @@ class ConvInputs:
     d: Tensor  # [n, O, T, Cout, *S']
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int]
     transposed: bool
+
+    def rows(self, begin: int, end: int) -> ConvInputs:
+        return ConvInputs(self.a[begin:end], self.d[begin:end], self.geometry, self.transposed)
 
     def gradients(self, begin: int, end: int, bias: bool = False) -> Tensor:
         """[n, O, p]: the gradients of the weight's rows [begin, end), of each with its bias behind it if asked for."""
@@ -181,14 +199,13 @@ class ConvInputs:
 
 @dataclass
 class Tiled:
-    """A convolution's weight, maybe used several times; its Jacobian is computed in tiles over the weight's rows."""
+    """A weight used at several positions, maybe by several calls; its Jacobian is computed in tiles over its rows."""
 
-    uses: list[ConvInputs]
-    cuts: list[int]  # the tiles are the weight's rows [cuts[i], cuts[i + 1])
+    uses: Sequence[ConvInputs | DenseInputs]
+    cuts: list[int]  # the tiles are the weight's rows (of a dense layer the channels out) [cuts[i], cuts[i + 1])
 
     def rows(self, begin: int, end: int) -> Tiled:
-        uses = [ConvInputs(use.a[begin:end], use.d[begin:end], use.geometry, use.transposed) for use in self.uses]
-        return Tiled(uses, self.cuts)
+        return Tiled([use.rows(begin, end) for use in self.uses], self.cuts)
 
     @property
     def nbytes(self) -> int:

@@ -18,7 +18,9 @@ from .probing import Seen
 BLOCK_BYTES = 64 << 20
 BLOCK_ROWS = 512
 # Fewer rows than these are bound by calls: they may touch more (a ResNet of width 16: 2 rows 1.00 s, 8 rows 0.64 s).
+# Without convolutions a sweep does less for each call (two Transformer layers of width 64, or 784 outputs of an MLP).
 FEW_ROWS = 8
+FEW_ROWS_WITHOUT_CONVOLUTIONS = 32
 FEW_ROWS_BYTES = 256 << 20
 # On a GPU a pair of blocks must fill every multiprocessor with squares of 128 rows: 4096 rows make 1024 squares. A
 # sweep of fewer rows is bound by its launches, so it may touch an eighth of the GPU's memory.
@@ -73,7 +75,7 @@ class Plan:
     last: int | None  # the use whose output is the model's
     sweep_bytes: int  # working memory of one block's forward and backward, per row
     copies_inputs: bool  # the model writes its input in place
-    sure: bool  # whether rows lie by the layouts in any block; else each block must show it
+    sure: list[bool]  # whether a use's rows lie by its layout in any block; else each block must show it
     probe: Seen | None = None  # what the first rows of the first batch gave, for comparison
 
     @property
@@ -154,7 +156,7 @@ class Planner:
         self.tile_row_bytes = TILE_BYTES // TILE_ROWS
         if target.device.type == "cuda":
             touched = sweep_bytes(uses, sizes.outputs, rows, sizes.itemsize)
-            swept = min(block_rows(touched, target.device), max(sizes.rows, sizes.columns))
+            swept = min(block_rows(touched, uses, target.device), max(sizes.rows, sizes.columns))
             self.tile_row_bytes = block_limits(target.device)[1] // GPU_TILE_PART // swept
 
     def entries(self, roles: dict[str, list[Role]], last: int | None) -> list[Entry]:
@@ -189,9 +191,8 @@ class Planner:
         """The bias that has exactly the uses of this weight."""
         if entry.method not in ("gram", "last", "ghost", "gradients"):
             return None
-        if entry.method == "gradients" and any(
-            self.uses[index].kind != "conv" or role != "weight" for index, role in own
-        ):
+        kinds = {(self.uses[index].kind, role) for index, role in own}
+        if entry.method == "gradients" and kinds not in ({("conv", "weight")}, {("scale", "weight")}):
             return None
         bias = self.uses[own[0][0]].bias
         same = bias is not None and roles.get(bias) == [(index, "bias") for index, _ in own]
@@ -224,7 +225,7 @@ class Planner:
         gradients = self._gradients(name, own)
         if ghost < gradients.flops:
             return Entry("ghost", (name,), own, 0.0, ghost, held * sizes.itemsize)
-        return gradients
+        return self._in_tiles(gradients, channels, 1)
 
     def _tokens(self, name: str, own: list[Role]) -> Entry:
         sizes, times = self.sizes, self._positions(own)
@@ -236,24 +237,26 @@ class Planner:
         return Entry("tokens", (name,), own, 0.0, flops, times * sizes.outputs * width * sizes.itemsize)
 
     def _conv(self, name: str, own: list[Role]) -> Entry:
-        sizes, entry = self.sizes, self._gradients(name, own)
-        weight = self.target.parameters[name]
+        filters = self.target.parameters[name].shape[0]
+        groups = math.lcm(*(self.uses[index].options["geometry"][-1] for index, _ in own))
+        return self._in_tiles(self._gradients(name, own), filters, filters // groups if groups > 1 else 1)
+
+    def _in_tiles(self, entry: Entry, rows: int, unit: int) -> Entry:
+        """The entry of a weight's gradients in tiles over its rows, whole units of them, where that holds less."""
+        sizes, size = self.sizes, self.target.parameters[entry.names[0]].numel()
         held = sum(
             self.uses[index].input.numel() // self.rows
             + sizes.outputs * (math.prod(self.uses[index].shape) // self.rows)
-            for index, _ in own
+            for index, _ in entry.roles
         )
-        whole = sizes.outputs * weight.numel()
-        if whole <= held:
+        if sizes.outputs * size <= held:
             return entry  # the gradients are smaller than what they are made from: keep them instead
-        groups = math.lcm(*(self.uses[index].options["geometry"][-1] for index, _ in own))
-        unit = weight.shape[0] // groups if groups > 1 else 1
-        each = weight.numel() // weight.shape[0]
+        each = size // rows
         width = max(1, self.tile_row_bytes // (sizes.itemsize * sizes.outputs * each))
         step = max(unit, width // unit * unit)
         entry.method, entry.row_bytes = "tiles", held * sizes.itemsize
-        entry.cuts = [*range(0, weight.shape[0], step), weight.shape[0]]
-        entry.tile_bytes = sizes.itemsize * sizes.outputs * min(step, weight.shape[0]) * each
+        entry.cuts = [*range(0, rows, step), rows]
+        entry.tile_bytes = sizes.itemsize * sizes.outputs * min(step, rows) * each
         return entry
 
     def _gradients(self, name: str, own: list[Role]) -> Entry:
@@ -281,12 +284,14 @@ def block_limits(device: torch.device) -> tuple[int, int]:
     return BLOCK_ROWS, BLOCK_BYTES
 
 
-def block_rows(row_bytes: int, device: torch.device) -> int:
+def block_rows(row_bytes: int, uses: Sequence[Use], device: torch.device) -> int:
     """Rows of a block: a power of two."""
     rows, size = block_limits(device)
     most = max(1, min(rows, size // max(1, row_bytes)))
     if device.type == "cpu":
-        most = max(most, min(rows, FEW_ROWS, FEW_ROWS_BYTES // max(1, row_bytes)))
+        convolutions = not uses or any(use.kind in ("conv", "conv_transpose") for use in uses)
+        few = FEW_ROWS if convolutions else FEW_ROWS_WITHOUT_CONVOLUTIONS
+        most = max(most, min(rows, few, FEW_ROWS_BYTES // max(1, row_bytes)))
     return 1 << (most.bit_length() - 1)
 
 

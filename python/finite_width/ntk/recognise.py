@@ -354,10 +354,23 @@ def _batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Any:
-    if not _counts(capture, input, weight, bias) or training:
+    if not _counts(capture, input, weight, bias) or training or running_mean is None or running_var is None:
         return NotImplemented
-    normal = torch.batch_norm(input, None, None, running_mean, running_var, False, momentum, eps, cudnn_enabled)
-    return _scaled(capture, normal, weight, bias, (1, 2))
+    if not _ordinary(input, running_mean, running_var):
+        return NotImplemented
+    mean, rate = (_along_channels(value, input) for value in (running_mean, (running_var + eps).rsqrt()))
+
+    def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        # One product in the backward, where the normalised input times the weight would take two.
+        slope = rate if weight is None else rate * _along_channels(weight, input)
+        shift = -mean * slope
+        return input * slope + (shift if bias is None else shift + _along_channels(bias, input))
+
+    return capture.record("scale", weight, bias, (input - mean) * rate, call, axes=(1, 2))
+
+
+def _along_channels(value: Tensor, input: Tensor) -> Tensor:
+    return value.reshape(-1, *[1] * (input.dim() - 2))
 
 
 def _prelu(capture: Capture, input: Tensor, weight: Tensor) -> Any:

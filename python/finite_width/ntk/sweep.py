@@ -13,7 +13,7 @@ from .agreement import agrees
 from .backward import cotangents, output_weights, pull, through_made
 from .capture import Capture, Use, made_name
 from .contract import Batch, Target, flatten
-from .factors import ConvInputs, Factor, Ghost, Gram, Jacobian, Last, Tiled, Tokens
+from .factors import ConvInputs, DenseInputs, Factor, Ghost, Gram, Jacobian, Last, Tiled, Tokens
 from .layout import Layout, by_rows, multiplied_by_rows, row_shape
 from .made import Made
 from .plan import Entry, Plan, Role
@@ -65,7 +65,7 @@ class Rows:
         return ConvInputs(a, d, self.use.options["geometry"], self.use.kind == "conv_transpose")
 
     def jacobian(self, role: str, with_bias: bool = False) -> Tensor:
-        """[n, O, P] of the use's weight or bias; of a convolution's weight also with each channel's bias behind it."""
+        """[n, O, P] of the use's weight or bias; of the weight also with the bias, behind each channel's or all."""
         kind, d = self.use.kind, self.d
         if kind in ("conv", "conv_transpose"):
             inputs = self.conv()
@@ -80,8 +80,17 @@ class Rows:
             return dense_gradients(a, d, self.use.options["flipped"])
         if kind == "embedding":
             return self._embedding()
-        # A scale: behind the rows and the outputs stand the other axes in their order; those of the weight stay.
-        begin, end = self.use.options["axes"]
+        return self._scale(role, with_bias)
+
+    def _scale(self, role: str, with_bias: bool) -> Tensor:
+        d, (begin, end) = self.d, self.use.options["axes"]
+        if role == "weight" and d.dim() > 3 and (begin, end) == (1, 2) and self.layout == Layout(0) and not d.is_cuda:
+            # A convolution of one position and one channel a group: one pass over the cotangents.
+            a = self.inputs().flatten(2)
+            return ops.conv_gradients(a, d.flatten(3), [1], [1], [0], [1], a.shape[1], with_bias)
+        if with_bias:
+            return torch.cat([self._scale("weight", False), self._scale("bias", False)], 2)
+        # Behind the rows and the outputs stand the other axes in their order; those of the weight stay.
         alone, row_axis = not self.layout.merged, self.layout.axis
         kept = {axis + 2 - (1 if alone and axis > row_axis else 0) for axis in range(begin, end)}
         product = d if role == "bias" else d * self.inputs().unsqueeze(1)
@@ -186,17 +195,17 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
     ):
         raise PlanMismatchError
     needed = plan.needed
-    doubtful = rows > 1 and (capture.routed or not plan.sure)
-    verified = doubtful and bool(needed) and flat.requires_grad
+    doubtful = [index for index in needed if capture.routed or not plan.sure[index]]
+    verified = bool(doubtful) and rows > 1 and flat.requires_grad
     deltas = cotangents([uses[index] for index in needed], flat, plan.batched_backward, keep=verified)
     if verified:
-        _refuse_other_places(plan, uses, deltas, flat)
+        _refuse_other_places(plan, uses, doubtful, [deltas[needed.index(index)] for index in doubtful], flat)
     if check and plan.probe is not None:
         count = min(rows, plan.probe.count)
         found = Seen.of(flat, capture, plan.layouts, count)
         compare(target, batch, plan.probe, found)
         # The same rows, but not in the same places?
-        if not all(map(agrees, found.inputs, plan.probe.first(count).inputs)):
+        if not all(map(agrees, found.inputs, plan.probe.rows(0, count).inputs)):
             raise PlanMismatchError
     del raw, flat
     for index in {index for entry in plan.entries for index, _ in entry.roles}:
@@ -216,8 +225,10 @@ def row_shapes(uses: Sequence[Use], layouts: Sequence[Layout | None], rows: int)
     ]
 
 
-def _refuse_other_places(plan: Plan, uses: Sequence[Use], deltas: Sequence[Tensor], flat: Tensor) -> None:
-    """Raise unless this block's rows lie where the plan's layouts say, by one more sweep.
+def _refuse_other_places(
+    plan: Plan, uses: Sequence[Use], doubtful: Sequence[int], deltas: Sequence[Tensor], flat: Tensor
+) -> None:
+    """Raise unless this block's rows lie in the doubtful uses where the plan's layouts say, by one more sweep.
 
     The rows that the plan was made from may lie otherwise: in another order, where values or their number decide it, or
     merged with other axes, of which few entries were reached.
@@ -225,9 +236,9 @@ def _refuse_other_places(plan: Plan, uses: Sequence[Use], deltas: Sequence[Tenso
     rows, weights = len(flat), output_weights(flat)
     # Rows by factors all different.
     factors = 1 + torch.arange(rows, dtype=flat.dtype, device=flat.device) / rows
-    edges = [uses[index].edge for index in plan.needed]
+    edges = [uses[index].edge for index in doubtful]
     found = pull(flat, edges, (factors[:, None] * weights).unsqueeze(0), batched=False, keep=False)
-    for index, delta, value in zip(plan.needed, deltas, found, strict=True):
+    for index, delta, value in zip(doubtful, deltas, found, strict=True):
         layout = plan.layouts[index]
         assert layout is not None
         first = torch.tensordot(weights, delta, 1)
@@ -271,7 +282,8 @@ def _factor(target: Target, plan: Plan, entry: Entry, arranged: Arranged) -> Fac
             return Tokens(*found[0])
         return Tokens(torch.cat([tokens for tokens, _ in found], 1), torch.cat([d for _, d in found], 2))
     if entry.method == "tiles":
-        return Tiled([use.conv() for use in uses], entry.cuts)
+        dense = uses[0].use.kind == "dense"
+        return Tiled([DenseInputs(*_side_by_side(uses))] if dense else [use.conv() for use in uses], entry.cuts)
     if entry.method == "made":
         name = entry.names[0]
         through = arranged.made_jacobian(plan, name, target.parameters[name], entry.roles)
