@@ -55,8 +55,10 @@ def agrees(found: Tensor, expected: Tensor, floor: float = 0.0) -> bool:
     Args:
         floor: a norm below which values are roundings themselves.
     """
+    if torch.equal(found, expected):
+        return True
     if not expected.is_floating_point() and not expected.is_complex():
-        return torch.equal(found, expected)
+        return False
     return _difference(found, expected, floor) <= (1e-3 if _single(expected) else 1e-7)
 
 

@@ -38,11 +38,16 @@ def by_rows(value: Tensor, layout: Layout, rows: int, first: int = 0) -> Tensor:
 
     An axis of the rows alone moves to the front; of a merged one the other entries, before and after, stay in place.
     """
+    value, axis = _rows_first(value, layout, rows, first), layout.axis + first
+    return value.flatten(axis + 1, axis + 2) if layout.merged else value
+
+
+def _rows_first(value: Tensor, layout: Layout, rows: int, first: int = 0) -> Tensor:
+    """`by_rows`, but a view in any case: of a merged axis, what stands before and after stays apart."""
     axis, before, after = layout
     axis += first
     if layout.merged:
-        value = value.unflatten(axis, (before, rows, after)).movedim(axis + 1, first)
-        return value.flatten(axis + 1, axis + 2)
+        return value.unflatten(axis, (before, rows, after)).movedim(axis + 1, first)
     return value.movedim(axis, first) if axis != first else value
 
 
@@ -65,11 +70,14 @@ def multiplied_by_rows(first: Tensor, second: Tensor, layout: Layout, factors: T
         tolerance: relative to each part's norm; what is rounding beside the largest part counts as nothing.
     """
     rows = len(factors)
-    one, two = (by_rows(value, layout, rows).reshape(rows, -1) for value in (first, second))
-    expected = one * factors[:, None]
+    one, two = (_rows_first(value, layout, rows) for value in (first, second))
+    expected = one * factors.reshape(-1, *[1] * (one.dim() - 1))
     if tolerance == 0:
-        return bool(((expected == two) | (expected.isnan() & two.isnan())).all())
-    expected, two = (torch.nan_to_num(value, 0, 0, 0) for value in (expected, two))
+        if torch.equal(expected, two):
+            return True
+        nowhere = expected.isnan()
+        return bool(nowhere.any()) and bool(((expected == two) | (nowhere & two.isnan())).all())
+    expected, two = (torch.nan_to_num(value, 0, 0, 0).reshape(rows, -1) for value in (expected, two))
     norms = expected.norm(dim=1)
     nothing = 64 * torch.finfo(norms.dtype).eps * norms.max()
     return bool(((expected - two).norm(dim=1) <= tolerance * norms + nothing).all())
@@ -77,11 +85,11 @@ def multiplied_by_rows(first: Tensor, second: Tensor, layout: Layout, factors: T
 
 def confined(delta: Tensor, layout: Layout, rows: int, row: int) -> bool:
     """Whether a cotangent on one row of the output reached that row's part alone (0 times infinity is no reach)."""
-    arranged = by_rows(delta, layout, rows).reshape(rows, -1)
+    arranged = _rows_first(delta, layout, rows).flatten(1)
     reached = ((arranged != 0) & ~arranged.isnan()).any(1).tolist()
     return not any(value for other, value in enumerate(reached) if other != row)
 
 
 def rows_reached(delta: Tensor, layout: Layout, rows: int) -> int:
     """How many rows' parts have a nonzero entry."""
-    return int((by_rows(delta, layout, rows).reshape(rows, -1) != 0).any(1).sum())
+    return sum(bool(part.any()) for part in _rows_first(delta, layout, rows))

@@ -30,7 +30,7 @@ class RowTest:
         self.flat, self.rows = flat, len(flat)
         self.edges: list[Any] = [*(use.edge for use in uses), *leaves]
         self.shapes = [*(use.shape for use in uses), *(leaf.shape for leaf in leaves)]
-        self.factors = 2.0 ** torch.arange(self.rows, dtype=flat.dtype, device=flat.device)
+        self.factors = flat.new_tensor([2.0**row for row in range(self.rows)])
         self.cotangent = output_weights(flat).expand_as(flat)
         self.batched = True
         self.found = self._two_sweeps()
@@ -112,11 +112,8 @@ class Seen:
     def count(self) -> int:
         return len(self.outputs)
 
-    def select(self, index: Tensor) -> Seen:
-        return Seen(self.outputs[index], [value[index] for value in self.inputs])
-
-    def first(self, count: int) -> Seen:
-        return Seen(self.outputs[:count], [value[:count] for value in self.inputs])
+    def rows(self, begin: int, end: int) -> Seen:
+        return Seen(self.outputs[begin:end], [value[begin:end] for value in self.inputs])
 
 
 def refuse_mixed_rows(
@@ -138,21 +135,20 @@ def refuse_mixed_rows(
         fewer: try fewer rows; else they will be compared with what they give among more.
     """
     rows = expected.count
-    order = torch.arange(rows, device=target.device)
     half = rows // 2
-    for kept in (order[:half], order[half:]) if rows > 1 else ():
+    for begin, end in ((0, half), (half, rows)) if rows > 1 else ():
         # The kept rows in their places, and again in the places of the others: the same steps, so the same bits.
-        index = kept[(order - kept[0]) % len(kept)]
+        index = [begin + (row - begin) % (end - begin) for row in range(rows)]
         found = _seen_in_forward(target, batch, [value[index] for value in tensors], layouts)
         if found is not None:
-            one, two = found.select(kept), expected.select(kept)
+            one, two = found.rows(begin, end), expected.rows(begin, end)
             pairs = zip((one.outputs, *one.inputs), (two.outputs, *two.inputs), strict=False)
             if not all(same(*pair) for pair in pairs if _comparable(*pair)):
                 refuse_other_bits(target, batch, expected.outputs)  # random numbers or a state, rather
                 raise row_mixing_error()
     if fewer:
-        some = order[: max(1, half)]
-        found = _seen_in_forward(target, batch, [value[some] for value in tensors], layouts)
+        some = [value[: max(1, half)].clone() for value in tensors]
+        found = _seen_in_forward(target, batch, some, layouts)
         if found is not None:
             compare(target, batch, expected, found)
 
