@@ -1,4 +1,4 @@
-"""The empirical NTK of MLPs (A, B, C) and a small CNN (D, E), against plain torch and torch.func; GPU: ntk_gpu.py."""
+"""The empirical NTK of MLPs (A, B, C), a CNN (D, E) and larger networks, against torch and torch.func; GPU: ntk_gpu."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import harness
 import ntk_gpu
 import ntk_peers
 from harness import Case
-from ntk_models import cnn, conv_flops, dense_flops, mlp
+from ntk_models import cnn, conv_flops, dense_flops, encoder, mlp, residual
 
 MEBIBYTE = 1 << 20
 
@@ -96,6 +96,36 @@ def symmetric(name: str, widths: tuple[int, ...] | None, rows: int, compute: str
     )
 
 
+def larger(name: str, what: str, model: nn.Module, x1: Tensor, x2: Tensor, compute: str) -> Case:
+    """A network that the structured form in plain torch does not take."""
+    wide = copy.deepcopy(model).double()
+    wide1, wide2 = (x.double() if x.is_floating_point() else x for x in (x1, x2))
+    return Case(
+        name=name,
+        what=f"{what}, {len(x1)} × {len(x2)} rows, {compute}, float32",
+        implementations={
+            OURS: lambda: fw.ntk.empirical_ntk(model, x1, x2, compute=compute),
+            CONTRACTION: lambda: ntk_peers.contraction(model, x1, x2, compute),
+        },
+        baseline=CONTRACTION,
+        exact=lambda: ntk_peers.contraction(wide, wide1, wide2, compute),
+        targets=against(1),
+        limit=25.0,
+    )
+
+
+def transformer(name: str, rows: int, compute: str) -> Case:
+    generator = torch.Generator().manual_seed(1)
+    x1, x2 = (torch.randint(100, (rows, 32), generator=generator) for _ in range(2))
+    return larger(name, "Transformer, 2 layers of width 64, 32 tokens", encoder(), x1, x2, compute)
+
+
+def resnet(name: str, rows: int, compute: str) -> Case:
+    generator = torch.Generator().manual_seed(1)
+    x1, x2 = (torch.randn(rows, 3, 32, 32, generator=generator) for _ in range(2))
+    return larger(name, "ResNet-18 of widths 16 to 128, 32×32 images", residual(), x1, x2, compute)
+
+
 SMALL, WIDE = (3072, 256, 256, 1), (784, 1024, 1024, 10)
 OURS, PLAIN = "finite-width", "structured, plain torch"
 
@@ -114,6 +144,9 @@ CPU_CASES: dict[str, Callable[[], Case]] = {
     "D trace": lambda: case("D trace", None, 20, 5, "trace", against(plain=1.5), (CONTRACTION,)),
     "E full": lambda: case("E full", None, 64, 64, "full", against(6, 1.7), (CONTRACTION,), 200 * MEBIBYTE),
     "E trace": lambda: case("E trace", None, 64, 64, "trace", against(plain=1.7), (CONTRACTION,)),
+    "Transformer trace": lambda: transformer("Transformer trace", 16, "trace"),
+    "ResNet-18 trace": lambda: resnet("ResNet-18 trace", 8, "trace"),
+    "ResNet-18 full": lambda: resnet("ResNet-18 full", 8, "full"),
     "B x2=None": lambda: symmetric("B x2=None", SMALL, 512, "full"),
     "C full x2=None": lambda: symmetric("C full x2=None", WIDE, 128, "full"),
     "E full x2=None": lambda: symmetric("E full x2=None", None, 64, "full"),

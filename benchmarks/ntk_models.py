@@ -1,11 +1,13 @@
-"""The networks of the NTK's benchmarks, and the least operations that their kernels need."""
+"""The networks of the NTK's benchmarks, and the least operations that the kernels of MLPs and the CNN need."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from resnet import resnet18
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -23,6 +25,31 @@ def cnn() -> nn.Sequential:
     for channels in (3, 32, 32):
         convolutions += [nn.Conv2d(channels, 32, 3), nn.ReLU()]
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(32 * 26 * 26, 10)).eval()
+
+
+class Encoder(nn.Module):
+    """Tokens [n, length] to ten outputs: a Transformer encoder of two layers, its mean over positions, a dense layer."""
+
+    def __init__(self, vocabulary: int = 100, length: int = 32, width: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Parameter(0.1 * torch.randn(length, width))
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layers(self.tokens(tokens) + self.positions).mean(1))
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return Encoder().eval()
+
+
+def residual() -> nn.Module:
+    """ResNet-18 with a quarter of the channels, on 32×32 images."""
+    torch.manual_seed(0)
+    return resnet18(widths=(16, 32, 64, 128)).eval()
 
 
 def dense_flops(widths: tuple[int, ...], rows: int, columns: int, compute: str) -> float:

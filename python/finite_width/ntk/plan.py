@@ -16,7 +16,7 @@ from .probing import Seen
 # Rows of one block: a power of two such that what a block's sweep touches stays near this many bytes. It depends on
 # shapes alone, so that the result has the same bits for any memory budget.
 BLOCK_BYTES = 64 << 20
-BLOCK_ROWS = 512
+BLOCK_ROWS = 2048
 # Fewer rows than these are bound by calls: they may touch more (a ResNet of width 16: 2 rows 1.00 s, 8 rows 0.64 s).
 # Without convolutions a sweep does less for each call (two Transformer layers of width 64, or 784 outputs of an MLP).
 FEW_ROWS = 8

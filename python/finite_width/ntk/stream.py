@@ -41,7 +41,9 @@ class Grid:
         sizes = problem.sizes
         products = {"full": plan.outputs**2, "diagonal": plan.outputs, "trace": 1}[problem.compute]
         self.value_bytes = products * sizes.itemsize
-        edge = plan.block
+        # Of rows that are cheap to sweep a block may be more than a tile that is to be stored soon.
+        self.block = plan.block if problem.target.device.type == "cuda" else min(plan.block, TILE_ROWS)
+        edge = self.block
         while edge < TILE_ROWS and 4 * edge**2 * self.value_bytes <= TILE_BYTES:
             edge *= 2
         self.edge = edge
@@ -52,7 +54,6 @@ class Grid:
         self.layout = Layout(shape, problem.target.dtype, edge)
         self.symmetric = problem.symmetric
         self.rows, self.columns = (-(-size // self.edge) for size in shape[:2])
-        self.block = plan.block
 
     def tiles(self) -> list[Tile]:
         """All tiles that are computed; those below the diagonal of a symmetric kernel are mirrored."""
@@ -211,7 +212,7 @@ def held_tiles(problem: Problem, plan: Plan, grid: Grid, ranks: Ranks) -> int:
     """
     rows = min(grid.edge, max(problem.left.rows, problem.right.rows))
     tile_row = rows * (plan.row_bytes + max((entry.tile_bytes for entry in plan.entries), default=0))
-    working = min(plan.block, rows) * plan.sweep_bytes
+    working = min(grid.block, rows) * plan.sweep_bytes
     each = tile_row + 2 * grid.tile_bytes  # one panel is computed while another is written
     fixed = working + tile_row + 4 * grid.tile_bytes  # the column's factors; what the writer turns and encodes
     if problem.budget is None:
