@@ -28,7 +28,7 @@ def cnn() -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Tokens [n, length] to ten outputs: a Transformer encoder of two layers, its mean over positions, a dense layer."""
+    """Tokens [n, length] to ten outputs: two Transformer layers, the mean over positions, a dense layer."""
 
     def __init__(self, vocabulary: int = 100, length: int = 32, width: int = 64, heads: int = 4) -> None:
         super().__init__()
