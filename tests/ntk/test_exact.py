@@ -165,6 +165,19 @@ class Merged(nn.Module):
         return self.three(h.mean(0)) + frames[:, None]
 
 
+class Normed(nn.Module):
+    """One batch norm behind a dense layer and behind a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.conv, self.out = nn.Linear(6, 5), nn.Conv1d(1, 5, 2), nn.Linear(5, 2)
+        self.norm = trained_norm(nn.BatchNorm1d(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        at_one, at_several = self.norm(self.dense(x)), self.norm(self.conv(x.unsqueeze(1)))
+        return self.out(torch.tanh(at_one) + torch.tanh(at_several).sum(2))
+
+
 class Branches(nn.Module):
     """A branch that depends on the data of one row at a time."""
 
@@ -395,6 +408,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(nn.Linear(6, 5), trained_norm(nn.BatchNorm1d(5)), nn.Tanh(), nn.Linear(5, 2)),
         vector,
     ),
+    "batch norm, at one position and at several": (Normed, vector),
     "batch norm without affine": (lambda: conv(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)), image),
     "layer norm": (lambda: nn.Sequential(trained_norm(nn.LayerNorm((4, 6))), nn.Linear(6, 3), nn.Flatten()), series),
     "group norm": (lambda: conv(nn.Conv2d(3, 4, 3), trained_norm(nn.GroupNorm(2, 4))), image),

@@ -65,7 +65,7 @@ class Rows:
         return ConvInputs(a, d, self.use.options["geometry"], self.use.kind == "conv_transpose")
 
     def jacobian(self, role: str, with_bias: bool = False) -> Tensor:
-        """[n, O, P] of the use's weight or bias; of the weight also with the bias, behind each channel's or all."""
+        """[n, O, P] of the use's weight or bias, or of both: each row of the weight with its bias behind."""
         kind, d = self.use.kind, self.d
         if kind in ("conv", "conv_transpose"):
             inputs = self.conv()
@@ -89,7 +89,7 @@ class Rows:
             a = self.inputs().flatten(2)
             return ops.conv_gradients(a, d.flatten(3), [1], [1], [0], [1], a.shape[1], with_bias)
         if with_bias:
-            return torch.cat([self._scale("weight", False), self._scale("bias", False)], 2)
+            return torch.stack([self._scale("weight", False), self._scale("bias", False)], 3).flatten(2)
         # Behind the rows and the outputs stand the other axes in their order; those of the weight stay.
         alone, row_axis = not self.layout.merged, self.layout.axis
         kept = {axis + 2 - (1 if alone and axis > row_axis else 0) for axis in range(begin, end)}
