@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .contract import Target
 from .made import Made, graph_nodes, parameters_behind
-from .recognise import RECOGNISED
+from .recognised import RECOGNISED
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .capture import Capture
+    from ..capture import Capture
 
 State = tuple[Tensor, ...]  # h, and for an LSTM c
 # (the input's part [n, gates], the state, weight_hh, bias_hh, weight_hr) to the next state.

@@ -1,0 +1,112 @@
+"""Norms, as a normalised input times a weight plus a bias, and PReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .eligible import counts, ordinary
+
+if TYPE_CHECKING:
+    from ..capture import Capture
+
+
+def _scaled(capture: Capture, normal: Tensor, weight: Tensor | None, bias: Tensor | None, axes: tuple[int, int]) -> Any:
+    """normal * weight + bias, where the weight lies on the axes [axes[0], axes[1]) of the normalised input."""
+    lead = normal.shape[axes[0] : axes[1]]
+    shape = (*lead, *[1] * (normal.dim() - axes[1]))
+
+    def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        result = normal if weight is None else normal * weight.reshape(shape)
+        return result if bias is None else result + bias.reshape(shape)
+
+    return capture.record("scale", weight, bias, normal, call, axes=axes)
+
+
+def rms_norm(
+    capture: Capture,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    if not counts(capture, input, weight, None):
+        return NotImplemented
+    normal = torch.rms_norm(input, normalized_shape, None, eps)
+    return _scaled(capture, normal, weight, None, (input.dim() - len(normalized_shape), input.dim()))
+
+
+def layer_norm(
+    capture: Capture,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Any:
+    if not counts(capture, input, weight, bias):
+        return NotImplemented
+    normal = torch.layer_norm(input, normalized_shape, None, None, eps, cudnn_enable)
+    return _scaled(capture, normal, weight, bias, (input.dim() - len(normalized_shape), input.dim()))
+
+
+def group_norm(
+    capture: Capture,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:
+    if not counts(capture, input, weight, bias):
+        return NotImplemented
+    normal = torch.group_norm(input, num_groups, None, None, eps, cudnn_enabled)
+    return _scaled(capture, normal, weight, bias, (1, 2))
+
+
+def batch_norm(
+    capture: Capture,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    if not counts(capture, input, weight, bias) or training or running_mean is None or running_var is None:
+        return NotImplemented
+    if not ordinary(input, running_mean, running_var):
+        return NotImplemented
+    mean, rate = (_along_channels(value, input) for value in (running_mean, (running_var + eps).rsqrt()))
+
+    def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        # One product in the backward, where the normalised input times the weight would take two.
+        slope = rate if weight is None else rate * _along_channels(weight, input)
+        shift = -mean * slope
+        return input * slope + (shift if bias is None else shift + _along_channels(bias, input))
+
+    return capture.record("scale", weight, bias, (input - mean) * rate, call, axes=(1, 2))
+
+
+def _along_channels(value: Tensor, input: Tensor) -> Tensor:
+    return value.reshape(-1, *[1] * (input.dim() - 2))
+
+
+def prelu(capture: Capture, input: Tensor, weight: Tensor) -> Any:
+    if not counts(capture, input, weight, None) or (weight.numel() > 1 and input.dim() < 2):
+        return NotImplemented
+    axes = (1, 2) if weight.numel() > 1 else (input.dim(), input.dim())
+
+    def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert weight is not None
+        return torch.prelu(input, weight)
+
+    return capture.record("scale", weight, None, input.clamp(max=0), call, axes=axes)
