@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,20 +11,15 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from .._gemm import gemm, gemm_below_autograd
+from .._library import nothing_to_differentiate
 from . import ops
 from .precision import splits_dense_layers
 
 # The dispatch keys by which torch.func.vmap sees every operation.
-_BATCHING = functools.reduce(
-    operator.or_,
-    [
-        torch._C.DispatchKeySet(key)
-        for key in (
-            torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode,
-            torch._C.DispatchKey.FuncTorchDynamicLayerBackMode,
-            torch._C.DispatchKey.FuncTorchBatched,
-        )
-    ],
+_BATCHING = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 )
 
 
@@ -35,10 +28,10 @@ def _in_a_plain_sweep(cotangent: Tensor) -> bool:
 
     Else the sweep itself is differentiated, or the model runs transforms of its own.
     """
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return False
-    levels = len(_functorch.get_interpreter_stack() or [])
-    return levels == 0 or (levels == 1 and _functorch.is_batchedtensor(cotangent))
+    if nothing_to_differentiate():
+        return True
+    in_one_vmap = _functorch.is_batchedtensor(cotangent) and len(_functorch.get_interpreter_stack() or []) == 1
+    return in_one_vmap and not torch.is_grad_enabled() and forward_ad._current_level < 0
 
 
 def _for_all(call: Callable[[Tensor], Tensor], cotangent: Tensor) -> Tensor:

@@ -211,13 +211,18 @@ class Planner:
     def _positions(self, own: list[Role]) -> int:
         return sum(positions(self.uses[index], self.rows) for index, _ in own)
 
+    def _held(self, own: list[Role]) -> int:
+        """Values per row of the uses' inputs and the cotangents of all outputs."""
+        uses = [self.uses[index] for index, _ in own]
+        return sum(use.input.numel() + self.sizes.outputs * math.prod(use.shape) for use in uses) // self.rows
+
     def _dense(self, name: str, own: list[Role], last: int | None) -> Entry:
         sizes, first = self.sizes, self.uses[own[0][0]]
         inputs, channels, times = first.input.shape[-1], first.shape[-1], self._positions(own)
         if times == 1 and own[0][0] == last:
             flops = 2 * sizes.pairs * inputs
             return Entry("last", (name,), own, 0.0, flops, inputs * sizes.itemsize)
-        held = times * (inputs + sizes.outputs * channels)
+        held = self._held(own)
         if times == 1:
             flops = 2 * sizes.pairs * (inputs + sizes.products * channels)
             return Entry("gram", (name,), own, 0.0, flops, held * sizes.itemsize)
@@ -244,11 +249,7 @@ class Planner:
     def _in_tiles(self, entry: Entry, rows: int, unit: int) -> Entry:
         """The entry of a weight's gradients in tiles over its rows, whole units of them, where that holds less."""
         sizes, size = self.sizes, self.target.parameters[entry.names[0]].numel()
-        held = sum(
-            self.uses[index].input.numel() // self.rows
-            + sizes.outputs * (math.prod(self.uses[index].shape) // self.rows)
-            for index, _ in entry.roles
-        )
+        held = self._held(entry.roles)
         if sizes.outputs * size <= held:
             return entry  # the gradients are smaller than what they are made from: keep them instead
         each = size // rows
@@ -289,8 +290,8 @@ def block_rows(row_bytes: int, uses: Sequence[Use], device: torch.device) -> int
     rows, size = block_limits(device)
     most = max(1, min(rows, size // max(1, row_bytes)))
     if device.type == "cpu":
-        convolutions = not uses or any(use.kind in ("conv", "conv_transpose") for use in uses)
-        few = FEW_ROWS if convolutions else FEW_ROWS_WITHOUT_CONVOLUTIONS
+        without_convolutions = bool(uses) and not any(use.kind in ("conv", "conv_transpose") for use in uses)
+        few = FEW_ROWS_WITHOUT_CONVOLUTIONS if without_convolutions else FEW_ROWS
         most = max(most, min(rows, few, FEW_ROWS_BYTES // max(1, row_bytes)))
     return 1 << (most.bit_length() - 1)
 

@@ -59,9 +59,7 @@ def conv(convolve: Callable[..., Tensor], spatial: int) -> Callable[..., Any]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
-        if not counts(capture, input, weight, bias):
-            return NotImplemented
-        if input.dim() != spatial + 2:
+        if not counts(capture, input, weight, bias) or input.dim() != spatial + 2:
             return NotImplemented
         kernel, stride, dilation = tuple(weight.shape[2:]), _tuple(stride, spatial), _tuple(dilation, spatial)
         if padding == "valid":

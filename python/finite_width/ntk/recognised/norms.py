@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 def _scaled(capture: Capture, normal: Tensor, weight: Tensor | None, bias: Tensor | None, axes: tuple[int, int]) -> Any:
     """normal * weight + bias, where the weight lies on the axes [axes[0], axes[1]) of the normalised input."""
-    lead = normal.shape[axes[0] : axes[1]]
-    shape = (*lead, *[1] * (normal.dim() - axes[1]))
 
     def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        result = normal if weight is None else normal * weight.reshape(shape)
-        return result if bias is None else result + bias.reshape(shape)
+        result = normal if weight is None else normal * _before(axes[1], weight, normal)
+        return result if bias is None else result + _before(axes[1], bias, normal)
 
     return capture.record("scale", weight, bias, normal, call, axes=axes)
+
+
+def _before(end: int, value: Tensor, input: Tensor) -> Tensor:
+    """The value, which lies along the input's axes just before `end`, in a shape that meets them."""
+    return value.reshape(*value.shape, *[1] * (input.dim() - end))
 
 
 def rms_norm(
@@ -85,19 +88,15 @@ def batch_norm(
         return NotImplemented
     if not ordinary(input, running_mean, running_var):
         return NotImplemented
-    mean, rate = (_along_channels(value, input) for value in (running_mean, (running_var + eps).rsqrt()))
+    mean, rate = (_before(2, value, input) for value in (running_mean, (running_var + eps).rsqrt()))
 
     def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
         # One product in the backward, where the normalised input times the weight would take two.
-        slope = rate if weight is None else rate * _along_channels(weight, input)
+        slope = rate if weight is None else rate * _before(2, weight, input)
         shift = -mean * slope
-        return input * slope + (shift if bias is None else shift + _along_channels(bias, input))
+        return input * slope + (shift if bias is None else shift + _before(2, bias, input))
 
     return capture.record("scale", weight, bias, (input - mean) * rate, call, axes=(1, 2))
-
-
-def _along_channels(value: Tensor, input: Tensor) -> Tensor:
-    return value.reshape(-1, *[1] * (input.dim() - 2))
 
 
 def prelu(capture: Capture, input: Tensor, weight: Tensor) -> Any:
