@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
 from torch.overrides import BaseTorchFunctionMode
 
 import finite_width as fw
-from finite_width._library import closed_transforms
+from finite_width._interrupts import closed_transforms
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +63,75 @@ def at_many_moments(call: Callable[[], Any], check: Callable[[], None], moments:
         check()
 
 
+def at_torchs_doors(call: Callable[[], Any], check: Callable[[], None], moments: int = 60) -> None:
+    """Interrupt the call where it enters functions by which torch begins and ends what holds for the whole process.
+
+    A signal's handler runs where a function begins, and so does this: in contexts, transforms, modes, dual levels, and
+    torch.fx's patches. A generator is left out: an exception that comes while one is finalised is dropped by Python.
+    """
+    count, target = 0, 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal count
+        code = frame.f_code
+        if event != "call" or code.co_flags & inspect.CO_GENERATOR or not code.co_filename.endswith(DOORS):
+            return
+        count += 1
+        if count == target:
+            raise KeyboardInterrupt
+
+    def run(at: int) -> None:
+        nonlocal count, target
+        count, target = 0, at
+        sys.settrace(trace)
+        try:
+            call()
+        finally:
+            sys.settrace(None)
+
+    call()
+    run(0)
+    total = count
+    assert total > 0
+    for at in sorted({1 + moment * (total - 1) // (moments - 1) for moment in range(moments)}):
+        before = switches()
+        with pytest.raises(KeyboardInterrupt) as caught:
+            run(at)
+        assert switches() == before  # while the traceback is still there, and once it is gone
+        del caught
+        assert switches() == before
+        check()
+
+
+DOORS = (
+    "contextlib.py",
+    "torch/_functorch/vmap.py",
+    "torch/_functorch/predispatch.py",
+    "torch/_functorch/eager_transforms.py",
+    "torch/_export/utils.py",
+    "torch/autograd/forward_ad.py",
+    "torch/fx/_symbolic_trace.py",
+    "torch/nn/utils/stateless.py",
+    "torch/overrides.py",
+)
+
+
+def switches() -> dict[str, Any]:
+    """What torch holds for the whole process."""
+    return {
+        "transforms": torch._C._functorch.get_dynamic_layer_stack_depth(),
+        "modes": torch._C._len_torch_function_stack(),
+        "dual level": forward_ad._current_level,
+        "nested jvp": eager_transforms.JVP_NESTING,
+        "forward mode": torch._C._is_fwd_grad_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "fused attention": torch.backends.cuda.flash_sdp_enabled(),
+        "tracing": (_symbolic_trace.CURRENT_PATCHER, _symbolic_trace.is_fx_tracing()),
+        "module's methods": (nn.Module.__call__, nn.Module.__getattr__),
+    }
+
+
 def facts(model: nn.Module) -> dict[str, Any]:
     """What a call may not leave changed: values, grads, flags, hooks, and the kinds of modules."""
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()]
@@ -89,6 +164,44 @@ def test_empirical_ntk(method: str) -> None:
     expected, right = facts(model), fw.ntk.empirical_ntk(model, x, method=method)
     at_many_moments(lambda: fw.ntk.empirical_ntk(model, x, method=method), lambda: same(model, expected))
     assert torch.equal(fw.ntk.empirical_ntk(model, x, method=method), right)
+
+
+@pytest.mark.parametrize("method", ["structured", "jacobian", "products"])
+def test_a_kernel_at_torchs_doors(method: str) -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.LayerNorm(4), nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3)]
+    model, x = nn.Sequential(*layers), torch.randn(3, 3, 6, 6)
+    expected, right = facts(model), fw.ntk.empirical_ntk(model, x, method=method)
+    at_torchs_doors(lambda: fw.ntk.empirical_ntk(model, x, method=method), lambda: same(model, expected))
+    assert torch.equal(fw.ntk.empirical_ntk(model, x, method=method), right)
+
+
+def test_products_at_torchs_doors() -> None:
+    model, x, vector = network(4), torch.randn(2, 3, 12, 12), torch.randn(6)
+    expected, right = facts(model), fw.ntk.NTKOperator(model, x) @ vector
+    at_torchs_doors(lambda: fw.ntk.NTKOperator(model, x) @ vector, lambda: same(model, expected))
+    assert torch.equal(fw.ntk.NTKOperator(model, x) @ vector, right)
+
+
+def test_paths_at_torchs_doors() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), fw.tt.TTLinear(64, 8, rank=2), nn.ReLU(), nn.Linear(8, 2)]
+    model = nn.Sequential(*layers)
+    expected, right = facts(model), fw.pathsgd.path_norm(model, input_shape=(3, 6, 6))
+    at_torchs_doors(lambda: fw.pathsgd.path_norm(model, input_shape=(3, 6, 6)), lambda: same(model, expected))
+    assert torch.equal(fw.pathsgd.path_norm(model, input_shape=(3, 6, 6)), right)
+
+
+def test_another_error_comes_through() -> None:
+    """A model's own error stays what it is, also where it was raised beside an interrupt that somebody had caught."""
+
+    class Failing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                raise OSError("no such file") from None
+
+    with pytest.raises(OSError, match="no such file"):
+        fw.ntk.empirical_ntk(Failing(4, 2), torch.randn(3, 4))
 
 
 def test_an_interrupted_vmap_is_closed() -> None:

@@ -228,38 +228,6 @@ def nothing_to_differentiate() -> bool:
     return not torch.is_grad_enabled() and not transformed()
 
 
-@contextlib.contextmanager
-def grad_mode(enabled: bool) -> Iterator[None]:
-    """Gradients on or off, and back as they were after a Ctrl-C at any moment.
-
-    torch's own contexts can be interrupted between the switch and the block, and then leave it switched.
-    """
-    before = torch.is_grad_enabled()
-    try:
-        torch.set_grad_enabled(enabled)
-        yield
-    finally:
-        torch.set_grad_enabled(before)
-
-
-@contextlib.contextmanager
-def closed_transforms() -> Iterator[None]:
-    """What a Ctrl-C left open of torch.func's transforms and of modes inside is closed at the end.
-
-    torch.func.vmap can be interrupted between its beginning and its block, and so can a mode; then every later
-    operation of the process would count as one inside of it.
-    """
-    functorch = torch._C._functorch
-    depth, modes = functorch.get_dynamic_layer_stack_depth(), torch._C._len_torch_function_stack()
-    try:
-        yield
-    finally:
-        while torch._C._len_torch_function_stack() > modes:
-            torch._C._pop_torch_function_stack()
-        if functorch.get_dynamic_layer_stack_depth() > depth:
-            functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-
-
 class _ReferenceMode(TorchDispatchMode):
     """Sends this library's ops to their references."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from .._interrupts import grad_mode, uninterrupted
 from . import ops
 from .layers import BayesLayer, draw_seed
 from .objective import check_no_nan, layers_of
@@ -86,7 +87,6 @@ def _link(link: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], T
     return (lambda y: torch.softmax(y, -1)) if link == "softmax" else torch.sigmoid
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module,
     x: Tensor,
@@ -142,7 +142,7 @@ def predict(
     check_no_nan(layers)
     chunk = chunk or max(1, _ROWS // max(len(x), 1))
     draw = Draw()
-    with _evaluation(model), _drawing(list(layers.values()), draw):
+    with grad_mode(False), _evaluation(model), _drawing(list(layers.values()), draw):
         if min(chunk, samples) > 1 and not _stacks(model, x, draw):
             chunk = 1
         try:
@@ -177,7 +177,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             model.eval()
         yield
     finally:
-        with _modes_lock:
+        with uninterrupted(), _modes_lock:
             for module in modules:
                 mode = _modes.get(module)
                 if mode is not None and not mode.users - {token}:

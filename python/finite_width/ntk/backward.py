@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .._interrupts import closed_transforms
 from .capture import Use
 from .made import Made
 
@@ -43,7 +44,8 @@ def pull(
             present[:] = [place for place, value in enumerate(values) if value is not None]
             return (cotangent, *(value for value in values if value is not None))
 
-        stacked = torch.func.vmap(reached)(cotangents)[1:]
+        with closed_transforms():
+            stacked = torch.func.vmap(reached)(cotangents)[1:]
         for place, value in zip(present, stacked, strict=True):
             results[place] = value.detach()
     else:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .. import _check, _library
+from .. import _check
+from .._interrupts import closed_transforms, grad_mode
 from .made import Choices
 from .precision import ieee_products
 
@@ -293,12 +294,12 @@ def preserved(model: nn.Module) -> Iterator[None]:
     try:
         with (
             torch.inference_mode(False),
-            _library.grad_mode(True),
+            grad_mode(True),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False) if on_gpu else nullcontext(),
             ieee_products(on_gpu),
             _eager(),
-            _library.closed_transforms(),
+            closed_transforms(),
         ):
             yield
     finally:

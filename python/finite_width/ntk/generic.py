@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._interrupts import closed_transforms
 from .contract import Batch, Target, flatten
 
 # Rows whose gradients autograd computes at once, as a part of a block's: they exist twice, as autograd made them and in
@@ -61,7 +62,8 @@ def vmapped(
     with torch.no_grad():  # the transform differentiates all the same; nothing else shall record a graph
         for begin in range(0, rows, chunk):
             part = slice(begin, begin + chunk)
-            gradients = torch.func.vmap(single, randomness="error")(*(value[part] for value in tensors))
+            with closed_transforms():
+                gradients = torch.func.vmap(single, randomness="error")(*(value[part] for value in tensors))
             _fill(result[part], gradients, names, target)
             del gradients  # before the next ones are made
     return result

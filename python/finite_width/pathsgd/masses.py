@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .. import _library
+from .._interrupts import closed_transforms
 from .convolution import ConvolutionMass, PathConvolution, window_of
 from .network import Edges, PathSum, Scaled, larger, powered, two_to
 from .structure import Structure, attribute, is_weight
@@ -198,5 +198,5 @@ def _second_derivative(
         return (curvature * tangent).sum()
 
     indices = torch.arange(point.numel(), device=point.device)
-    with _library.closed_transforms():
+    with closed_transforms():
         return torch.cat([torch.func.vmap(diagonal)(part) for part in indices.split(chunk)]).view_as(point)

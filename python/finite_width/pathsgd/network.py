@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._interrupts import closed_transforms
 from . import reference
 from .chain import norm_statistics
 from .operations import path_weights
 from .structure import Structure
+from .tracing import left_as_it_was
 from .walk import Walk
 
 _RANGE = 200  # binary exponents that are left as they are
@@ -307,7 +309,8 @@ class PathSum(Walk):
         edges = {name: self.power(module.get_parameter(name)) for name in names}
 
         def apply(value: Tensor, edges: dict[str, Tensor] = edges) -> Tensor:
-            result: Tensor = torch.func.functional_call(module, edges, (value,))
+            with left_as_it_was(module), closed_transforms():
+                result: Tensor = torch.func.functional_call(module, edges, (value,))
             return result
 
         if not isinstance(x.exponent, Tensor) and x.exponent == 0:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import _check, _library
+from .._interrupts import grad_mode, uninterrupted
 from .arguments import DTYPES, number, path_power
 from .batches import BatchDeviations
 from .chain import UNSCALED, Given, Norm, PathVectors, Scaling, find_chain, no_update
 from .convolution import ConvolutionMass
 from .dense_chain import KNOWS_BACKWARD, KNOWS_FORWARD, DenseChain, fits, is_remote
-from .interruption import uninterrupted
 from .kept import Kept, KeptVectors, loaded, saved
 from .layered_chain import LayeredChain
 from .masses import Masses, masses
@@ -216,7 +216,7 @@ class PathSGD(Optimizer):
         On a GPU that is done at once, since a captured step that is replayed next would not know of it.
         """
         self._forget()
-        with _library.grad_mode(False):
+        with grad_mode(False):
             self._renew_masters()
             if self._chain is not None and self._on_device:
                 self._chain.step(no_update, UNSCALED, KNOWS_BACKWARD)
@@ -248,7 +248,7 @@ class PathSGD(Optimizer):
             ValueError: a gradient of a parameter that no path passes; a model of which parts were replaced; a
                 BatchNorm in training mode that a forward calls more than once; p > 8 and units too far apart for it.
         """
-        with torch.inference_mode(False), _library.grad_mode(False):
+        with torch.inference_mode(False), grad_mode(False):
             return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:

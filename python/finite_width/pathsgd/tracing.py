@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx import _symbolic_trace
 
+from .._interrupts import closed_transforms
 from .batches import is_own_hook
 from .operations import REASONS, takes_part
 
@@ -38,7 +40,7 @@ def graph_of(root: nn.Module, name: str) -> fx.Graph:
         ValueError: a forward that symbols cannot follow, or that draws random numbers.
     """
     before = torch.get_rng_state(), random.getstate()
-    with _left_as_it_was(root):
+    with left_as_it_was(root), _unpatched_modules(), closed_transforms():
         try:
             graph = Tracer().trace(root)
         except Exception as error:  # whatever the user's forward raises when run on symbols
@@ -59,7 +61,24 @@ def graph_of(root: nn.Module, name: str) -> fx.Graph:
 
 
 @contextlib.contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def _unpatched_modules() -> Iterator[None]:
+    """Takes back what torch.fx writes into nn.Module for as long as it traces, also after a Ctrl-C on its way out."""
+    before = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+    patcher = _symbolic_trace.CURRENT_PATCHER
+    try:
+        yield
+    finally:
+        left = _symbolic_trace.CURRENT_PATCHER
+        if left is not None and left is not patcher:  # torch.compile would apply its patches again
+            left.revert_all_patches()
+            _symbolic_trace.CURRENT_PATCHER = patcher
+        for name, method in before.items():
+            if getattr(nn.Module, name) is not method:
+                setattr(nn.Module, name, method)
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Puts back what a forward writes: modules' attributes, their lists and dicts as well, and buffers."""
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     plain = [value for _, own in attributes for value in own.values() if type(value) in _PLAIN_CONTAINERS]

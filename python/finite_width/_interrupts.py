@@ -1,0 +1,123 @@
+"""What torch holds for a whole process, as it was before a call, also after a Ctrl-C at any moment of the call."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def grad_mode(enabled: bool) -> Iterator[None]:
+    """Gradients on or off, and back as they were after a Ctrl-C at any moment.
+
+    torch's own contexts can be interrupted between the switch and the block, and then leave it switched; and its switch
+    is written in Python, where an interrupt can come first.
+    """
+    before = torch.is_grad_enabled()
+    try:
+        torch._C._set_grad_enabled(enabled)
+        yield
+    finally:
+        torch._C._set_grad_enabled(before)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is over, so that nothing is left half done; for blocks that are short."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    pending: list[Any] = []
+    if not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pending:
+            before(*pending[0])
+
+
+@contextlib.contextmanager
+def closed_transforms() -> Iterator[None]:
+    """What an exception left open of torch.func's transforms, forward mode and modes inside is closed at the end.
+
+    A Ctrl-C can come between the beginning of a transform and its block, or between its block and its end; then every
+    later operation of the process would count as one inside of it. torch also undoes a beginning that was interrupted
+    before it was made, and the error of that stands in the place of the KeyboardInterrupt; here it comes through.
+    """
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    modes = _modes()
+    level, nesting, forward = forward_ad._current_level, eager_transforms.JVP_NESTING, torch._C._is_fwd_grad_enabled()
+    try:
+        yield
+    except BaseException as error:
+        _finish_contexts(error)
+        if torch._C._functorch.get_dynamic_layer_stack_depth() > depth:
+            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        _leave_dual_levels(level)
+        eager_transforms.JVP_NESTING = nesting
+        torch._C._set_fwd_grad_enabled(forward)
+        _set_modes(modes)
+        interrupt = _replaced(error)
+        if interrupt is not error:
+            raise interrupt from None
+        raise
+
+
+def _modes() -> list[TorchFunctionMode]:
+    """torch's stack of function modes, outermost first."""
+    return [torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack())]
+
+
+def _set_modes(modes: list[TorchFunctionMode]) -> None:
+    """Makes the stack of function modes hold these very modes."""
+    now = _modes()
+    if len(now) == len(modes) and all(one is two for one, two in zip(now, modes, strict=True)):
+        return
+    for _ in now:
+        torch._C._pop_torch_function_stack()
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
+
+
+def _leave_dual_levels(level: int) -> None:
+    """Closes forward mode's levels above this one; the topmost may be open in C++ and not yet counted in Python."""
+    for open_level in range(forward_ad._current_level + 1, level, -1):
+        with contextlib.suppress(RuntimeError):  # it was not open
+            torch._C._exit_dual_level(level=open_level)
+    forward_ad._current_level = level
+
+
+def _finish_contexts(error: BaseException | None) -> None:
+    """Runs the `finally` of generators that an interrupt cut off from it.
+
+    An interrupt at the first instruction of a context manager's `__exit__` leaves its generator suspended, alive in the
+    traceback. It would go on when somebody drops that, and change what is by then another call's.
+    """
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename == contextlib.__file__:
+                with contextlib.suppress(RuntimeError):  # it still runs: a context manager around this block
+                    trace.tb_frame.clear()
+            trace = trace.tb_next
+        error = error.__context__
+
+
+def _replaced(error: BaseException) -> BaseException:
+    """The exception in whose place torch raised that a transform was not open; any other error itself."""
+    while isinstance(error, RuntimeError) and "INTERNAL ASSERT FAILED" in str(error) and error.__context__ is not None:
+        error = error.__context__
+    return error
