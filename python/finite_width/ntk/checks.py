@@ -55,7 +55,7 @@ def _vmaps(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Seque
         jacobian = generic.vmapped(target, batch, rows, names, outputs, chunk=2)
     except Exception:
         return False
-    results = [flatten(target.run(batch, [value[row : row + 1] for value in rows])) for row in range(len(jacobian))]
+    results = [generic.single_row(target, batch, rows, row) for row in range(len(jacobian))]
     weights = output_weights(results[0])
     expected = torch.empty(jacobian.shape[2], dtype=target.dtype, device=target.device)
     generic.gradient(target, torch.cat(results).sum(0) @ weights, names, expected)

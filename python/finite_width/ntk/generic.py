@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._interrupts import closed_transforms
 from .contract import Batch, Target, flatten
+from .norms import NormsByFormula
 
 # Rows whose gradients autograd computes at once, as a part of a block's: they exist twice, as autograd made them and in
 # the block's Jacobian, and the sweep of a recurrent or normalised weight holds more beside them.
@@ -50,7 +51,8 @@ def vmapped(
 
     def single(*row: Tensor) -> tuple[Tensor, ...]:
         def function(values: dict[str, Tensor]) -> Tensor:
-            return target.run(batch, [value.unsqueeze(0) for value in row], values).reshape(-1)
+            with NormsByFormula():
+                return target.run(batch, [value.unsqueeze(0) for value in row], values).reshape(-1)
 
         pull = torch.func.vjp(function, values)[1]
         (gradients,) = torch.func.vmap(pull)(cotangents)
@@ -73,10 +75,16 @@ def looped(target: Target, batch: Batch, tensors: Sequence[Tensor], names: Seque
     """[n, O, P] by a loop of torch.autograd.grad over rows and outputs: the definition."""
     jacobian = _empty(target, names, tensors[0].shape[0], outputs)
     for row in range(tensors[0].shape[0]):
-        result = flatten(target.run(batch, [value[row : row + 1] for value in tensors]))
+        result = single_row(target, batch, tensors, row)
         for index in range(outputs):
             gradient(target, result[0, index], names, jacobian[row, index])
     return jacobian
+
+
+def single_row(target: Target, batch: Batch, tensors: Sequence[Tensor], row: int) -> Tensor:
+    """The outputs [1, O] of a row, to be differentiated by autograd."""
+    with NormsByFormula():
+        return flatten(target.run(batch, [value[row : row + 1] for value in tensors]))
 
 
 def gradient(target: Target, value: Tensor, names: Sequence[str], out: Tensor) -> None:

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..norms import torchs_order
 from .convolutions import conv, conv_transpose, relu
 from .dense import addmm, linear, matmul, reversed_axes, transpose
 from .embeddings import embedding, embedding_bag, renormed
-from .norms import batch_norm, group_norm, layer_norm, prelu, rms_norm
+from .norms import batch_norm, group_norm, instance_norm, layer_norm, prelu, rms_norm
 from .recurrent import RECURRENT
 from .shared import added, expanded, multiplied, subtracted
 
@@ -60,7 +61,10 @@ RECOGNISED: dict[Any, Callable[..., Any]] = {
     torch.rms_norm: rms_norm,
     torch.layer_norm: layer_norm,
     torch.group_norm: group_norm,
-    torch.batch_norm: batch_norm,
+    F.batch_norm: batch_norm,
+    torch.batch_norm: torchs_order(batch_norm),
+    F.instance_norm: instance_norm,
+    torch.instance_norm: torchs_order(instance_norm),
     torch.prelu: prelu,
     torch.embedding: embedding,
     torch.embedding_bag: embedding_bag,

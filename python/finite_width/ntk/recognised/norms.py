@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import norms
 from .eligible import counts, ordinary
 
 if TYPE_CHECKING:
@@ -75,28 +76,44 @@ def group_norm(
 def batch_norm(
     capture: Capture,
     input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Any:
-    if not counts(capture, input, weight, bias) or training or running_mean is None or running_var is None:
+    if not counts(capture, input, weight, bias):
+        return norms.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training or running_mean is None or running_var is None or not ordinary(input, running_mean, running_var):
         return NotImplemented
-    if not ordinary(input, running_mean, running_var):
-        return NotImplemented
-    mean, rate = (_before(2, value, input) for value in (running_mean, (running_var + eps).rsqrt()))
+    mean, rate = norms.running(input, running_mean, running_var, eps)
 
     def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        # One product in the backward, where the normalised input times the weight would take two.
-        slope = rate if weight is None else rate * _before(2, weight, input)
-        shift = -mean * slope
-        return input * slope + (shift if bias is None else shift + _before(2, bias, input))
+        return norms.by_running(input, mean, rate, weight, bias)
 
     return capture.record("scale", weight, bias, (input - mean) * rate, call, axes=(1, 2))
+
+
+def instance_norm(
+    capture: Capture,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if not use_input_stats:
+        return batch_norm(capture, input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if not counts(capture, input, weight, bias):
+        return norms.instance_norm(input, None, None, weight, bias, True, momentum, eps)
+    if not norms.has_positions(input):
+        return NotImplemented
+    return _scaled(capture, norms.by_instance(input, eps), weight, bias, (1, 2))
 
 
 def prelu(capture: Capture, input: Tensor, weight: Tensor) -> Any:
