@@ -110,6 +110,7 @@ DOORS = (
     "torch/_functorch/eager_transforms.py",
     "torch/_export/utils.py",
     "torch/autograd/forward_ad.py",
+    "torch/autograd/grad_mode.py",
     "torch/fx/_symbolic_trace.py",
     "torch/nn/utils/stateless.py",
     "torch/overrides.py",
@@ -188,6 +189,26 @@ def test_paths_at_torchs_doors() -> None:
     expected, right = facts(model), fw.pathsgd.path_norm(model, input_shape=(3, 6, 6))
     at_torchs_doors(lambda: fw.pathsgd.path_norm(model, input_shape=(3, 6, 6)), lambda: same(model, expected))
     assert torch.equal(fw.pathsgd.path_norm(model, input_shape=(3, 6, 6)), right)
+
+
+@pytest.mark.parametrize("replace", [lambda model: fw.tt.compress(model, max_rank=2), fw.bayes.convert])
+def test_replacing_layers_at_torchs_doors(replace: Callable[[nn.Module], Any]) -> None:
+    plain = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    models = [plain]
+
+    def call() -> None:
+        models[0] = copy.deepcopy(plain)
+        replace(models[0])
+
+    def check() -> None:  # all layers are replaced or none
+        found = [type(layer) for layer in models[0]]
+        assert found in (before, after)
+
+    before = [type(layer) for layer in plain]
+    call()
+    after = [type(layer) for layer in models[0]]
+    assert after != before
+    at_torchs_doors(call, check)
 
 
 def test_another_error_comes_through() -> None:

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch._functorch import eager_transforms
@@ -27,6 +27,13 @@ def grad_mode(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch._C._set_grad_enabled(before)
+
+
+@contextlib.contextmanager
+def kept_grad_mode() -> Iterator[None]:
+    """Gradients on or off at the end as they were at the beginning, for calls that use torch's own switches inside."""
+    with grad_mode(torch.is_grad_enabled()):
+        yield
 
 
 @contextlib.contextmanager
@@ -74,6 +81,26 @@ def closed_transforms() -> Iterator[None]:
         if interrupt is not error:
             raise interrupt from None
         raise
+
+
+class FunctionMode(TorchFunctionMode):
+    """A TorchFunctionMode that takes nothing but itself off torch's stack.
+
+    torch takes a mode off while the mode handles a call; an interrupt beside that leaves it off.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._depths: list[int] = []  # of the stack, where the mode was entered
+
+    def __enter__(self) -> Self:
+        self._depths.append(torch._C._len_torch_function_stack())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if torch._C._len_torch_function_stack() > self._depths.pop():
+            super().__exit__(*raised)
 
 
 def _modes() -> list[TorchFunctionMode]:

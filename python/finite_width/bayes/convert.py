@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .. import _check, _replace
+from .._interrupts import kept_grad_mode
 from .conv import BayesConv1d, BayesConv2d, BayesConv3d
 from .layers import ESTIMATORS, BayesLayer
 from .linear import BayesLinear
@@ -247,7 +248,8 @@ def convert(
             if init == "moped":
                 for parameter_name, value in module.named_parameters(name, recurse=False):
                     _check.is_finite(parameter_name, value, "train the model again first")
-            replacements[module] = _variational(module, prior, init, estimator)
+            with kept_grad_mode():
+                replacements[module] = _variational(module, prior, init, estimator)
     if not replacements:
         kept = ", ".join(f"{layer.name} ({layer.reason})" for layer in layers) or "it holds no weights"
         raise ValueError(f"model has no layer to convert: {kept}")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import _replace
+from .._interrupts import kept_grad_mode
 from .layers import BayesLayer
 from .objective import check_no_nan, layers_of
 
@@ -34,14 +35,15 @@ def mean_mode(model: nn.Module) -> Iterator[nn.Module]:
         ...     bool((model(torch.ones(3)) == model(torch.ones(3))).all())
         True
     """
-    layers = layers_of(model).values()
-    for layer in layers:
-        layer._mean_mode += 1
+    # Past the layers' own __setattr__, in whose Python a Ctrl-C could come.
+    attributes = [vars(layer) for layer in layers_of(model).values()]
+    for own in attributes:
+        own["_mean_mode"] += 1
     try:
         yield model
     finally:
-        for layer in layers:
-            layer._mean_mode -= 1
+        for own in attributes:
+            own["_mean_mode"] -= 1
 
 
 def freeze_(model: nn.Module) -> Any:
@@ -70,7 +72,8 @@ def freeze_(model: nn.Module) -> Any:
     for name, layer in layers.items():
         if _replace.has_hooks(layer):
             raise ValueError(f"{name or 'model'} has hooks, which the plain layer would lose: remove them first")
-    plain: dict[nn.Module, nn.Module] = {layer: layer.mean_layer() for layer in layers.values()}
+    with kept_grad_mode():
+        plain: dict[nn.Module, nn.Module] = {layer: layer.mean_layer() for layer in layers.values()}
     shared: dict[nn.Parameter, nn.Parameter] = {}  # what layers have in common, they have in common afterwards
     for variational, new in plain.items():
         for name in ("weight", "bias"):

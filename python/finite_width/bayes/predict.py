@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
-from .._interrupts import grad_mode, uninterrupted
+from .._interrupts import grad_mode
 from . import ops
 from .layers import BayesLayer, draw_seed
 from .objective import check_no_nan, layers_of
@@ -177,7 +177,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             model.eval()
         yield
     finally:
-        with uninterrupted(), _modes_lock:
+        with _modes_lock:
             for module in modules:
                 mode = _modes.get(module)
                 if mode is not None and not mode.users - {token}:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from .._interrupts import FunctionMode
 from .contract import Target
 from .made import Made, graph_nodes, parameters_behind
 from .recognised import RECOGNISED
@@ -67,7 +67,7 @@ class _Anchored(torch.autograd.Function):
         return None, None
 
 
-class Capture(TorchFunctionMode):
+class Capture(FunctionMode):
     """Records the uses of a target's parameters while the model runs inside it."""
 
     def __init__(self, target: Target) -> None:
@@ -91,17 +91,9 @@ class Capture(TorchFunctionMode):
         # Whether the model itself differentiated through a recorded use, in whose gradient the parameter is missing.
         self.differentiated = False
         self._watched: list[RemovableHandle] = []
-        self._depths: list[int] = []  # of torch's stack of modes, where this one was entered
-
-    def __enter__(self) -> Capture:
-        self._depths.append(torch._C._len_torch_function_stack())
-        super().__enter__()
-        return self
 
     def __exit__(self, *raised: Any) -> None:
-        # Torch takes the mode off its stack while the mode handles a call; an interrupt beside that leaves it off.
-        if torch._C._len_torch_function_stack() > self._depths.pop():
-            super().__exit__(*raised)
+        super().__exit__(*raised)
         for handle in self._watched:
             handle.remove()
         self._watched.clear()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from .._interrupts import FunctionMode
 
 
 def along_channels(value: Tensor, input: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
 }
 
 
-class NormsByFormula(TorchFunctionMode):
+class NormsByFormula(FunctionMode):
     """Inside, batch norm of running statistics and instance norm are computed by their formulas."""
 
     def __torch_function__(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _check, _replace
+from .._interrupts import kept_grad_mode
 from . import decomposition
 from .conv import TTConv2d
 from .decomposition import one_given
@@ -139,7 +140,8 @@ def compress(
     replacements: dict[nn.Module, nn.Module] = {}
     rows = []
     for layer, names in places.items():
-        new, row = _train_of(layer, ", ".join(names), eps, max_rank, ratio)
+        with kept_grad_mode():
+            new, row = _train_of(layer, ", ".join(names), eps, max_rank, ratio)
         rows.append(row)
         if new is not None:
             replacements[layer] = new
