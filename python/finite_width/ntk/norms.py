@@ -8,6 +8,7 @@ folds rows into channels. Kernels are sums over single rows, so that they meet i
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -108,6 +109,11 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
     torch.batch_norm: torchs_order(batch_norm),
     torch.instance_norm: torchs_order(instance_norm),
 }
+
+
+def norms_by_formula(rows: int) -> AbstractContextManager[Any]:
+    """Formulas for a forward of so many rows that torch differentiates: of one row. The mode costs 8 µs a call."""
+    return NormsByFormula() if rows == 1 else nullcontext()
 
 
 class NormsByFormula(FunctionMode):

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._interrupts import closed_transforms
 from .agreement import agrees
 from .contract import Batch, Target, flatten
-from .norms import NormsByFormula
+from .norms import norms_by_formula
 from .problem import Problem, progress_bar
 from .walk import mirror
 
@@ -43,7 +43,7 @@ class Products:
 
     def pull(self, batch: Batch, begin: int, end: int, cotangents: Tensor) -> Vectors:
         """Σ over rows of Jᵀ u: cotangents [k, n, O] to one vector per parameter."""
-        with _plain_attention(), closed_transforms(), NormsByFormula():
+        with _plain_attention(), closed_transforms(), norms_by_formula(end - begin):
             return self._pull(batch, begin, end, cotangents)
 
     def _pull(self, batch: Batch, begin: int, end: int, cotangents: Tensor) -> Vectors:
@@ -69,7 +69,7 @@ class Products:
 
     def push(self, batch: Batch, begin: int, end: int, vectors: Vectors) -> Tensor:
         """J w for each row: [k, n, O]."""
-        with _plain_attention(), closed_transforms(), NormsByFormula():
+        with _plain_attention(), closed_transforms(), norms_by_formula(end - begin):
             return self._pushes[self.push_route](batch, batch.take(begin, end, self.copies), vectors)
 
     @property
