@@ -90,3 +90,34 @@ def test_instance_norm_of_one_position(shape: tuple[int, ...]) -> None:
     norm = nn.InstanceNorm2d(4, affine=True) if len(shape) == 4 else nn.InstanceNorm1d(4, affine=True)
     with pytest.raises(ValueError, match="more than 1 spatial element"):
         fw.ntk.empirical_ntk(nn.Sequential(norm, nn.Flatten(), nn.Linear(4, 2)), torch.randn(shape))
+
+
+class Direct(nn.Module):
+    """A batch norm by torch's own function, its arguments by name."""
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.mixed, self.norm, self.eps = Mixed(), nn.BatchNorm2d(4), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, options = self.norm, {"training": False, "momentum": 0.1, "eps": self.eps, "cudnn_enabled": False}
+        y = torch.batch_norm(
+            self.mixed(x),
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            **options,  # type: ignore[arg-type]
+        )
+        return nn.functional.batch_norm(y, norm.running_mean, norm.running_var, eps=self.eps).flatten(1)
+
+
+@pytest.mark.parametrize("method", ["auto", "jacobian", "products"])
+def test_torchs_own_function(method: str) -> None:
+    torch.manual_seed(0)
+    model, x = Direct().double().eval(), torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    expected = exact(model, x)
+    kernel = fw.ntk.empirical_ntk(model, x, method=method)
+    assert float((kernel - expected).norm() / expected.norm()) <= 1e-12
+    with pytest.raises(ValueError, match="eps must be non-negative"):
+        fw.ntk.empirical_ntk(Direct(-1e-3).double().eval(), x, method=method)

@@ -61,8 +61,8 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """F.batch_norm of running statistics; NotImplemented for another."""
-    if training or running_mean is None or running_var is None:
+    """F.batch_norm of running statistics; NotImplemented for another, and where torch raises."""
+    if training or running_mean is None or running_var is None or eps < 0:
         return NotImplemented
     if not one_dtype(input, running_mean, running_var, weight, bias):
         return NotImplemented
@@ -90,13 +90,15 @@ def instance_norm(
 
 
 def torchs_order(norm: Callable[..., Any]) -> Callable[..., Any]:
-    """A norm with F's order of arguments, called with that of torch.batch_norm and torch.instance_norm.
+    """A norm with F's order of arguments, called with that of torch.batch_norm and torch.instance_norm; none by name.
 
     Args:
         norm: of (*leading, input, running_mean, running_var, weight, bias, use of the batch, momentum, eps).
     """
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **named: Any) -> Any:
+        if named:
+            return NotImplemented
         *leading, input, weight, bias, running_mean, running_var, own, momentum, eps, _ = args
         return norm(*leading, input, running_mean, running_var, weight, bias, own, momentum, eps)
 

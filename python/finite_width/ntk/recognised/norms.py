@@ -86,7 +86,9 @@ def batch_norm(
 ) -> Any:
     if not counts(capture, input, weight, bias):
         return norms.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training or running_mean is None or running_var is None or not ordinary(input, running_mean, running_var):
+    if training or running_mean is None or running_var is None or eps < 0:
+        return NotImplemented
+    if not ordinary(input, running_mean, running_var):
         return NotImplemented
     mean, rate = norms.running(input, running_mean, running_var, eps)
 
