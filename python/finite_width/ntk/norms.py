@@ -18,32 +18,47 @@ from torch import Tensor
 from .._interrupts import FunctionMode
 
 
-def along_channels(value: Tensor, input: Tensor) -> Tensor:
-    """[C] in a shape that meets the input [N, C, ...]."""
-    return value.reshape(-1, *[1] * (input.dim() - 2))
+def before(end: int, value: Tensor, input: Tensor) -> Tensor:
+    """The value, which lies along the input's axes just before `end`, in a shape that meets them."""
+    return value.reshape(*value.shape, *[1] * (input.dim() - end))
 
 
-def running(input: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Running statistics [C] as mean and 1 / σ, in a shape that meets the input [N, C, ...]."""
-    return along_channels(mean, input), along_channels((var + eps).rsqrt(), input)
+def scaled(normal: Tensor, weight: Tensor | None, bias: Tensor | None, end: int) -> Tensor:
+    """normal * weight + bias, where both lie along the normalised input's axes just before `end`."""
+    result = normal if weight is None else normal * before(end, weight, normal)
+    return result if bias is None else result + before(end, bias, normal)
+
+
+def running(
+    input: Tensor, mean: Tensor | None, var: Tensor | None, own: bool, eps: float
+) -> tuple[Tensor, Tensor] | None:
+    """Running statistics [C] as mean and 1 / σ, in a shape that meets the input [N, C, ...].
+
+    Returns:
+        None where the norm takes the batch's own statistics, or torch raises.
+    """
+    if own or mean is None or var is None or eps < 0:
+        return None
+    return before(2, mean, input), before(2, (var + eps).rsqrt(), input)
 
 
 def by_running(input: Tensor, mean: Tensor, rate: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """(input - mean) * rate * weight + bias of [N, C, ...], in an order whose backward is one product."""
-    slope = rate if weight is None else rate * along_channels(weight, input)
+    slope = rate if weight is None else rate * before(2, weight, input)
     shift = -mean * slope
-    return input * slope + (shift if bias is None else shift + along_channels(bias, input))
+    return input * slope + (shift if bias is None else shift + before(2, bias, input))
 
 
-def by_instance(input: Tensor, eps: float) -> Tensor:
-    """Each channel of each row of [N, C, ...] with mean 0 and variance 1 over its positions."""
+def by_instance(input: Tensor, eps: float) -> Tensor | None:
+    """Each channel of each row of [N, C, ...] with mean 0 and variance 1 over its positions.
+
+    Returns:
+        None where there are none to average over: torch raises.
+    """
+    if input.dim() < 3 or input.shape[2:].numel() <= 1:
+        return None
     flat = input.flatten(2)
     return F.layer_norm(flat, flat.shape[2:], None, None, eps).view(input.shape)
-
-
-def has_positions(input: Tensor) -> bool:
-    """Whether instance norm has something to average over; else torch raises."""
-    return input.dim() > 2 and input.shape[2:].numel() > 1
 
 
 def one_dtype(input: Tensor, *others: Tensor | None) -> bool:
@@ -62,11 +77,10 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """F.batch_norm of running statistics; NotImplemented for another, and where torch raises."""
-    if training or running_mean is None or running_var is None or eps < 0:
-        return NotImplemented
     if not one_dtype(input, running_mean, running_var, weight, bias):
         return NotImplemented
-    return by_running(input, *running(input, running_mean, running_var, eps), weight, bias)
+    statistics = running(input, running_mean, running_var, training, eps)
+    return NotImplemented if statistics is None else by_running(input, *statistics, weight, bias)
 
 
 def instance_norm(
@@ -82,11 +96,10 @@ def instance_norm(
     """F.instance_norm, which leaves running statistics as they are; NotImplemented where torch raises."""
     if not use_input_stats:
         return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    if not has_positions(input) or not one_dtype(input, weight, bias):
+    if not one_dtype(input, weight, bias):
         return NotImplemented
     normal = by_instance(input, eps)
-    result = normal if weight is None else normal * along_channels(weight, normal)
-    return result if bias is None else result + along_channels(bias, normal)
+    return NotImplemented if normal is None else scaled(normal, weight, bias, 2)
 
 
 def torchs_order(norm: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,15 +19,9 @@ def _scaled(capture: Capture, normal: Tensor, weight: Tensor | None, bias: Tenso
     """normal * weight + bias, where the weight lies on the axes [axes[0], axes[1]) of the normalised input."""
 
     def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        result = normal if weight is None else normal * _before(axes[1], weight, normal)
-        return result if bias is None else result + _before(axes[1], bias, normal)
+        return norms.scaled(normal, weight, bias, axes[1])
 
     return capture.record("scale", weight, bias, normal, call, axes=axes)
-
-
-def _before(end: int, value: Tensor, input: Tensor) -> Tensor:
-    """The value, which lies along the input's axes just before `end`, in a shape that meets them."""
-    return value.reshape(*value.shape, *[1] * (input.dim() - end))
 
 
 def rms_norm(
@@ -86,11 +80,10 @@ def batch_norm(
 ) -> Any:
     if not counts(capture, input, weight, bias):
         return norms.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training or running_mean is None or running_var is None or eps < 0:
+    statistics = norms.running(input, running_mean, running_var, training, eps)
+    if statistics is None or not ordinary(input, running_mean, running_var):
         return NotImplemented
-    if not ordinary(input, running_mean, running_var):
-        return NotImplemented
-    mean, rate = norms.running(input, running_mean, running_var, eps)
+    mean, rate = statistics
 
     def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return norms.by_running(input, mean, rate, weight, bias)
@@ -113,9 +106,8 @@ def instance_norm(
         return batch_norm(capture, input, running_mean, running_var, weight, bias, False, momentum, eps)
     if not counts(capture, input, weight, bias):
         return norms.instance_norm(input, None, None, weight, bias, True, momentum, eps)
-    if not norms.has_positions(input):
-        return NotImplemented
-    return _scaled(capture, norms.by_instance(input, eps), weight, bias, (1, 2))
+    normal = norms.by_instance(input, eps)
+    return NotImplemented if normal is None else _scaled(capture, normal, weight, bias, (1, 2))
 
 
 def prelu(capture: Capture, input: Tensor, weight: Tensor) -> Any:
