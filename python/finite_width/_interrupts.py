@@ -1,14 +1,16 @@
-"""What torch holds for a whole process, as it was before a call, also after a Ctrl-C at any moment of the call."""
+"""What a call may not leave changed, in torch and in a model, also after a Ctrl-C at any moment of the call."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
+from torch import nn
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -54,6 +56,48 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if pending:
             before(*pending[0])
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back what a forward may write: modules' attributes, their lists, dicts and sets as well, and buffers.
+
+    The dicts also hold hooks and parameters, and what prune and the older weight_norm make from parameters.
+    """
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    plain = [value for _, own in attributes for value in own.values() if type(value) in _PLAIN_CONTAINERS]
+    containers = [(value, value.copy()) for value in plain]
+    buffers = [(value, value.clone(), value._version) for value in model.buffers() if not value.is_inference()]
+    try:
+        yield
+    finally:
+        for now, before in (*attributes, *containers):
+            _put_back(now, before)
+        for value, saved, version in buffers:
+            # `.data` writes without a new version.
+            dense = value.layout == torch.strided and not value.is_meta and not value.is_nested
+            if value._version != version or (dense and not torch.equal(value, saved)):
+                with torch.no_grad():
+                    value.copy_(saved)
+
+
+_PLAIN_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+def _put_back(now: Any, before: Any) -> None:
+    """A dict, list or set, to the very same objects as before."""
+    if isinstance(now, dict):
+        for name in [name for name in now if name not in before]:
+            del now[name]
+        for name, value in before.items():
+            if name not in now or now[name] is not value:
+                now[name] = value
+    elif isinstance(now, list):
+        if len(now) != len(before) or any(one is not two for one, two in zip(now, before, strict=True)):
+            now[:] = before
+    elif now != before:
+        now.clear()
+        now.update(before)
 
 
 @contextlib.contextmanager

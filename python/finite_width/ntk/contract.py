@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _check
-from .._interrupts import closed_transforms, grad_mode
+from .._interrupts import closed_transforms, grad_mode, left_as_it_was
 from .made import Choices
 from .precision import ieee_products
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
-PLAIN_CONTAINERS = (dict, OrderedDict, list, set)
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -282,51 +280,20 @@ def flatten(raw: Tensor) -> Tensor:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Run the model with gradients on, autocast and TF32 off; put it back as it was, also after an exception or Ctrl-C.
 
-    The kernels never write parameters, `.grad` or hooks. What a forward itself may change are buffers and attributes of
-    modules, their lists and dicts as well: these also hold hooks, and what prune and the older weight_norm make from
-    parameters.
+    The kernels never write parameters, `.grad` or hooks; what a forward itself writes is put back.
     """
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    plain = [value for _, own in attributes for value in own.values() if type(value) in PLAIN_CONTAINERS]
-    containers = [(value, value.copy()) for value in plain]
-    buffers = [(value, value.clone(), value._version) for value in model.buffers()]
-    on_gpu = any(value.is_cuda for value in (*model.parameters(), *(value for value, _, _ in buffers)))
-    try:
-        with (
-            torch.inference_mode(False),
-            grad_mode(True),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False) if on_gpu else nullcontext(),
-            ieee_products(on_gpu),
-            _eager(),
-            closed_transforms(),
-        ):
-            yield
-    finally:
-        for now, before in (*attributes, *containers):
-            _put_back(now, before)
-        for value, saved, version in buffers:
-            # `.data` writes without a new version.
-            dense = value.layout == torch.strided and not value.is_meta and not value.is_nested
-            if value._version != version or (dense and not torch.equal(value, saved)):
-                with torch.no_grad():
-                    value.copy_(saved)
-
-
-def _put_back(now: Any, before: Any) -> None:
-    """A dict, list or set, to the very same objects as before."""
-    if isinstance(now, dict):
-        for name in [name for name in now if name not in before]:
-            del now[name]
-        for name, value in before.items():
-            if name not in now or now[name] is not value:
-                now[name] = value
-    elif isinstance(now, list):
-        if len(now) != len(before) or any(one is not two for one, two in zip(now, before, strict=True)):
-            now[:] = before
-    elif now != before:
-        now.clear()
-        now.update(before)
+    on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
+    with (
+        left_as_it_was(model),
+        torch.inference_mode(False),
+        grad_mode(True),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False) if on_gpu else nullcontext(),
+        ieee_products(on_gpu),
+        _eager(),
+        closed_transforms(),
+    ):
+        yield
 
 
 def _eager() -> AbstractContextManager[Any]:

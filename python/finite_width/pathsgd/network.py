@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._interrupts import closed_transforms
+from .._interrupts import closed_transforms, left_as_it_was
 from . import reference
 from .chain import norm_statistics
 from .operations import path_weights
 from .structure import Structure
-from .tracing import left_as_it_was
 from .walk import Walk
 
 _RANGE = 200  # binary exponents that are left as they are

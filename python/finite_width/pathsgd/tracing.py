@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
-from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx import _symbolic_trace
 
-from .._interrupts import closed_transforms
+from .._interrupts import closed_transforms, left_as_it_was
 from .batches import is_own_hook
 from .operations import REASONS, takes_part
-
-_PLAIN_CONTAINERS = (dict, OrderedDict, list, set)
 
 
 class Tracer(fx.Tracer):
@@ -75,37 +71,6 @@ def _unpatched_modules() -> Iterator[None]:
         for name, method in before.items():
             if getattr(nn.Module, name) is not method:
                 setattr(nn.Module, name, method)
-
-
-@contextlib.contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward writes: modules' attributes, their lists and dicts as well, and buffers."""
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    plain = [value for _, own in attributes for value in own.values() if type(value) in _PLAIN_CONTAINERS]
-    containers = [(value, value.copy()) for value in plain]
-    buffers = [(value, value.clone(), value._version) for value in model.buffers() if not value.is_inference()]
-    try:
-        yield
-    finally:
-        for now, saved in (*attributes, *containers):
-            _put_back(now, saved)
-        for value, copy, version in buffers:
-            if value._version != version:
-                with torch.no_grad():
-                    value.copy_(copy)
-
-
-def _put_back(now: Any, before: Any) -> None:
-    """A dict, list or set, to the very same objects as before."""
-    if isinstance(now, list):
-        now[:] = before
-    elif isinstance(now, set):
-        now.clear()
-        now.update(before)
-    else:
-        for name in [name for name in now if name not in before]:
-            del now[name]
-        now.update(before)
 
 
 def check_layers(root: nn.Module, graph: fx.Graph, model: nn.Module) -> None:
