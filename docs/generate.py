@@ -56,6 +56,9 @@ are medians of interleaved runs, in which every implementation runs once a round
 between the quartiles. Memory is the peak beyond what the process held before, measured in a fresh process for each
 implementation. The error is relative (Frobenius), against float64.
 
+In records from 2026-11-30 on, a call shorter than a millisecond runs twice in a row, and the second run counts: else
+most of its time would be that of loading code and data behind a longer neighbour, unless the neighbour shares them.
+
 The floor is an estimate of the least time: the larger of the least operations over the machine's best measured
 matrix-product rate, and the least bytes over its measured copy bandwidth. An implementation can be faster than its
 floor in two cases. A convolution in Winograd's form needs fewer operations than are counted. And a copy also reads the

@@ -10,18 +10,21 @@ Jacobian is computed by autograd instead (generic.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from .._interrupts import FunctionMode
+from .apart import Apart
 from .contract import Target
+from .layers import Convolved, Dense
 from .made import Made, graph_nodes, parameters_behind
 from .recognised import RECOGNISED
 
@@ -67,11 +70,19 @@ class _Anchored(torch.autograd.Function):
         return None, None
 
 
-class Capture(FunctionMode):
-    """Records the uses of a target's parameters while the model runs inside it."""
+_OURS = tuple(function._backward_cls for function in (Dense, Convolved, _Anchored))
 
-    def __init__(self, target: Target) -> None:
+
+class Capture(FunctionMode):
+    """Records the uses of a target's parameters while the model runs inside it.
+
+    Args:
+        rows: the model's inputs, where its calls are to be followed for whether they keep the rows apart.
+    """
+
+    def __init__(self, target: Target, rows: Sequence[Tensor] = ()) -> None:
         super().__init__()
+        self._apart = Apart(rows, target.constants) if rows else None
         self.names = {id(value): name for name, value in target.parameters.items()}
         self.uses: list[Use] = []
         self._recorded: set[Any] = set()  # their nodes in the graph
@@ -103,6 +114,26 @@ class Capture(FunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         recognise = RECOGNISED.get(func)
+        if (
+            recognise is None
+            and isinstance(func, FunctionType)
+            and func.__module__ == "torch.nn.functional"
+            and func.__closure__ is None  # one that dispatches to others, which would come back here
+            and self._names_any(args, kwargs)
+        ):
+            with self:  # the body's own calls pass through this mode, too
+                return _opened(func)(*args, **kwargs)
+        apart = self._apart
+        if apart is None or not apart.holds:
+            return self._call(recognise, func, args, kwargs)
+        held, uses = apart.before(func, args, kwargs), len(self.uses)
+        result = self._call(recognise, func, args, kwargs)
+        apart.holds = apart.holds and (held or len(self.uses) == uses) and not self.made
+        apart.after(result, held)
+        return result
+
+    def _call(self, recognise: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call's result, recorded where it is recognised."""
         if recognise is not None:
             self.number += 1
             attached = self.number in self._attached
@@ -113,16 +144,20 @@ class Capture(FunctionMode):
                     result = NotImplemented
                 if result is not NotImplemented:
                     return result
-        elif (
-            isinstance(func, FunctionType)
-            and func.__module__ == "torch.nn.functional"
-            and func.__closure__ is None  # one that dispatches to others, which would come back here
-            and self._names_any(args, kwargs)
-        ):
-            with self:  # the body's own calls pass through this mode, too
-                return _opened(func)(*args, **kwargs)
         self.routed = self.routed or _routes(func, args)
         return func(*args, **kwargs)
+
+    def keeps_rows_apart(self, result: Tensor) -> bool:
+        """Whether the calls that were seen prove that no row of the result has to do with another.
+
+        Then the rows are the first axis of each recorded use as well.
+        """
+        return self._apart is not None and self._apart.has(result) and not self._own_backward(result)
+
+    def _own_backward(self, result: Tensor) -> bool:
+        """Whether a backward in Python is behind the result that is not of this library: it may do anything."""
+        nodes = graph_nodes(result.grad_fn) if result.grad_fn is not None else ()
+        return any(isinstance(node, BackwardCFunction) and not isinstance(node, _OURS) for node in nodes)
 
     def _names_any(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return any(id(value) in self.names for value in (*args, *kwargs.values()))

@@ -17,15 +17,15 @@ from .contract import Batch, Target, flatten
 from .layout import Layout
 from .made import Choices, Made
 from .plan import Entry, MadeValue, Plan, Planner, Role, Sizes, block_rows, roles_of, row_axes, sweep_bytes
-from .probing import PROBE_ROWS, RowTest, Seen, refuse_mixed_rows
+from .probing import PROBE_ROWS, RowTest, Seen, refuse_mixed_rows, refuse_other_outputs_of_fewer
 from .sweep import last_use, row_shapes
 
 # Forwards of the probe, each with the uses left out that had no rows of their own in the one before.
 MOST_PROBES = 4
 
 
-def _run(target: Target, batch: Batch, tensors: Sequence[Tensor]) -> tuple[Capture, Tensor]:
-    capture = Capture(target)
+def _run(target: Target, batch: Batch, tensors: Sequence[Tensor], followed: bool) -> tuple[Capture, Tensor]:
+    capture = Capture(target, tensors if followed else ())
     shapes = batch.describe()
     try:
         with capture:
@@ -74,9 +74,10 @@ class _Probe:
     sure: list[bool]
     batched_backward: bool
     writes_inputs: bool
+    apart: bool  # its calls prove that rows do not mix
 
 
-def _probed(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool) -> _Probe:
+def _probed(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool, followed: bool) -> _Probe:
     """The probe, by which `target.choices` are made.
 
     A use without rows of its own, such as an embedding of positions, is left to autograd in another forward: then it
@@ -84,7 +85,7 @@ def _probed(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool
     """
     target.choices = Choices()
     for _ in range(MOST_PROBES):
-        probe = _probe(target, batch, tensors, check)
+        probe = _probe(target, batch, tensors, check, followed)
         uses = probe.capture.uses
         rowless = {use.number for use, layout in zip(uses, probe.layouts, strict=True) if layout is None}
         if not rowless:
@@ -94,20 +95,20 @@ def _probed(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool
     return probe
 
 
-def _probe(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool) -> _Probe:
-    """One forward of these rows, and the test of where they lie; an error where they mix."""
+def _probe(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool, followed: bool) -> _Probe:
+    """One forward of these rows, and where they lie: by its calls, or by a test; an error where they mix."""
     leaves = _leaves(tensors)
     with refusing_random_numbers(target.device) if check else nullcontext():
         copies = [leaf.clone() for leaf in leaves]
         try:
-            capture, raw = _run(target, batch, copies)
+            capture, raw = _run(target, batch, copies, followed)
         except ValueError as error:
             if "out=" not in str(error):
                 raise
             # A model that writes into a given tensor cannot have an input that requires a gradient.
             leaves = [value.clone() for value in tensors]
             copies = [leaf.clone() for leaf in leaves]
-            capture, raw = _run(target, batch, copies)
+            capture, raw = _run(target, batch, copies, followed)
     if len(tensors[0]) > 1:
         target.row_shape = raw.shape[1:]
     flat, unrecognised = flatten(raw), capture.unrecognised(raw)
@@ -115,15 +116,18 @@ def _probe(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool)
         raise ValueError(f"the model's output must have at least one value per row, got {list(raw.shape)}")
     uses, floats = capture.uses, [leaf for leaf in leaves if leaf.requires_grad]
     found: list[tuple[Layout | None, bool]] = [(None, True)] * len(uses)
-    batched = True
-    if flat.requires_grad and (uses or floats):
+    batched, apart = True, capture.keeps_rows_apart(raw)
+    if apart:
+        found = [(Layout(0), True)] * len(uses)
+    elif flat.requires_grad and (uses or floats):
         test = RowTest(flat, uses, floats)
         if check and not all(test.fitting(place, [Layout(0)]) for place in range(len(uses), len(test.edges))):
             raise row_mixing_error()
         found = [test.layout(place, row_axes(use)) for place, use in enumerate(uses)]
         batched = test.batched
     layouts, sure = [layout for layout, _ in found], [certain for _, certain in found]
-    return _Probe(capture, raw, flat, unrecognised, layouts, sure, batched, any(copy._version for copy in copies))
+    writes_inputs = any(copy._version for copy in copies)
+    return _Probe(capture, raw, flat, unrecognised, layouts, sure, batched, writes_inputs, apart)
 
 
 def make_plan(
@@ -151,15 +155,17 @@ def make_plan(
             method "structured", a parameter that has no structure.
     """
     tensors = batch.take(0, min(batch.rows, PROBE_ROWS))
-    probe = _probed(target, batch, tensors, check)
+    probe = _probed(target, batch, tensors, check, structured)
     capture, flat, uses, layouts = probe.capture, probe.flat, probe.capture.uses, probe.layouts
     rows = len(flat)
     sizes = replace(sizes, outputs=flat.shape[1])
     certain = [layout if sure else None for layout, sure in zip(layouts, probe.sure, strict=True)]
     seen = Seen.of(flat, capture, layouts)
     compared = compared and batch.rows > rows
-    if check:
-        refuse_mixed_rows(target, batch, tensors, Seen.of(flat, capture, certain), certain, fewer=not compared)
+    if check and not probe.apart:
+        refuse_mixed_rows(target, batch, tensors, Seen.of(flat, capture, certain), certain)
+    if check and not compared:
+        refuse_other_outputs_of_fewer(target, batch, tensors, Seen.of(flat, capture, certain), certain)
     names = list(target.parameters)
     made = [MadeValue(value.names, value.value.numel(), True) for value in capture.made]
     roles = _roles(names, capture)
@@ -207,6 +213,7 @@ def make_plan(
         sweep_bytes=touched + kept,
         copies_inputs=probe.writes_inputs,
         sure=probe.sure,
+        apart=probe.apart,
         probe=seen if check else None,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -166,6 +167,12 @@ class Target:
             where = "params" if params is not None else "model"
             raise ValueError(f"{where} has no trainable parameter: none has requires_grad=True")
         self._check_dtypes()
+
+    @cached_property
+    def constants(self) -> frozenset[int]:
+        """The ids of the tensors that a forward finds in the model."""
+        self._found = (*self.model.parameters(), *self.model.buffers(), *(self.substitutes or {}).values())  # alive
+        return frozenset(map(id, self._found))
 
     def _substitute(self, params: Any) -> None:
         if not isinstance(params, Mapping):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .agreement import refuse_other_bits, refusing_random_numbers
 from .contract import Batch, Target, flatten, preserved
 from .inputs import row_cuts
-from .probing import PROBE_ROWS, Seen, refuse_mixed_rows
+from .probing import PROBE_ROWS, Seen, refuse_mixed_rows, refuse_other_outputs_of_fewer
 
 # Rows of one forward pass: bounds the activations, whatever the number of inputs.
 _ROWS = 1024
@@ -48,4 +48,6 @@ def _check_rows(target: Target, batch: Batch) -> None:
     with refusing_random_numbers(target.device):
         expected = _run(target, batch, 0, rows)
     refuse_other_bits(target, batch, expected)
-    refuse_mixed_rows(target, batch, batch.take(0, rows, copy=True), Seen(expected, []))
+    tensors = batch.take(0, rows, copy=True)
+    refuse_mixed_rows(target, batch, tensors, Seen(expected, []))
+    refuse_other_outputs_of_fewer(target, batch, tensors, Seen(expected, []))

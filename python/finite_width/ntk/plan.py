@@ -76,6 +76,7 @@ class Plan:
     sweep_bytes: int  # working memory of one block's forward and backward, per row
     copies_inputs: bool  # the model writes its input in place
     sure: list[bool]  # whether a use's rows lie by its layout in any block; else each block must show it
+    apart: bool  # by a forward's calls rows do not mix; each block's must be such, too
     probe: Seen | None = None  # what the first rows of the first batch gave, for comparison
 
     @property

@@ -122,9 +122,8 @@ def refuse_mixed_rows(
     tensors: Sequence[Tensor],
     expected: Seen,
     layouts: Sequence[Layout | None] = (),
-    fewer: bool = True,
 ) -> None:
-    """Raise unless rows give the same bits beside other rows, and nearly the same values where they are fewer.
+    """Raise unless rows give the same bits beside other rows.
 
     That finds what a gradient does not show, such as a scale by the largest of all values, detached. Layers' inputs
     count as well: the outputs may be zero for all rows.
@@ -132,7 +131,6 @@ def refuse_mixed_rows(
     Args:
         expected: what all of the rows gave together.
         layouts: where rows lie in each use.
-        fewer: try fewer rows; else they will be compared with what they give among more.
     """
     rows = expected.count
     half = rows // 2
@@ -146,11 +144,25 @@ def refuse_mixed_rows(
             if not all(same(*pair) for pair in pairs if _comparable(*pair)):
                 refuse_other_bits(target, batch, expected.outputs)  # random numbers or a state, rather
                 raise row_mixing_error()
-    if fewer:
-        some = [value[: max(1, half)].clone() for value in tensors]
-        found = _seen_in_forward(target, batch, some, layouts)
-        if found is not None:
-            compare(target, batch, expected, found)
+
+
+def refuse_other_outputs_of_fewer(
+    target: Target,
+    batch: Batch,
+    tensors: Sequence[Tensor],
+    expected: Seen,
+    layouts: Sequence[Layout | None] = (),
+) -> None:
+    """Raise unless half of the rows give nearly the values that they gave among all: a model may ask how many they are.
+
+    Args:
+        expected: what all of the rows gave together.
+        layouts: where rows lie in each use.
+    """
+    some = [value[: max(1, expected.count // 2)].clone() for value in tensors]
+    found = _seen_in_forward(target, batch, some, layouts)
+    if found is not None:
+        compare(target, batch, expected, found)
 
 
 def _comparable(found: Tensor, expected: Tensor) -> bool:

@@ -119,5 +119,11 @@ def job() -> Ranks:
 
 
 def _end() -> None:
+    """Ends the groups that this file began, while Python still runs.
+
+    A thread of gloo's that frees a Python object later ends the process with an error. The threads are joined when the
+    last reference to their group goes, so none may stay here.
+    """
+    _groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

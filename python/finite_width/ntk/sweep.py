@@ -177,7 +177,7 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
     arranged = Arranged({}, [])
     if not any(entry.roles for entry in plan.entries):
         return arranged
-    capture = Capture(target)
+    capture = Capture(target, tensors if plan.apart else ())
     with capture:
         raw = target.run(batch, tensors)
     flat = flatten(raw)
@@ -205,8 +205,10 @@ def arrange(target: Target, plan: Plan, batch: Batch, begin: int, end: int, chec
         found = Seen.of(flat, capture, plan.layouts, count)
         compare(target, batch, plan.probe, found)
         # The same rows, but not in the same places?
-        if not all(map(agrees, found.inputs, plan.probe.rows(0, count).inputs)):
+        if not plan.apart and not all(map(agrees, found.inputs, plan.probe.rows(0, count).inputs)):
             raise PlanMismatchError
+    if plan.apart and not capture.keeps_rows_apart(raw):
+        raise PlanMismatchError
     del raw, flat
     for index in {index for entry in plan.entries for index, _ in entry.roles}:
         layout = plan.layouts[index]
