@@ -64,15 +64,18 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
     The dicts also hold hooks and parameters, and what prune and the older weight_norm make from parameters.
     """
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    modules = list(model.modules())
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
     plain = [value for _, own in attributes for value in own.values() if type(value) in _PLAIN_CONTAINERS]
     containers = [(value, value.copy()) for value in plain]
-    buffers = [(value, value.clone(), value._version) for value in model.buffers() if not value.is_inference()]
+    found = {id(value): value for module in modules for value in module._buffers.values() if value is not None}
+    buffers = [(value, value.clone(), value._version) for value in found.values() if not value.is_inference()]
     try:
         yield
     finally:
         for now, before in (*attributes, *containers):
-            _put_back(now, before)
+            if now or before:  # a module has a dozen dicts that stay empty
+                _put_back(now, before)
         for value, saved, version in buffers:
             # `.data` writes without a new version.
             dense = value.layout == torch.strided and not value.is_meta and not value.is_nested

@@ -137,6 +137,13 @@ def functional_call(model: nn.Module, values: Mapping[str, Tensor], args: Any, k
     return torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
 
 
+def tensors_in(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, those that modules share as often as they have them."""
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            yield from (value for value in own.values() if value is not None)
+
+
 class Target:
     """The differentiated function: rows of the input to outputs [rows, O], and the parameters that count."""
 
@@ -171,8 +178,9 @@ class Target:
     @cached_property
     def constants(self) -> frozenset[int]:
         """The ids of the tensors that a forward finds in the model."""
-        self._found = (*self.model.parameters(), *self.model.buffers(), *(self.substitutes or {}).values())  # alive
-        return frozenset(map(id, self._found))
+        # Kept alive, so that nothing else gets their ids.
+        self._held = (*tensors_in(self.model), *(self.substitutes or {}).values())
+        return frozenset(map(id, self._held))
 
     def _substitute(self, params: Any) -> None:
         if not isinstance(params, Mapping):
@@ -289,7 +297,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     The kernels never write parameters, `.grad` or hooks; what a forward itself writes is put back.
     """
-    on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
+    on_gpu = any(value.is_cuda for value in tensors_in(model))
     with (
         left_as_it_was(model),
         torch.inference_mode(False),
