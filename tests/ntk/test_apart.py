@@ -74,6 +74,13 @@ def in_place(call: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
     return function
 
 
+def heads(h: Tensor) -> Tensor:
+    """Attention as torch's own layer has it: positions first, and rows and heads on one axis."""
+    q = h.transpose(0, 1).reshape(3, -1, 2).transpose(0, 1)
+    mixed = F.scaled_dot_product_attention(*[q.view(-1, 2, 3, 2)] * 3)
+    return mixed.permute(2, 0, 1, 3).reshape(-1, 4).view(3, -1, 4).transpose(1, 0)
+
+
 PAIR = (3, 4)  # three channels of four positions, or three words of four values
 
 KEPT: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
@@ -105,6 +112,11 @@ KEPT: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "chunk": (lambda h: h.chunk(2, dim=1)[1], (WIDTH,)),
     "squeeze": (lambda h: h.unflatten(1, (1, WIDTH)).squeeze(1), (WIDTH,)),
     "pad": (lambda h: F.pad(h, (1, 2)), (WIDTH,)),
+    "rows among positions": (lambda h: F.softmax(h.reshape(-1, 4), -1).reshape(-1, 3, 4), PAIR),
+    "positions first": (lambda h: (h.transpose(0, 1) + h.transpose(0, 1).mean(0, keepdim=True)).transpose(0, 1), PAIR),
+    "permuted": (lambda h: F.layer_norm(h.permute(1, 2, 0).permute(0, 2, 1), (4,)).transpose(0, 1), PAIR),
+    "stacked": (lambda h: torch.stack([h, torch.sin(h)])[1], PAIR),
+    "heads": (lambda h: heads(h), PAIR),
     "dropout": (lambda h: F.dropout(h, 0.5, training=False), (WIDTH,)),
     "attention": (lambda h: F.softmax(h @ h.transpose(1, 2), dim=-1) @ h, PAIR),
     "max pool": (lambda h: F.max_pool1d(h, 2), PAIR),
@@ -127,6 +139,22 @@ def test_calls_that_keep_rows_apart(name: str) -> None:
     assert kernel_error(model, x) < 1e-12
 
 
+class Transformer(nn.Module):
+    """Words and their positions, two layers of attention, the mean over positions."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first, self.positions = batch_first, nn.Parameter(torch.randn(4, 6))
+        layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=batch_first)
+        self.layers, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.positions[: x.shape[1]]
+        if self.batch_first:
+            return self.head(self.layers(h).mean(1))
+        return self.head(self.layers(h.transpose(0, 1)).mean(0))
+
+
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolutions": (
         lambda: nn.Sequential(
@@ -147,6 +175,8 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(nn.ConvTranspose1d(3, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(14, 2)),
         (3, 5),
     ),
+    "transformer": (lambda: Transformer(True), (3, 6)),
+    "transformer, positions first": (lambda: Transformer(False), (3, 6)),
     "norms": (
         lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.PReLU(), nn.RMSNorm(6), nn.Linear(6, 2)),
         (5,),
@@ -250,7 +280,6 @@ def test_rows_that_mix_are_refused(name: str) -> None:
 DOUBTED: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "unknown call": (lambda h: torch.einsum("nc->nc", h), (WIDTH,)),
     "value in Python": (lambda h: h if float(h.detach().abs().max()) > -1 else h - h.mean(0), (WIDTH,)),
-    "rows among others": (lambda h: h.reshape(-1, 4).reshape(-1, 3, 4), PAIR),
     "tensor from elsewhere": (lambda h: h * RUNNING[1], (WIDTH,)),
     "through numpy": (lambda h: h + torch.from_numpy(h.detach().numpy()) * 0, (WIDTH,)),
 }
@@ -274,6 +303,17 @@ def test_every_block_must_keep_rows_apart() -> None:
     model, x = Between(lambda h: h - h.mean(0) if len(h) > 4 else h), inputs()
     with pytest.raises(ValueError, match="other rows"):
         fw.ntk.empirical_ntk(model, x)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_any_number_of_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a last block of a single row, which lies in more layouts than one."""
+    monkeypatch.setattr("finite_width.ntk.plan.BLOCK_ROWS", 8)
+    torch.manual_seed(0)
+    model, x = Transformer(False).double().eval(), torch.randn(rows, 3, 6, dtype=torch.float64)
+    assert plan_of(model, x).apart == (rows > 1)
+    assert plan_of(model, x).generic == []
+    assert kernel_error(model, x) < 1e-12
 
 
 def test_how_many_rows_there_are_may_not_count() -> None:

@@ -25,6 +25,7 @@ from .._interrupts import FunctionMode
 from .apart import Apart
 from .contract import Target
 from .layers import Convolved, Dense
+from .layout import Layout
 from .made import Made, graph_nodes, parameters_behind
 from .recognised import RECOGNISED
 
@@ -42,6 +43,7 @@ class Use:
     shape: torch.Size  # of the output
     number: int  # of the call, among the recognised ones
     options: dict[str, Any] = field(default_factory=dict)
+    layout: Layout | None = None  # of its input and its output, where the calls before it tell (apart.py)
 
     def signature(self) -> tuple[Any, ...]:
         """What must agree between two row blocks for a plan made on one to hold for the other, beside the shape."""
@@ -126,10 +128,12 @@ class Capture(FunctionMode):
         apart = self._apart
         if apart is None or not apart.holds:
             return self._call(recognise, func, args, kwargs)
-        held, uses = apart.before(func, args, kwargs), len(self.uses)
+        (call, layout), recorded = apart.before(func, args, kwargs), len(self.uses)
         result = self._call(recognise, func, args, kwargs)
-        apart.holds = apart.holds and (held or len(self.uses) == uses) and not self.made
-        apart.after(result, held)
+        layout = apart.after(call, layout, result)
+        for use in self.uses[recorded:]:
+            use.layout = layout
+            apart.holds = apart.holds and layout is not None
         return result
 
     def _call(self, recognise: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -150,7 +154,7 @@ class Capture(FunctionMode):
     def keeps_rows_apart(self, result: Tensor) -> bool:
         """Whether the calls that were seen prove that no row of the result has to do with another.
 
-        Then the rows are the first axis of each recorded use as well.
+        Then each use knows the layout in which its rows lie.
         """
         return self._apart is not None and self._apart.has(result) and not self._own_backward(result)
 

@@ -118,7 +118,7 @@ def _probe(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool,
     found: list[tuple[Layout | None, bool]] = [(None, True)] * len(uses)
     batched, apart = True, capture.keeps_rows_apart(raw)
     if apart:
-        found = [(Layout(0), True)] * len(uses)
+        found = [(use.layout, True) for use in uses]
     elif flat.requires_grad and (uses or floats):
         test = RowTest(flat, uses, floats)
         if check and not all(test.fitting(place, [Layout(0)]) for place in range(len(uses), len(test.edges))):
@@ -155,7 +155,8 @@ def make_plan(
             method "structured", a parameter that has no structure.
     """
     tensors = batch.take(0, min(batch.rows, PROBE_ROWS))
-    probe = _probed(target, batch, tensors, check, structured)
+    # A single row lies in every layout.
+    probe = _probed(target, batch, tensors, check, followed=structured and len(tensors[0]) > 1)
     capture, flat, uses, layouts = probe.capture, probe.flat, probe.capture.uses, probe.layouts
     rows = len(flat)
     sizes = replace(sizes, outputs=flat.shape[1])
