@@ -29,7 +29,7 @@ import finite_width as fw
 # Where the cases put their tensors; run.py sets it before it builds them.
 DEVICE = "cpu"
 # In seconds: calls shorter than this are timed warm.
-SHORT = 1e-3
+SHORT = 0.1
 
 
 @dataclass
@@ -159,8 +159,9 @@ def interleave(
     """Times of each call in seconds, over rounds that run every call once in a new random order.
 
     A first run warms up (allocations, thread pools, caches of plans) and counts only where it is the last: see
-    `Case.patience`. On the CPU a call shorter than SHORT runs twice in a row, and the second run counts: behind a
-    neighbour of hundreds of milliseconds most of its time is that of loading its code, unless the neighbour shares it.
+    `Case.patience`. On the CPU a call shorter than SHORT runs twice in a row, and the second run counts. The first pays
+    for the neighbour in the round: it loads code and data again, unless the neighbour shares them, and gives back to
+    the system what the neighbour freed.
 
     Args:
         peaks: is filled with the bytes that each first run needed on a GPU.

@@ -56,8 +56,10 @@ are medians of interleaved runs, in which every implementation runs once a round
 between the quartiles. Memory is the peak beyond what the process held before, measured in a fresh process for each
 implementation. The error is relative (Frobenius), against float64.
 
-In records from 2026-11-30 on, a call shorter than a millisecond runs twice in a row, and the second run counts: else
-most of its time would be that of loading code and data behind a longer neighbour, unless the neighbour shares them.
+In records from 2026-11-30 on, a call shorter than 0.1 s runs twice in a row, and the second run counts, as in a
+training loop. The first pays for its neighbour in the round: it loads code and data again, unless the neighbour shares
+them, and gives back to the system what the neighbour freed. For a call of a few milliseconds that was up to half of
+the time.
 
 The floor is an estimate of the least time: the larger of the least operations over the machine's best measured
 matrix-product rate, and the least bytes over its measured copy bandwidth. An implementation can be faster than its
