@@ -279,6 +279,8 @@ def test_rows_that_mix_are_refused(name: str) -> None:
 
 DOUBTED: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "unknown call": (lambda h: torch.einsum("nc->nc", h), (WIDTH,)),
+    "places": (lambda h: h + 0 * torch.where(h[:, 0] > -9)[0].to(h.dtype)[:, None], (WIDTH,)),
+    "constant of the rows": (lambda h: h + 0 * torch.arange(len(h), dtype=h.dtype)[:, None], (WIDTH,)),
     "value in Python": (lambda h: h if float(h.detach().abs().max()) > -1 else h - h.mean(0), (WIDTH,)),
     "tensor from elsewhere": (lambda h: h * RUNNING[1], (WIDTH,)),
     "through numpy": (lambda h: h + torch.from_numpy(h.detach().numpy()) * 0, (WIDTH,)),
@@ -290,6 +292,24 @@ def test_other_rows_are_probed(name: str) -> None:
     model, x = Between(*DOUBTED[name]), inputs()
     assert not plan_of(model, x).apart
     assert kernel_error(model, x) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("func", "args", "kwargs"),
+    [
+        (Tensor.view, (), {"dtype": torch.float32}),
+        (Tensor.view, (torch.float32,), {}),
+        (torch.sum, (), {"axis": 1}),
+        (torch.relu, (), {"out": torch.empty(0)}),
+        (Tensor.__getitem__, (slice(0, torch.tensor(2)),), {}),
+        (torch.mean, (3,), {}),
+    ],
+)
+def test_arguments_that_no_rule_knows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x = torch.randn(4, 6, dtype=torch.float64)
+    followed = apart.Apart([x], frozenset())
+    assert followed.before(func, (x, *args), kwargs)[1] is None
+    assert not followed.holds
 
 
 def test_a_backward_hook_is_probed() -> None:

@@ -204,6 +204,11 @@ def _pointwise_in_place(call: Call) -> Layout | None:
     return _pointwise(call) if call.args[0] is call.held[0] else None
 
 
+def _chosen(call: Call) -> Layout | None:
+    """Of torch.where with its three arguments; with one it gives the places of all rows."""
+    return _pointwise(call) if len(call.args) == 3 else None
+
+
 def _along_first(axes: int | None = None) -> Rule:
     """Of convolutions and pools over so many axes, and of norms: the first axis is the rows', the next the channels'.
 
@@ -218,7 +223,7 @@ def _along_first(axes: int | None = None) -> Rule:
 
 
 def _view(call: Call) -> Layout | None:
-    reinterpreted = any(isinstance(value, torch.dtype) for value in call.args)
+    reinterpreted = any(isinstance(value, torch.dtype) for value in (*call.args, *call.kwargs.values()))
     return VIEW if call.first_alone() and not reinterpreted else None
 
 
@@ -343,7 +348,7 @@ _POINTWISE = [
     *(getattr(owner, name) for owner in (torch, Tensor) for name in ("sqrt", "rsqrt", "square", "erf", "abs", "log")),
     *(getattr(owner, name) for owner in (torch, Tensor) for name in ("add", "sub", "mul", "div", "true_divide", "pow")),
     *(*_operators("add", "sub", "mul", "truediv"), Tensor.__pow__, Tensor.__neg__, Tensor.contiguous, torch.clone),
-    *(torch.where, Tensor.clone, Tensor.masked_fill),
+    *(Tensor.clone, Tensor.masked_fill),
 ]
 _IN_PLACE = [torch.relu_, Tensor.relu_, Tensor.add_, Tensor.mul_, Tensor.__iadd__, Tensor.__imul__, F.relu_]
 _MEANS = [getattr(owner, name) for owner in (torch, Tensor) for name in ("mean", "sum", "amax", "amin")]
@@ -358,6 +363,7 @@ _POOLS = {
 KEEPING: dict[Any, Rule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys(_IN_PLACE, _pointwise_in_place),
+    torch.where: _chosen,
     **dict.fromkeys(_MEANS, _reduced),
     **dict.fromkeys(_SOFTMAX, _along(1)),
     **{pool: _along_first(axes) for axes, pools in _POOLS.items() for pool in pools},
