@@ -17,7 +17,7 @@ from finite_width.ntk.problem import Problem
 from ntk.jacobians import jacobian
 
 ROWS, WIDTH = 6, 12
-RUNNING = (torch.linspace(-1, 1, WIDTH, dtype=torch.float64), torch.linspace(1, 2, WIDTH, dtype=torch.float64))
+ELSEWHERE = torch.linspace(1, 2, WIDTH, dtype=torch.float64)  # a tensor that no model holds
 
 
 class Between(nn.Module):
@@ -28,7 +28,6 @@ class Between(nn.Module):
         torch.manual_seed(0)
         self.first, self.function, self.shape = nn.Linear(5, WIDTH), function, shape
         self.register_buffer("row", torch.linspace(0.5, 1.5, WIDTH, dtype=torch.float64))
-        self.register_buffer("matrix", torch.randn(WIDTH, WIDTH, dtype=torch.float64))
         with torch.no_grad():
             made = function(torch.zeros(ROWS, *shape, dtype=torch.float64))
         self.last = nn.Linear(made[0].numel(), 3)
@@ -116,7 +115,7 @@ KEPT: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "positions first": (lambda h: (h.transpose(0, 1) + h.transpose(0, 1).mean(0, keepdim=True)).transpose(0, 1), PAIR),
     "permuted": (lambda h: F.layer_norm(h.permute(1, 2, 0).permute(0, 2, 1), (4,)).transpose(0, 1), PAIR),
     "stacked": (lambda h: torch.stack([h, torch.sin(h)])[1], PAIR),
-    "heads": (lambda h: heads(h), PAIR),
+    "heads": (heads, PAIR),
     "dropout": (lambda h: F.dropout(h, 0.5, training=False), (WIDTH,)),
     "attention": (lambda h: F.softmax(h @ h.transpose(1, 2), dim=-1) @ h, PAIR),
     "max pool": (lambda h: F.max_pool1d(h, 2), PAIR),
@@ -282,7 +281,7 @@ DOUBTED: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "places": (lambda h: h + 0 * torch.where(h[:, 0] > -9)[0].to(h.dtype)[:, None], (WIDTH,)),
     "constant of the rows": (lambda h: h + 0 * torch.arange(len(h), dtype=h.dtype)[:, None], (WIDTH,)),
     "value in Python": (lambda h: h if float(h.detach().abs().max()) > -1 else h - h.mean(0), (WIDTH,)),
-    "tensor from elsewhere": (lambda h: h * RUNNING[1], (WIDTH,)),
+    "tensor from elsewhere": (lambda h: h * ELSEWHERE, (WIDTH,)),
     "through numpy": (lambda h: h + torch.from_numpy(h.detach().numpy()) * 0, (WIDTH,)),
 }
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import Layout
+from .recognised import getter
 
 # Arguments that carry nothing of a row. Of any other type the contents are not known.
 _PLAIN = {int, float, bool, str, complex, type(None), type(...), torch.Size}
@@ -61,9 +62,9 @@ class Call:
             other.dim() < behind or (other.dim() <= axes and other.shape[-behind] == 1) for other in self.others
         )
 
-    def elsewhere(self, named: Any, count: int | None = None) -> tuple[int, ...] | None:
+    def elsewhere(self, named: Any) -> tuple[int, ...] | None:
         """The named axes, counted from the first; None unless there are some, all of them others than the rows'."""
-        count = self.axes if count is None else count
+        count = self.axes
         given = [named] if type(named) is int else list(named) if isinstance(named, tuple | list) else []
         if not given or not all(type(axis) is int and -count <= axis < count for axis in given):
             return None
@@ -183,14 +184,9 @@ def _viewed(shape: Sequence[int], layout: Layout, new: Sequence[int], rows: int)
     return None
 
 
-def _getter(name: str) -> Any:
-    """What a TorchFunctionMode sees where the attribute of a tensor is read."""
-    return getattr(Tensor, name).__get__
-
-
 # What tells nothing of the values.
 _ASKING = {
-    *map(_getter, ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_nested", "requires_grad")),
+    *map(getter, ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_nested", "requires_grad")),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.stride),
     *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
 }

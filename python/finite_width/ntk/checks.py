@@ -163,10 +163,12 @@ def make_plan(
     certain = [layout if sure else None for layout, sure in zip(layouts, probe.sure, strict=True)]
     seen = Seen.of(flat, capture, layouts)
     compared = compared and batch.rows > rows
-    if check and not probe.apart:
-        refuse_mixed_rows(target, batch, tensors, Seen.of(flat, capture, certain), certain)
-    if check and not compared:
-        refuse_other_outputs_of_fewer(target, batch, tensors, Seen.of(flat, capture, certain), certain)
+    if check:
+        expected = Seen.of(flat, capture, certain)
+        if not probe.apart:
+            refuse_mixed_rows(target, batch, tensors, expected, certain)
+        if not compared:
+            refuse_other_outputs_of_fewer(target, batch, tensors, expected, certain)
     names = list(target.parameters)
     made = [MadeValue(value.names, value.value.numel(), True) for value in capture.made]
     roles = _roles(names, capture)

@@ -22,7 +22,7 @@ from .recurrent import RECURRENT
 from .shared import added, expanded, multiplied, subtracted
 
 
-def _getter(name: str) -> Any:
+def getter(name: str) -> Any:
     """What a TorchFunctionMode sees where the attribute of a tensor is read."""
     return getattr(Tensor, name).__get__
 
@@ -42,8 +42,8 @@ RECOGNISED: dict[Any, Callable[..., Any]] = {
     Tensor.t: transpose(torch.t),
     torch.transpose: transpose(torch.transpose),
     Tensor.transpose: transpose(torch.transpose),
-    _getter("T"): transpose(lambda value, *_: value.t() if value.dim() == 2 else value.permute(*reversed_axes(value))),
-    _getter("mT"): transpose(lambda value, *_: value.transpose(-2, -1)),
+    getter("T"): transpose(lambda value, *_: value.t() if value.dim() == 2 else value.permute(*reversed_axes(value))),
+    getter("mT"): transpose(lambda value, *_: value.transpose(-2, -1)),
     torch.conv1d: conv(torch.conv1d, 1),
     torch.conv2d: conv(torch.conv2d, 2),
     torch.conv3d: conv(torch.conv3d, 3),
