@@ -5,7 +5,8 @@ The bound is derived, not fitted. With u = 2^-24, the unit roundoff of float32:
 - a normal is off by at most 8u of itself: the polynomial of the logarithm ½u and its steps 4u, halved by the root, the
   root ½u, the angle 1u and its polynomials 2u, their product ½u, and the reference's own rounding ½u;
 - σ and its relatives by at most 8u of themselves: the exponential 3u, log1p's polynomial 3u, products and quotient 2u;
-- a relative error of s is as large an absolute one of log s: hence a summand 1 beside log s;
+- a relative error of s is as large an absolute one of log s: hence a summand 1 beside log s; so is the rounding of the
+  product of s whose log the kernel takes, 1u a factor;
 - a sum of n terms by at most n u of the sum of their absolute values, in any order; what else multiplies or adds, 1u.
 
 float64 ops use the same float32 noise and are otherwise exact at this scale: 8u of what has noise in it, rounded up.

@@ -11,96 +11,152 @@ namespace finite_width::FW_ISA {
 
 // The key as the rounds of Philox take it: broadcast once for a span, and not in every group.
 struct Rounds {
-  Wide key0[kPhiloxRounds], key1[kPhiloxRounds], sample, stream;
+  using Word = Lanes<uint64_t, 1>;
+  Word key0[kPhiloxRounds], key1[kPhiloxRounds], sample, stream;
 
-  explicit Rounds(const NoiseKey& key) : sample(Wide::all(key.sample)), stream(Wide::all(key.stream)) {
+  explicit Rounds(const NoiseKey& key) : sample(Word::all(key.sample)), stream(Word::all(key.stream)) {
     uint32_t low = static_cast<uint32_t>(key.seed), high = static_cast<uint32_t>(key.seed >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
-      key0[round] = Wide::all(low);
-      key1[round] = Wide::all(high);
+      key0[round] = Word::all(low);
+      key1[round] = Word::all(high);
       low += kPhiloxWeyl0;
       high += kPhiloxWeyl1;
     }
   }
 };
 
-// Four counter words, one per 64-bit lane in its low half; the high halves may hold anything, since the products
-// read the low halves alone and the xors never mix the two.
+// The even numbers from 0 on, one per 64-bit lane of several registers.
+struct EvenNumbers {
+  alignas(64) uint64_t value[kGroups * kNoiseLanes / 2];
+  constexpr EvenNumbers() : value{} {
+    for (int i = 0; i < kGroups * kNoiseLanes / 2; ++i) value[i] = 2 * i;
+  }
+};
+constexpr EvenNumbers kEvenNumbers;
+
+// Four counter words, one per 64-bit lane of N registers in its low half; the high halves may hold anything, since the
+// products read the low halves alone and the xors never mix the two.
+template <int N>
 struct Counters {
+  using Wide = Lanes<uint64_t, N>;
   Wide word[4];
 
-  FW_LANE void round(const Wide& key0, const Wide& key1) {
+  FW_LANE Counters(const Wide& number, const Rounds& key)
+      : word{number, number >> 32, Wide::all(key.sample), Wide::all(key.stream)} {}
+
+  FW_LANE void round(const Rounds& key, int round) {
     const Wide product0 = multiply_low(word[0], kPhiloxMultiplier0);
     const Wide product1 = multiply_low(word[2], kPhiloxMultiplier1);
-    word[0] = (product1 >> 32) ^ word[1] ^ key0;
-    word[2] = (product0 >> 32) ^ word[3] ^ key1;
+    word[0] = (product1 >> 32) ^ word[1] ^ Wide::all(key.key0[round]);
+    word[2] = (product0 >> 32) ^ word[3] ^ Wide::all(key.key1[round]);
     word[1] = product1;
     word[3] = product0;
   }
 };
 
-// kParts registers of adjacent Philox blocks from `block` on -> the normals of their 4 words (common/philox.h), both
-// Box-Muller pairs at once.
-inline FW_STRAIGHT void normals_of_blocks(const Rounds& key, uint64_t block, Floats normal[4 / kWords]) {
-  Wide number;
-  for (int p = 0; p < kParts; ++p) {
-    for (int lane = 0; lane < kFloats / 2; ++lane) number.part[p][lane] = block + p * kFloats + 2 * lane;
-  }
+// The normals of one word and group, or of several.
+using Normals = Floats[4 / kWords];
+
+// Adjacent Philox blocks from `block` on, kParts registers for each of kCount groups -> the normals of their 4 words
+// (common/philox.h), both Box-Muller pairs at once.
+template <int kCount>
+inline FW_STRAIGHT void normals_of_blocks(const Rounds& key, uint64_t block, Normals normal[kCount]) {
+  constexpr int kRegisters = kParts * kCount;
+  using Wide = Lanes<uint64_t, kRegisters>;
+  const Wide number = Wide::load(kEvenNumbers.value) + block;
   // Blocks start at a multiple of 16, so adding 1 carries nothing into the high word.
-  Counters even{{number, number >> 32, key.sample, key.stream}};
-  Counters odd{{number + uint64_t{1}, number >> 32, key.sample, key.stream}};
+  Counters<kRegisters> even(number, key), odd(number + uint64_t{1}, key);
 #pragma GCC unroll 10
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    even.round(key.key0[round], key.key1[round]);
-    odd.round(key.key0[round], key.key1[round]);
+    even.round(key, round);
+    odd.round(key, round);
   }
-  using Pairs = VectorOpsOf<2 * kParts>;
-  Pairs::U word[2];  // 0 and 2, 1 and 3
+  using Pairs = VectorOpsOf<2 * kRegisters>;
+  typename Pairs::U word[2];  // 0 and 2, 1 and 3
 #pragma GCC unroll 4
   for (int w = 0; w < 4; ++w) {
     const auto merged = low_halves(even.word[w], odd.word[w]);
-    for (int p = 0; p < kParts; ++p) word[w % 2].part[w / 2 * kParts + p] = merged.part[p];
+    for (int r = 0; r < kRegisters; ++r) word[w % 2].part[w / 2 * kRegisters + r] = merged.part[r];
   }
-  Pairs::F made[2];
+  typename Pairs::F made[2];
   box_muller<Pairs>(word[0], word[1], made[0], made[1]);
 #pragma GCC unroll 4
   for (int w = 0; w < 4; ++w) {
-    for (int p = 0; p < kParts; ++p) {
-      normal[w / kWords].part[w % kWords * kParts + p] = made[w % 2].part[w / 2 * kParts + p];
+    for (int r = 0; r < kRegisters; ++r) {
+      normal[r / kParts][w / kWords].part[w % kWords * kParts + r % kParts] = made[w % 2].part[w / 2 * kRegisters + r];
     }
   }
 }
 
-// Calls body(offset, normals) for each kWide elements of one full group that starts at element 64 * group.
-template <class Body>
-FW_LANE void for_group(const Rounds& key, int64_t group, const Body& body) {
-  constexpr int kStep = kParts * kFloats;
+// Calls body(offset, normals) for each kWide elements of kCount full groups, the first of which starts at element
+// 64 * group.
+template <int kCount, class Body>
+FW_LANE void for_groups(const Rounds& key, int64_t group, const Body& body) {
+  constexpr int kStep = kParts * kFloats, kTimes = 4 / kWords;
 #pragma GCC unroll 4
   for (int first = 0; first < kNoiseLanes; first += kStep) {
-    Floats normal[4 / kWords];
-    normals_of_blocks(key, static_cast<uint64_t>(group) * kNoiseLanes + first, normal);
-#pragma GCC unroll 4
-    for (int w = 0; w < 4; w += kWords) body(w * static_cast<int>(kNoiseLanes) + first, normal[w / kWords]);
+    Normals normal[kCount];
+    normals_of_blocks<kCount>(key, static_cast<uint64_t>(group) * kNoiseLanes + first, normal);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount * kTimes; ++i) {
+      const int offset = i / kTimes * kNoiseGroup + i % kTimes * kWords * kNoiseLanes + first;
+      body(offset, normal[i / kTimes][i % kTimes]);
+    }
   }
 }
 
-// A sum of float vectors in 16 lanes whose order does not depend on the vector width; doubles from every 256 terms on.
+// KL(N(μ, σ²) || N(prior_mean, prior_std²)) but for log s of log σ = min(ρ, 0) + log s.
+FW_LANE Floats kl_without_log(const Softplus<VectorOps>& softplus, Floats rho, Floats distance,
+                              const Prior<float>& prior) {
+  const Floats spread = VectorOps::fma(distance, distance, softplus.sigma * softplus.sigma);
+  const Floats constant = Floats::all(prior.log_std - 0.5f);
+  const Floats least = VectorOps::select(softplus.negative, rho, Floats{});
+  return VectorOps::fma(spread, Floats::all(prior.half_precision), constant) - least;
+}
+
+// A sum of KLs in 16 lanes whose order does not depend on the vector width; doubles from every 16 terms of a lane on.
+// Σ log s is the log of a product, with one log for 16 factors: each is scaled to [√½, √2), its exponent summed apart.
 struct LaneSum {
   static constexpr int kRegisters = static_cast<int>(kNoiseLanes) / kFloats;
-  simd::Vec<float> sum[kRegisters] = {};
-  double lane[kNoiseLanes] = {};
+  using Ops = VectorOpsOf<kRegisters>;
+  Ops::F sum, product;
+  Ops::I exponents;
+  double lane[kNoiseLanes];
 
-  FW_LANE void add(int offset, const Floats& term) {
-#pragma GCC unroll 4
-    for (int p = 0; p < kTogether; ++p) sum[(offset / kFloats + p) % kRegisters] += term.part[p];
+  FW_LANE LaneSum() {
+    start();
+    for (double& value : lane) value = 0;
   }
-  void flush() {
-    float values[kNoiseLanes];
-    for (int r = 0; r < kRegisters; ++r) {
-      simd::store(values + r * kFloats, sum[r]);
-      sum[r] = simd::Vec<float>{};
+  FW_LANE void start() {
+    sum = Ops::F{};
+    product = Ops::F::all(1.0f);
+    exponents = Ops::I{};
+  }
+
+  FW_LANE void add(int offset, const Floats& term, const Floats& s) {
+    const auto bits = VectorOps::bits(s);
+    const auto exponent = (bits - 0x3f3504f3) >> 23;
+    const Floats mantissa = VectorOps::from_bits(bits - (exponent << 23));
+#pragma GCC unroll 4
+    for (int p = 0; p < kTogether; ++p) {
+      const int r = (offset / kFloats + p) % kRegisters;
+      sum.part[r] += term.part[p];
+      product.part[r] *= mantissa.part[p];
+      exponents.part[r] += exponent.part[p];
     }
-    for (int l = 0; l < kNoiseLanes; ++l) lane[l] += static_cast<double>(values[l]);
+  }
+  FW_LANE void flush() {
+    const auto logs = Ops::fma(minus_two_log<Ops>(product), Ops::constant(0.5f), sum);
+    const auto terms = Ops::fma(Ops::to_float(exponents), Ops::constant(-6.931471806e-01f), logs);
+    float values[kNoiseLanes];
+    terms.store(values);
+#pragma GCC unroll 8
+    for (int l = 0; l < kNoiseLanes; l += simd::kLanes<double>) {
+      simd::HalfFloats half;
+      std::memcpy(&half, values + l, sizeof half);
+      simd::store(lane + l, simd::load(lane + l) + simd::widened(half));
+    }
+    start();
   }
   double total() {
     flush();
@@ -110,23 +166,26 @@ struct LaneSum {
   }
 };
 
-// One vector of KL(N(μ, σ²) || N(prior_mean, prior_std²)).
-FW_LANE Floats kl_term(const Softplus<VectorOps>& softplus, Floats rho, Floats distance, const Prior<float>& prior) {
-  const Floats spread = VectorOps::fma(distance, distance, softplus.sigma * softplus.sigma);
-  const Floats constant = Floats::all(prior.log_std - 0.5f);
-  return VectorOps::fma(spread, Floats::all(prior.half_precision), constant) - softplus.log_sigma(rho);
+// Calls body(groups, group) for the full groups of a span: kGroups together, the last ones singly.
+template <class Body>
+FW_LANE void for_full_groups(int64_t full, const Body& body) {
+  int64_t group = 0;
+  for (; group + kGroups <= full; group += kGroups) body(std::integral_constant<int, kGroups>(), group);
+  if constexpr (kGroups > 1) {
+    for (; group < full; ++group) body(std::integral_constant<int, 1>(), group);
+  }
 }
 
 void noise_span(const NoiseKey& noise, int64_t begin, int64_t count, float* out) {
   const Rounds key(noise);
   const int64_t first = begin / kNoiseGroup, full = count / kNoiseGroup, rest = count % kNoiseGroup;
-  for (int64_t group = 0; group < full; ++group) {
+  for_full_groups(full, [&](auto groups, int64_t group) FW_STRAIGHT {
     float* const to = out + group * kNoiseGroup;
-    for_group(key, first + group, [&](int offset, const Floats& normal) { normal.store(to + offset); });
-  }
+    for_groups<groups>(key, first + group, [&](int offset, const Floats& normal) { normal.store(to + offset); });
+  });
   if (rest) {
     float last[kNoiseGroup];
-    for_group(key, first + full, [&](int offset, const Floats& normal) { normal.store(last + offset); });
+    for_groups<1>(key, first + full, [&](int offset, const Floats& normal) { normal.store(last + offset); });
     std::memcpy(out + full * kNoiseGroup, last, rest * sizeof(float));
   }
 }
@@ -134,10 +193,10 @@ void noise_span(const NoiseKey& noise, int64_t begin, int64_t count, float* out)
 // What a pass makes of the noise: nothing, a sample, or σ² in its place.
 enum class Pass { none, noise, variance };
 
-// One full group of sample_span; the KL terms go to sum, or to `terms` [64] where the group is padded.
-template <bool kKl, bool kMean, Pass kPass>
-FW_LANE void sample_group(const Span<float>& span, const Rounds& key, int64_t group, const float* mu, const float* rho,
-                          const float* prior_mean, float* weight, LaneSum* sum, float* terms) {
+// Full groups of sample_span; the KL terms go to sum, or to `terms` [64] where the one group is padded.
+template <int kCount, bool kKl, bool kMean, Pass kPass>
+FW_LANE void sample_groups(const Span<float>& span, const Rounds& key, int64_t group, const float* mu, const float* rho,
+                           const float* prior_mean, float* weight, LaneSum* sum, float* terms) {
   auto body = [&](int offset, const Floats& normal) FW_STRAIGHT {
     const Floats m = Floats::load(mu + offset), r = Floats::load(rho + offset);
     const Softplus<VectorOps> softplus(r);
@@ -149,19 +208,19 @@ FW_LANE void sample_group(const Span<float>& span, const Rounds& key, int64_t gr
     }
     if constexpr (kKl) {
       const Floats distance = kMean ? m - Floats::load(prior_mean + offset) : m;
-      const Floats term = kl_term(softplus, r, distance, span.prior);
+      const Floats term = kl_without_log(softplus, r, distance, span.prior);
       if (terms) {
-        term.store(terms + offset);
+        VectorOps::fma(minus_two_log<VectorOps>(softplus.s), Floats::all(0.5f), term).store(terms + offset);
       } else {
-        sum->add(offset, term);
+        sum->add(offset, term, softplus.s);
       }
     }
   };
   if constexpr (kPass == Pass::noise) {
-    for_group(key, group, body);
+    for_groups<kCount>(key, group, body);
   } else {
 #pragma GCC unroll 4
-    for (int offset = 0; offset < kNoiseGroup; offset += kWide) body(offset, Floats{});
+    for (int offset = 0; offset < kCount * kNoiseGroup; offset += kWide) body(offset, Floats{});
   }
 }
 
@@ -171,20 +230,20 @@ double sample_span_as(const Span<float>& span, const NoiseKey& noise) {
   constexpr bool kWeight = kPass != Pass::none;
   const int64_t first = span.begin / kNoiseGroup, full = span.count / kNoiseGroup, rest = span.count % kNoiseGroup;
   LaneSum sum;
-  for (int64_t group = 0; group < full; ++group) {
+  for_full_groups(full, [&](auto groups, int64_t group) FW_STRAIGHT {
     const int64_t at = group * kNoiseGroup;
-    sample_group<kKl, kMean, kPass>(span, key, first + group, span.mu + at, span.rho + at,
-                                    kMean ? span.prior_mean + at : nullptr, kWeight ? span.weight + at : nullptr, &sum,
-                                    nullptr);
-    if (kKl && group % 4 == 3) sum.flush();
-  }
+    sample_groups<groups, kKl, kMean, kPass>(span, key, first + group, span.mu + at, span.rho + at,
+                                             kMean ? span.prior_mean + at : nullptr,
+                                             kWeight ? span.weight + at : nullptr, &sum, nullptr);
+    if (kKl && (group + groups) % 4 == 0) sum.flush();
+  });
   if (rest) {
     const int64_t at = full * kNoiseGroup;
     float mu[kNoiseGroup] = {}, rho[kNoiseGroup] = {}, mean[kNoiseGroup] = {}, weight[kNoiseGroup], terms[kNoiseGroup];
     std::memcpy(mu, span.mu + at, rest * sizeof(float));
     std::memcpy(rho, span.rho + at, rest * sizeof(float));
     if (kMean) std::memcpy(mean, span.prior_mean + at, rest * sizeof(float));
-    sample_group<kKl, kMean, kPass>(span, key, first + full, mu, rho, mean, weight, nullptr, terms);
+    sample_groups<1, kKl, kMean, kPass>(span, key, first + full, mu, rho, mean, weight, nullptr, terms);
     if (kWeight) std::memcpy(span.weight + at, weight, rest * sizeof(float));
     if (kKl) {
       sum.flush();
@@ -207,10 +266,10 @@ double sample_span(const Span<float>& span, const NoiseKey& key) {
 }
 
 // grad is ∂L/∂weight (not read with Pass::none), grad_kl the factor of the KL; prior_mean is read with kMean.
-template <bool kMean, Pass kPass, bool kWeight>
-FW_LANE void backward_group(const Span<float>& span, const Rounds& key, int64_t group, float grad_kl, const float* mu,
-                            const float* rho, const float* prior_mean, const float* grad, float* weight, float* grad_mu,
-                            float* grad_rho) {
+template <int kCount, bool kMean, Pass kPass, bool kWeight>
+FW_LANE void backward_groups(const Span<float>& span, const Rounds& key, int64_t group, float grad_kl, const float* mu,
+                             const float* rho, const float* prior_mean, const float* grad, float* weight,
+                             float* grad_mu, float* grad_rho) {
   // ∂KL/∂μ = distance/σp²;  ∂KL/∂ρ = σ'(σ/σp²) - σ'/σ.
   const Floats precision = Floats::all(2.0f * span.prior.half_precision * grad_kl);
   auto body = [&](int offset, const Floats& normal) FW_STRAIGHT {
@@ -240,10 +299,10 @@ FW_LANE void backward_group(const Span<float>& span, const Rounds& key, int64_t 
     VectorOps::fma(sigma_part, derivative, entropy).store(grad_rho + offset);
   };
   if constexpr (kPass == Pass::noise) {
-    for_group(key, group, body);
+    for_groups<kCount>(key, group, body);
   } else {
 #pragma GCC unroll 4
-    for (int offset = 0; offset < kNoiseGroup; offset += kWide) body(offset, Floats{});
+    for (int offset = 0; offset < kCount * kNoiseGroup; offset += kWide) body(offset, Floats{});
   }
 }
 
@@ -253,12 +312,12 @@ void backward_span_as(const Span<float>& span, const NoiseKey& noise, float grad
   const Rounds key(noise);
   constexpr bool kGrad = kPass != Pass::none;
   const int64_t first = span.begin / kNoiseGroup, full = span.count / kNoiseGroup, rest = span.count % kNoiseGroup;
-  for (int64_t group = 0; group < full; ++group) {
+  for_full_groups(full, [&](auto groups, int64_t group) FW_STRAIGHT {
     const int64_t at = group * kNoiseGroup;
-    backward_group<kMean, kPass, kWeight>(span, key, first + group, grad_kl, span.mu + at, span.rho + at,
-                                          kMean ? span.prior_mean + at : nullptr, kGrad ? grad + at : nullptr,
-                                          kWeight ? span.weight + at : nullptr, grad_mu + at, grad_rho + at);
-  }
+    backward_groups<groups, kMean, kPass, kWeight>(span, key, first + group, grad_kl, span.mu + at, span.rho + at,
+                                                   kMean ? span.prior_mean + at : nullptr, kGrad ? grad + at : nullptr,
+                                                   kWeight ? span.weight + at : nullptr, grad_mu + at, grad_rho + at);
+  });
   if (rest) {
     const int64_t at = full * kNoiseGroup, bytes = rest * sizeof(float);
     float mu[kNoiseGroup] = {}, rho[kNoiseGroup] = {}, mean[kNoiseGroup] = {}, g[kNoiseGroup] = {};
@@ -268,7 +327,8 @@ void backward_span_as(const Span<float>& span, const NoiseKey& noise, float grad
     if (kMean) std::memcpy(mean, span.prior_mean + at, bytes);
     if (kGrad) std::memcpy(g, grad + at, bytes);
     if (kPass == Pass::variance) std::memcpy(to_mu, grad_mu + at, bytes);
-    backward_group<kMean, kPass, kWeight>(span, key, first + full, grad_kl, mu, rho, mean, g, weight, to_mu, to_rho);
+    backward_groups<1, kMean, kPass, kWeight>(span, key, first + full, grad_kl, mu, rho, mean, g, weight, to_mu,
+                                              to_rho);
     if (kWeight) std::memcpy(span.weight + at, weight, bytes);
     std::memcpy(grad_mu + at, to_mu, bytes);
     std::memcpy(grad_rho + at, to_rho, bytes);

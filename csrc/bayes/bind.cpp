@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "bayes/bayes.h"
+#include "common/tensor.h"
 
 namespace finite_width {
 namespace {
@@ -15,7 +16,6 @@ using bayes::for_dtype;
 using bayes::LinearDistribution;
 using bayes::MaybeTensor;
 using torch::stable::contiguous;
-using torch::stable::new_empty;
 
 void check_place(const Tensor& tensor, const char* name, const Tensor&) {
   check_cpu(tensor, name);
@@ -48,7 +48,7 @@ T scale_of(const MaybeTensor& grad_kl, const std::optional<double>& prior_std, c
 
 Tensor noise_cpu(const Tensor& like, const Tensor& seed, int64_t sample, int64_t stream) {
   check_place(like, "like", like);
-  Tensor out = new_empty(like, like.sizes());
+  Tensor out = empty_cpu(like, like.sizes());
   for_dtype(like, "like", [&]<class T>(T) {
     const NoiseKey key{seed_of(seed), static_cast<uint32_t>(sample), static_cast<uint32_t>(stream)};
     noise<T>(key, out.numel(), out.mutable_data_ptr<T>());
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> sample_cpu(const Tensor& mu, const Tensor& rho, const
                                       bool centred, std::optional<ScalarType> dtype) {
   const Distribution weights(check_place, mu, rho, prior_mean);
   const ScalarType stored = bayes::stored_dtype(mu, dtype);
-  Tensor weight = new_empty(mu, mu.sizes()), kl = new_empty(mu, {});
+  Tensor weight = empty_cpu(mu, mu.sizes()), kl = empty_cpu(mu, {});
   for_dtype(mu, "mu", [&]<class T>(T) {
     Span<T> span = span_of<T>(weights, prior_std, centred ? Made::centred : Made::sample);
     span.weight = weight.mutable_data_ptr<T>();
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> sample_backward_cpu(const MaybeTensor& grad, const Ma
                                                const MaybeTensor& prior_mean, std::optional<double> prior_std,
                                                int64_t stream, bool centred) {
   const Distribution weights(check_place, mu, rho, prior_mean);
-  Tensor grad_mu = new_empty(mu, mu.sizes()), grad_rho = new_empty(mu, mu.sizes());
+  Tensor grad_mu = empty_cpu(mu, mu.sizes()), grad_rho = empty_cpu(mu, mu.sizes());
   STD_TORCH_CHECK(seed || !grad, "finite_width: grad needs the seed");
   MaybeTensor incoming;
   if (grad) incoming = bayes::checked_grad(check_place, *grad, mu);
@@ -100,7 +100,7 @@ std::vector<Span<T>> spans_of(const std::vector<Distribution>& all, const std::v
 Tensor kl_cpu(const std::vector<Tensor>& mu, const std::vector<Tensor>& rho, const std::vector<Tensor>& prior_mean,
               const std::vector<double>& prior_std) {
   const std::vector<Distribution> all = bayes::distributions(check_place, mu, rho, prior_mean, prior_std.size());
-  Tensor total = new_empty(mu[0], {});
+  Tensor total = empty_cpu(mu[0], {});
   for_dtype(mu[0], "mu", [&]<class T>(T) {
     const std::vector<Span<T>> spans = spans_of<T>(all, prior_std);
     *total.mutable_data_ptr<T>() = static_cast<T>(kl<T>(static_cast<int64_t>(spans.size()), spans.data()));
@@ -114,7 +114,7 @@ std::vector<Tensor> kl_backward_cpu(const Tensor& grad, const std::vector<Tensor
   const std::vector<Distribution> all = bayes::distributions(check_place, mu, rho, prior_mean, prior_std.size());
   std::vector<Tensor> result;
   for (int half = 0; half < 2; ++half) {
-    for (const Tensor& each : mu) result.push_back(new_empty(each, each.sizes()));
+    for (const Tensor& each : mu) result.push_back(empty_cpu(each, each.sizes()));
   }
   for_dtype(mu[0], "mu", [&]<class T>(T) {
     std::vector<T*> to;
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor> linear_cpu(const Tensor& x, const Tensor& weight_mu, 
                                       std::optional<double> prior_std) {
   const LinearDistribution weights(check_place, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
   weights.check_fits(check_place, x, "x", {-1, weights.in()});
-  Tensor y = new_empty(x, {x.size(0), weights.out()}), kl = new_empty(x, {});
+  Tensor y = empty_cpu(x, {x.size(0), weights.out()}), kl = empty_cpu(x, {});
   for_dtype(x, "x", [&]<class T>(T) {
     *kl.mutable_data_ptr<T>() =
         static_cast<T>(linear<T>(layer_of<T>(weights, seed, prior_std), x.size(0), x.const_data_ptr<T>(), x.stride(0),
@@ -163,9 +163,9 @@ FiveTensors linear_gradients(const LinearDistribution& weights, const Tensor& gr
   const int64_t in = weights.in(), out = weights.out(), batch = x.size(0), bias_size = weights.bias ? out : 0;
   weights.check_fits(check_place, x, "x", {-1, in});
   weights.check_fits(check_place, grad_y, "grad_y", {batch, out});
-  Tensor grad_x = needs_x ? new_empty(x, {batch, in}) : new_empty(x, {0});
-  Tensor grad_mu = new_empty(x, {out, in}), grad_rho = new_empty(x, {out, in});
-  Tensor grad_bias_mu = new_empty(x, {bias_size}), grad_bias_rho = new_empty(x, {bias_size});
+  Tensor grad_x = needs_x ? empty_cpu(x, {batch, in}) : empty_cpu(x, {0});
+  Tensor grad_mu = empty_cpu(x, {out, in}), grad_rho = empty_cpu(x, {out, in});
+  Tensor grad_bias_mu = empty_cpu(x, {bias_size}), grad_bias_rho = empty_cpu(x, {bias_size});
   for_dtype(x, "x", [&]<class T>(T) {
     const LinearGradients<T> to{needs_x ? grad_x.mutable_data_ptr<T>() : nullptr, grad_mu.mutable_data_ptr<T>(),
                                 grad_rho.mutable_data_ptr<T>(), grad_bias_mu.mutable_data_ptr<T>(),
@@ -194,8 +194,8 @@ std::tuple<Tensor, Tensor, Tensor> local_cpu(const Tensor& x, const Tensor& weig
                                              const MaybeTensor& bias_mean, std::optional<double> prior_std) {
   const LinearDistribution weights(check_place, weight_mu, weight_rho, bias_mu, bias_rho, weight_mean, bias_mean);
   weights.check_fits(check_place, x, "x", {-1, weights.in()});
-  Tensor y = new_empty(x, {x.size(0), weights.out()}), deviation = new_empty(x, {x.size(0), weights.out()});
-  Tensor kl = new_empty(x, {});
+  Tensor y = empty_cpu(x, {x.size(0), weights.out()}), deviation = empty_cpu(x, {x.size(0), weights.out()});
+  Tensor kl = empty_cpu(x, {});
   for_dtype(x, "x", [&]<class T>(T) {
     *kl.mutable_data_ptr<T>() = static_cast<T>(
         local_linear<T>(layer_of<T>(weights, seed, prior_std), x.size(0), x.const_data_ptr<T>(), x.stride(0),
@@ -226,7 +226,7 @@ Tensor linear_samples_cpu(const Tensor& x, const Tensor& weight_mu, const Tensor
   const LinearDistribution weights(check_place, weight_mu, weight_rho, bias_mu, bias_rho, {}, {});
   weights.check_samples(check_place, x, samples);
   const Tensor input = contiguous(x);
-  Tensor y = new_empty(x, {samples, x.size(1), weights.out()});
+  Tensor y = empty_cpu(x, {samples, x.size(1), weights.out()});
   for_dtype(x, "x", [&]<class T>(T) {
     LinearLayer<T> layer = layer_of<T>(weights, seed, std::nullopt);
     layer.sample = static_cast<uint32_t>(first);

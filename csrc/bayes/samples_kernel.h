@@ -23,17 +23,17 @@ void scaled_noise_span(const NoiseKey& noise, int64_t begin, int64_t count, cons
                        float* weight) {
   const Rounds key(noise);
   const int64_t first = begin / kNoiseGroup, full = count / kNoiseGroup, rest = count % kNoiseGroup;
-  for (int64_t group = 0; group < full; ++group) {
+  for_full_groups(full, [&](auto groups, int64_t group) FW_STRAIGHT {
     const int64_t at = group * kNoiseGroup;
-    for_group(key, first + group, [&](int offset, const Floats& normal) {
+    for_groups<groups>(key, first + group, [&](int offset, const Floats& normal) {
       const int64_t i = at + offset;
       VectorOps::fma(Floats::load(sigma + i), normal, Floats::load(mu + i)).store(weight + i);
     });
-  }
+  });
   if (rest) {
     const int64_t at = full * kNoiseGroup;
     float normals[kNoiseGroup];
-    for_group(key, first + full, [&](int offset, const Floats& normal) { normal.store(normals + offset); });
+    for_groups<1>(key, first + full, [&](int offset, const Floats& normal) { normal.store(normals + offset); });
     for (int64_t i = 0; i < rest; ++i) weight[at + i] = std::fma(sigma[at + i], normals[i], mu[at + i]);
   }
 }

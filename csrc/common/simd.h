@@ -149,6 +149,19 @@ inline __attribute__((always_inline)) Vec<T> multiply_add(Vec<T> a, Vec<T> b, Ve
 #endif
 }
 
+// Half a register of floats, and the same as doubles.
+typedef float HalfFloats __attribute__((vector_size(kBytes / 2)));
+inline __attribute__((always_inline)) Vec<double> widened(HalfFloats value) {
+  // __builtin_convertvector widens in two halves (g++ 12); the instruction takes the whole.
+#if FW_ISA_LEVEL == 2
+  return _mm512_maskz_cvtps_pd(0xff, (__m256)value);  // the unmasked form warns in g++ 12
+#elif FW_ISA_LEVEL == 1
+  return _mm256_cvtps_pd((__m128)value);
+#else
+  return __builtin_convertvector(value, Vec<double>);
+#endif
+}
+
 // Rounds of pairwise interleaving; see `transpose`.
 template <class T, int Half>
 inline __attribute__((always_inline)) void interleave(Vec<T>& low, Vec<T>& high) {

@@ -4,9 +4,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <initializer_list>
-
 #include "common/check.h"
+#include "common/pages.h"
 
 namespace finite_width {
 
@@ -15,25 +14,25 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Uninitialised, contiguous, on the CPU, of `like`'s dtype.
-inline Tensor empty_cpu(const Tensor& like, const int64_t* sizes, int64_t dim) {
-  constexpr int64_t kMostAxes = 8;
-  STD_TORCH_CHECK(dim <= kMostAxes, "finite_width: more axes than empty_cpu was made for");
-  int64_t strides[kMostAxes], step = 1;
-  for (int64_t axis = dim - 1; axis >= 0; --axis) {
+// Uninitialised, contiguous, on the CPU, of `like`'s dtype; large ones in large pages.
+inline Tensor empty_cpu(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  constexpr size_t kMostAxes = 64;  // as torch
+  STD_TORCH_CHECK(sizes.size() <= kMostAxes, "finite_width: more than 64 axes");
+  int64_t strides[kMostAxes], count = 1, step = 1;
+  for (size_t axis = sizes.size(); axis-- > 0;) {
     strides[axis] = step;
     step *= sizes[axis] > 0 ? sizes[axis] : 1;
+    count *= sizes[axis];
   }
   int32_t dtype = 0;
-  AtenTensorHandle result = nullptr;
+  AtenTensorHandle handle = nullptr;
   const bool made = aoti_torch_get_dtype(like.get(), &dtype) == 0 &&
-                    aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &result) == 0;
+                    aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, dtype,
+                                             aoti_torch_device_type_cpu(), 0, &handle) == 0;
   STD_TORCH_CHECK(made, "finite_width: no memory for a tensor of the result");
-  return Tensor(result);
-}
-
-inline Tensor empty_cpu(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return empty_cpu(like, sizes.begin(), static_cast<int64_t>(sizes.size()));
+  Tensor result(handle);
+  prefer_large_pages(result.mutable_data_ptr(), static_cast<size_t>(count) * result.element_size());
+  return result;
 }
 
 }  // namespace finite_width

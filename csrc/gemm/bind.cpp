@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "common/check.h"
+#include "common/tensor.h"
 #include "gemm/gemm.h"
 
 namespace finite_width {
@@ -25,7 +26,7 @@ Tensor gemm_cpu(const Tensor& a, const Tensor& b, const std::optional<Tensor>& b
     row = torch::stable::contiguous(*bias);
   }
   const int64_t rows = a.size(0), columns = b.size(1), inner = a.size(1);
-  Tensor c = torch::stable::new_empty(a, {rows, columns});
+  Tensor c = empty_cpu(a, {rows, columns});
   auto run = [&]<class T>(T) {
     gemm<T>(rows, columns, inner, a.const_data_ptr<T>(), a.stride(0), a.stride(1), b.const_data_ptr<T>(), b.stride(0),
             b.stride(1), row ? row->const_data_ptr<T>() : nullptr, c.mutable_data_ptr<T>(), columns);

@@ -7,6 +7,7 @@
 
 #include "common/check.h"
 #include "common/convolution_check.h"
+#include "common/tensor.h"
 #include "ntk/convolution.h"
 #include "ntk/ntk.h"
 #include "ntk/tile_tensors.h"
@@ -104,7 +105,7 @@ Tensor position_cpu(const Tensor& a, const Tensor& d, int64_t /*precision*/) {
   check_like(d, "d", a);
   const Tensor inputs = torch::stable::contiguous(a), deltas = adjacent_from(d, 3);
   const int64_t outputs = d.size(1), channels = d.size(3);
-  Tensor gradients = torch::stable::new_empty(d, {d.size(0), outputs, channels * a.size(2)});
+  Tensor gradients = empty_cpu(d, {d.size(0), outputs, channels * a.size(2)});
   with_type(a, [&]<class T>(T) {
     position_gradients<T>(a.size(0), outputs, a.size(1), channels, a.size(2), inputs.const_data_ptr<T>(),
                           deltas.const_data_ptr<T>(), deltas.stride(0), deltas.stride(1), deltas.stride(2),
@@ -120,7 +121,7 @@ Tensor conv_cpu(const Tensor& input, const Tensor& delta, std::vector<int64_t> k
   check_like(delta, "delta", input);
   const Convolution shape = check_conv_gradients(input, delta, kernel_size, stride, padding, dilation, groups, bias);
   const Tensor inputs = torch::stable::contiguous(input), deltas = adjacent_from(delta, 2);
-  Tensor gradients = torch::stable::new_empty(delta, {delta.size(0), delta.size(1), conv_weights(shape, bias)});
+  Tensor gradients = empty_cpu(delta, {delta.size(0), delta.size(1), conv_weights(shape, bias)});
   with_type(input, [&]<class T>(T) {
     conv_gradients<T>(delta.size(0), delta.size(1), shape, inputs.const_data_ptr<T>(), deltas.const_data_ptr<T>(),
                       deltas.stride(0), deltas.stride(1), bias, gradients.mutable_data_ptr<T>());
@@ -161,7 +162,7 @@ Tensor convolve_cpu(const Tensor& input, const Tensor& weight, const std::option
     kept = torch::stable::contiguous(*gate);
   }
   const Tensor inputs = torch::stable::contiguous(input), weights = torch::stable::contiguous(weight);
-  Tensor output = torch::stable::new_empty(input, sizes);
+  Tensor output = empty_cpu(input, sizes);
   with_type(input, [&]<class T>(T) {
     convolve<T>(input.size(0), shape, inputs.const_data_ptr<T>(), weights.const_data_ptr<T>(),
                 bias ? shift.const_data_ptr<T>() : nullptr, gate ? kept.const_data_ptr<T>() : nullptr,

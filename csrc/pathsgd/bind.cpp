@@ -9,6 +9,7 @@
 
 #include "common/check.h"
 #include "common/convolution_check.h"
+#include "common/tensor.h"
 #include "pathsgd/convolution.h"
 #include "pathsgd/sweep.h"
 
@@ -138,7 +139,7 @@ void check_known(const Tensor& known, const Convolution& shape, int64_t spatial)
 Tensor path_convolution_cpu(const Tensor& x, const Tensor& weight, double p, std::vector<int64_t> stride,
                             std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
   const Convolution shape = shape_of(x, weight, stride, padding, dilation, groups);
-  Tensor y = torch::stable::new_empty(x, sizes_of(shape, x.dim() - 2));
+  Tensor y = empty_cpu(x, sizes_of(shape, x.dim() - 2));
   with_type(weight, [&]<class T>(T*) {
     convolve<T>(shape, x.const_data_ptr<double>(), static_cast<const T*>(weight.const_data_ptr()), p,
                 y.mutable_data_ptr<double>());

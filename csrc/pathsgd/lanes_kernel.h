@@ -11,23 +11,12 @@ enum class Norm { one, two, any, infinity };
 enum class Rule { none, plain, decay, momentum };
 
 typedef simd::Vec<double> Part;
-typedef float FloatPart __attribute__((vector_size(simd::kBytes / 2)));
+typedef simd::HalfFloats FloatPart;
 typedef int32_t IntPart __attribute__((vector_size(simd::kBytes / 2)));
 typedef uint32_t WordPart __attribute__((vector_size(simd::kBytes / 2)));
 typedef uint16_t HalfPart __attribute__((vector_size(simd::kBytes / 4)));
 
 #define FW_INLINE inline __attribute__((always_inline))
-
-// __builtin_convertvector widens in two halves (g++ 12); the instruction takes the whole.
-FW_INLINE Part widened(FloatPart value) {
-#if FW_ISA_LEVEL == 2
-  return _mm512_maskz_cvtps_pd(0xff, (__m256)value);  // the unmasked form warns in g++ 12
-#elif FW_ISA_LEVEL == 1
-  return _mm256_cvtps_pd((__m128)value);
-#else
-  return __builtin_convertvector(value, Part);
-#endif
-}
 
 FW_INLINE Part load_part(const double* from) {
   return simd::load(from);
@@ -36,14 +25,14 @@ FW_INLINE Part load_part(const double* from) {
 FW_INLINE Part load_part(const float* from) {
   FloatPart value;
   std::memcpy(&value, from, sizeof value);
-  return widened(value);
+  return simd::widened(value);
 }
 
 FW_INLINE Part load_part(const Bfloat16* from) {
   HalfPart bits;
   std::memcpy(&bits, from, sizeof bits);
   const WordPart words = __builtin_convertvector(bits, WordPart) << 16;
-  return widened((FloatPart)words);
+  return simd::widened((FloatPart)words);
 }
 
 // Stores a value rounded to T, and returns what was stored.
@@ -55,7 +44,7 @@ FW_INLINE Part store_part(double* to, Part value) {
 FW_INLINE Part store_part(float* to, Part value) {
   const FloatPart rounded = __builtin_convertvector(value, FloatPart);
   std::memcpy(to, &rounded, sizeof rounded);
-  return widened(rounded);
+  return simd::widened(rounded);
 }
 
 FW_INLINE Part store_part(Bfloat16* to, Part value) {
@@ -67,7 +56,7 @@ FW_INLINE Part store_part(Bfloat16* to, Part value) {
   const WordPart chosen = (mask & 0x7fc0u) | (~mask & nearest);
   const HalfPart bits = __builtin_convertvector(chosen, HalfPart);
   std::memcpy(to, &bits, sizeof bits);
-  return widened((FloatPart)(chosen << 16));
+  return simd::widened((FloatPart)(chosen << 16));
 }
 
 template <Norm N>

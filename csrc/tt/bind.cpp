@@ -111,7 +111,7 @@ std::vector<Tensor> tt_linear_backward_cpu(const Tensor& grad, const Tensor& x, 
   if (needs[0]) result.push_back(empty_cpu(x, {batch, args.columns}));
   const size_t first_core = result.size();
   if (needs[1]) {
-    for (const Tensor& core : args.cores) result.push_back(empty_cpu(x, core.sizes().data(), core.dim()));
+    for (const Tensor& core : args.cores) result.push_back(empty_cpu(x, core.sizes()));
   }
   if (needs[2]) result.push_back(empty_cpu(x, {args.rows}));
   if (batch == 0) {
