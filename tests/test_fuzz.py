@@ -124,6 +124,11 @@ def fuzz_ghost(d: Draw) -> Call:
     return Call(ntk.ghost_accumulate, (out, *operands, d.choice([0.0, 1.0]), compute), linear=True)
 
 
+def fuzz_gated(d: Draw) -> Call:
+    gates, times, k, n = d.size(1, 30), d.size(0, 6), d.size(1, 90), d.size(1, 90)
+    return Call(ntk.gated_product, (d.tensor(gates * times, k), d.tensor(k, n), d.tensor(gates, n)), linear=True)
+
+
 def fuzz_positions(d: Draw) -> Call:
     n, t, i, o, c = d.size(0, 6), d.size(0, 20), d.size(1, 40), d.size(1, 3), d.size(1, 40)
     return Call(ntk.position_gradients, (d.tensor(n, t, i), d.tensor(n, o, t, c)), linear=True)
@@ -371,6 +376,7 @@ FUZZ: dict[str, Callable[[Draw], Call]] = {
     "ntk_position_gradients": fuzz_positions,
     "ntk_conv_gradients": fuzz_convolution,
     "ntk_convolve": fuzz_convolve,
+    "ntk_gated_product": fuzz_gated,
     "tt_linear": fuzz_tensor_train,
     "path_sweep": fuzz_sweep,
     "path_step": fuzz_path_step,

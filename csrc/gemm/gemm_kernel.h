@@ -16,26 +16,69 @@ bool better_transposed(int64_t M, int64_t N, int64_t K) {
   return (as_it_is - transposed) * K > 2 * M * N;
 }
 
+// Epilogues (common/gemm_tile.h): what is done to finished rows while they are in cache.
 template <class T>
-void add_bias(const T* bias, int rows, int64_t n, int columns, T* values, int64_t row_step) {
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < columns; ++j) values[i * row_step + j] += bias[n + j];
+struct AddBias {
+  const T* bias;  // [N]
+
+  void operator()(int64_t, int rows, int64_t n, int columns, T* values, int64_t row_step) const {
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < columns; ++j) values[i * row_step + j] += bias[n + j];
+    }
   }
-}
+};
+
+template <class T>
+struct Gate {
+  const T* gate;  // [period, N]
+  int64_t period, N;
+
+  void operator()(int64_t m, int rows, int64_t n, int columns, T* values, int64_t row_step) const {
+    constexpr int L = simd::kLanes<T>;
+    int64_t at = m % period;
+    for (int i = 0; i < rows; ++i) {
+      const T* const open = gate + at * N + n;
+      T* const row = values + i * row_step;
+      int j = 0;
+      for (; j + L <= columns; j += L) {
+        const simd::Vec<T> zero{};
+        simd::store(row + j, simd::load(open + j) <= zero ? zero : simd::load(row + j));
+      }
+      for (; j < columns; ++j) row[j] = open[j] <= T(0) ? T(0) : row[j];
+      if (++at == period) at = 0;
+    }
+  }
+};
 
 // Rows [m0, m0 + M) of C, transposed: blocks of Cᵀ of kBlockColumns columns in scratch, then written.
-template <class T>
+template <class T, class Epilogue>
 void gemm_transposed(const tile::Strided<T>& a, const tile::Strided<T>& b, int64_t m0, int64_t M, int64_t N, int64_t K,
-                     const T* bias, T* c, int64_t c_row) {
+                     T* c, int64_t c_row, const Epilogue& epilogue) {
   constexpr int64_t kRows = tile::kBlockColumns<T>;
   T* block = thread_workspace<T>(kTransposedSlot, N * kRows);
   for (int64_t m = m0; m < m0 + M; m += kRows) {
     const int64_t rows = tile::smaller(kRows, m0 + M - m);
     tile::multiply_block<T>(b, a, 0, N, m, rows, K, block, kRows);
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t n = 0; n < N; ++n) c[(m + i) * c_row + n] = block[n * kRows + i] + (bias ? bias[n] : T(0));
+      for (int64_t n = 0; n < N; ++n) c[(m + i) * c_row + n] = block[n * kRows + i];
     }
+    epilogue(m, static_cast<int>(rows), 0, static_cast<int>(N), c + m * c_row, c_row);
   }
+}
+
+template <class T, class Epilogue>
+void gemm_with(int64_t M, int64_t N, int64_t K, const tile::Strided<T>& a, const tile::Strided<T>& b, T* c,
+               int64_t c_row, const Epilogue& epilogue) {
+  if (!better_transposed<T>(M, N, K)) {
+    tile::multiply<T>(a, b, M, N, K, c, c_row, epilogue);
+    return;
+  }
+  const tile::Grid grid = tile::task_grid<T>(N, M, K);
+  const int64_t tasks = grid.column_tasks * grid.row_tasks, lanes = simd::kLanes<T>;
+  parallel_blocks(tasks, [&](int64_t task) {
+    const int64_t rows = (M + tasks * lanes - 1) / (tasks * lanes) * lanes, m = task * rows;
+    if (m < M) gemm_transposed(a, b, m, tile::smaller(rows, M - m), N, K, c, c_row, epilogue);
+  });
 }
 
 }  // namespace
@@ -44,21 +87,18 @@ template <class T>
 void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
           int64_t b_col, const T* bias, T* c, int64_t c_row) {
   const tile::Strided<T> left{a, a_row, a_col}, right{b, b_col, b_row};
-  if (better_transposed<T>(M, N, K)) {
-    const tile::Grid grid = tile::task_grid<T>(N, M, K);
-    parallel_blocks(grid.column_tasks * grid.row_tasks, [&](int64_t task) {
-      const int64_t tasks = grid.column_tasks * grid.row_tasks, lanes = simd::kLanes<T>;
-      const int64_t rows = (M + tasks * lanes - 1) / (tasks * lanes) * lanes, m = task * rows;
-      if (m < M) gemm_transposed(left, right, m, tile::smaller(rows, M - m), N, K, bias, c, c_row);
-    });
-  } else if (bias) {
-    tile::multiply<T>(left, right, M, N, K, c, c_row,
-                      [bias](int64_t, int rows, int64_t n, int columns, T* values, int64_t row_step) {
-                        add_bias(bias, rows, n, columns, values, row_step);
-                      });
+  if (bias) {
+    gemm_with(M, N, K, left, right, c, c_row, AddBias<T>{bias});
   } else {
-    tile::multiply<T>(left, right, M, N, K, c, c_row);
+    gemm_with(M, N, K, left, right, c, c_row, tile::NoEpilogue{});
   }
+}
+
+template <class T>
+void gated_gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
+                int64_t b_col, const T* gate, int64_t gate_rows, T* c, int64_t c_row) {
+  const tile::Strided<T> left{a, a_row, a_col}, right{b, b_col, b_row};
+  gemm_with(M, N, K, left, right, c, c_row, Gate<T>{gate, gate_rows, N});
 }
 
 template <class T>
@@ -74,7 +114,7 @@ void gemm_batched(int64_t count, int64_t M, int64_t N, int64_t K, const T* a, in
   parallel_blocks(count, [&](int64_t i) {
     const tile::Strided<T> left{a + i * a_batch, a_row, a_col}, right{b + i * b_batch, b_col, b_row};
     if (better_transposed<T>(M, N, K)) {
-      gemm_transposed<T>(left, right, 0, M, N, K, nullptr, c + i * c_batch, c_row);
+      gemm_transposed<T>(left, right, 0, M, N, K, c + i * c_batch, c_row, tile::NoEpilogue{});
     } else {
       tile::multiply_block<T>(left, right, 0, M, 0, N, K, c + i * c_batch, c_row);
     }
@@ -84,6 +124,8 @@ void gemm_batched(int64_t count, int64_t M, int64_t N, int64_t K, const T* a, in
 #define FW_INSTANTIATE(T)                                                                                            \
   template void gemm<T>(int64_t, int64_t, int64_t, const T*, int64_t, int64_t, const T*, int64_t, int64_t, const T*, \
                         T*, int64_t);                                                                                \
+  template void gated_gemm<T>(int64_t, int64_t, int64_t, const T*, int64_t, int64_t, const T*, int64_t, int64_t,     \
+                              const T*, int64_t, T*, int64_t);                                                       \
   template void gemm_batched<T>(int64_t, int64_t, int64_t, int64_t, const T*, int64_t, int64_t, int64_t, const T*,   \
                                 int64_t, int64_t, int64_t, T*, int64_t, int64_t);
 FW_INSTANTIATE(float)

@@ -8,6 +8,7 @@
 #include "common/check.h"
 #include "common/convolution_check.h"
 #include "common/tensor.h"
+#include "gemm/gemm.h"
 #include "ntk/convolution.h"
 #include "ntk/ntk.h"
 #include "ntk/tile_tensors.h"
@@ -171,6 +172,26 @@ Tensor convolve_cpu(const Tensor& input, const Tensor& weight, const std::option
   return output;
 }
 
+Tensor gated_product_cpu(const Tensor& a, const Tensor& b, const Tensor& gate) {
+  check_cpu(a, "a");
+  check_float_or_double(a, "a");
+  check_like(b, "b", a);
+  check_like(gate, "gate", a);
+  check_dim(a, "a", 2);
+  check_shape(b, "b", {a.size(1), -1});
+  check_shape(gate, "gate", {-1, b.size(1)});
+  const int64_t rows = a.size(0), columns = b.size(1);
+  STD_TORCH_CHECK(rows == 0 || (gate.size(0) > 0 && rows % gate.size(0) == 0),
+                  "finite_width: the rows of a must be a multiple of those of gate");
+  const Tensor kept = as_contiguous(gate);
+  Tensor c = empty_cpu(a, {rows, columns});
+  with_type(a, [&]<class T>(T) {
+    gated_gemm<T>(rows, columns, a.size(1), a.const_data_ptr<T>(), a.stride(0), a.stride(1), b.const_data_ptr<T>(),
+                  b.stride(0), b.stride(1), kept.const_data_ptr<T>(), gate.size(0), c.mutable_data_ptr<T>(), columns);
+  });
+  return c;
+}
+
 }  // namespace
 }  // namespace finite_width::ntk
 
@@ -181,4 +202,5 @@ STABLE_TORCH_LIBRARY_IMPL(finite_width, CPU, library) {
   library.impl("ntk_position_gradients", TORCH_BOX(&finite_width::ntk::position_cpu));
   library.impl("ntk_conv_gradients", TORCH_BOX(&finite_width::ntk::conv_cpu));
   library.impl("ntk_convolve", TORCH_BOX(&finite_width::ntk::convolve_cpu));
+  library.impl("ntk_gated_product", TORCH_BOX(&finite_width::ntk::gated_product_cpu));
 }

@@ -36,6 +36,7 @@ SCHEMAS: dict[str, str] = {
     "int[] dilation, int groups, bool bias, int precision) -> Tensor",
     "ntk_convolve": "(Tensor input, Tensor weight, Tensor? bias, Tensor? gate, int[] padding, int[] dilation, "
     "int groups, bool local) -> Tensor",
+    "ntk_gated_product": "(Tensor a, Tensor b, Tensor gate) -> Tensor",
     # Tensor-Train.
     "tt_linear": "(Tensor x, Tensor[] cores, Tensor? bias, int[] plan) -> Tensor",
     "tt_linear_backward": "(Tensor grad, Tensor x, Tensor[] cores, int[] plan, int[] needs) -> Tensor[]",

@@ -50,6 +50,7 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(_randn(3, 4, 9, 7), _randn(3, 2, 6, 5, 4)),
         *([3, 3], [2, 2], [1, 1], [1, 1], 2, True, 0),
     ),
+    "ntk_gated_product": lambda: (_randn(26, 65), _randn(65, 33), _randn(13, 33)),
     "ntk_convolve": lambda: (
         *(_randn(6, 24, 9, 7), _randn(25, 24, 3, 3), _randn(25), _randn(3, 25, 9, 9)),
         *([1, 2], [1, 1], 1, False),

@@ -354,6 +354,26 @@ class Rectified(nn.Module):
         return self.last((w.mean(1) + h.mean(1)[:, 1:, 1:]).flatten(1))
 
 
+class RectifiedRows(nn.Module):
+    """ReLUs before dense layers: shared by two layers and a skip, at several positions, and written over afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 7), nn.Linear(7, 7, bias=False)
+        self.third, self.last = nn.Linear(7, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.first(x)
+        after = torch.relu(before)
+        hidden = F.relu(self.second(after) + self.third(after) + after)
+        both = torch.stack([hidden, before * 2], 1)  # two positions of each row
+        pair = self.third(F.relu(both)).sum(1)
+        again = F.relu(pair)
+        result = self.last(again)
+        before.detach().add_(1)
+        return result + self.last(F.relu(pair.tanh()))
+
+
 vector, series, image, volume = (6,), (4, 6), (3, 7, 6), (2, 4, 5, 4)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp, in-place ReLU": (mlp, vector),
@@ -378,6 +398,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         image,
     ),
     "conv after ReLU": (Rectified, image),
+    "dense after ReLU": (RectifiedRows, vector),
     "conv after ReLU, 1d": (lambda: conv(nn.Conv1d(4, 5, 3), nn.ReLU(), nn.Conv1d(5, 9, 2, dilation=2)), series),
     "conv after ReLU, 3d": (lambda: conv(nn.Conv3d(2, 3, 2, padding=1), nn.ReLU(), nn.Conv3d(3, 2, 3)), volume),
     "conv, more padding than kernel": (
@@ -517,6 +538,7 @@ def test_other_methods(name: str, method: str) -> None:
         "mlp, in-place ReLU",
         "conv",
         "conv after ReLU",
+        "dense after ReLU",
         "conv, wide groups",
         "conv, Winograd's form",
         "batch norm",
@@ -626,6 +648,7 @@ def test_a_compiled_model() -> None:
         "mlp, in-place ReLU",
         "conv groups",
         "conv after ReLU",
+        "dense after ReLU",
         "conv, wide groups",
         "wide conv, few positions",
         "sequence",

@@ -175,6 +175,26 @@ CONVOLVED = [  # rows, channels in, channels out, spatial sizes, kernel, padding
 ]
 
 
+def gated_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    samples = []
+    # Rows, inner, columns, rows of the gate: whole tiles and edges, the transposed form, one column, nothing at all.
+    shapes = [(12, 5, 40, 4), (26, 400, 70, 13), (500, 9, 3, 250), (3, 2, 1, 1), (0, 3, 4, 2)]
+    for rows, inner, columns, gates in shapes:
+        a = normal(rows, inner, dtype=dtype, generator=generator)
+        b = normal(inner, columns, dtype=dtype, generator=generator)
+        gate = normal(gates, columns, dtype=dtype, generator=generator).relu()
+        samples += [Sample((a, b, gate)), Sample((strided(a), strided(b), strided(gate)))]
+    return samples
+
+
+def test_what_a_gate_lets_through_has_the_bits_of_the_product_alone() -> None:
+    for sample in gated_samples(torch.float32, torch.Generator().manual_seed(8)):
+        a, b, gate = sample.args
+        whole = torch.ops.finite_width.gemm(a, b, None)
+        expected = torch.where(gate.repeat(len(a) // len(gate), 1) > 0, whole, 0)
+        assert torch.equal(ops.gated_product(a, b, gate), expected)
+
+
 def convolve_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
     samples = []
     for rows, channels_in, channels_out, sizes, kernel, padding, dilation, groups, gates in CONVOLVED:
@@ -567,6 +587,18 @@ CASES = [
                 "stride must have 1 entries",
             ),
             ((zeros(1, 2, 5), zeros(1, 1, 3, 3), [3], [1], [0], [1], 2, False), ValueError, "groups=2 must divide"),
+        ],
+    ),
+    OpCase(
+        name="ntk_gated_product",
+        kind="functional",
+        call=ops.gated_product,
+        samples=gated_samples,
+        bad=[
+            ((zeros(4, 3), zeros(2, 5), zeros(2, 5)), ValueError, "b has 2 rows"),
+            ((zeros(4, 3), zeros(3, 5), zeros(2, 4)), ValueError, "gate has 4 columns"),
+            ((zeros(4, 3), zeros(3, 5), zeros(3, 5)), ValueError, "gate's 3 rows"),
+            ((zeros(4, 3), zeros(3, 5), zeros(2, 5).double()), TypeError, "gate has dtype"),
         ],
     ),
     OpCase(

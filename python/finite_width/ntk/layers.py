@@ -50,29 +50,41 @@ def _for_all(call: Callable[[Tensor], Tensor], cotangent: Tensor) -> Tensor:
 class Dense(torch.autograd.Function):
     """rows [R, I] times matrix [I, C] plus bias, forward and backward on the better matrix product.
 
-    Beside the rows nothing that requires a gradient comes in; the anchor gives the result its place in the graph.
+    Only `source` requires a gradient. It is the rows or, with `gated`, what a ReLU made the rows from: then the ReLU's
+    backward is done on the way. The anchor gives the result its place in the graph.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, matrix: Tensor, bias: Tensor | None, anchor: Tensor) -> Tensor:
-        ctx.matrix = matrix
+    def forward(
+        ctx: Any, source: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None, gated: bool, anchor: Tensor
+    ) -> Tensor:
+        ctx.matrix, ctx.gated = matrix, gated
+        if gated:
+            ctx.save_for_backward(rows)  # raises in the backward if the rows were written in place meanwhile
         return _product(rows, matrix, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        matrix = ctx.matrix.t()
+            return None, None, None, None, None, None
+        matrix, gate = ctx.matrix.t(), ctx.saved_tensors[0] if ctx.gated else None
         if not _in_a_plain_sweep(grads[0]):
-            return gemm(grads[0], matrix), None, None, None
+            found = gemm(grads[0], matrix)
+            return found if gate is None else found.masked_fill(gate <= 0, 0), None, None, None, None, None
 
         def call(every: Tensor) -> Tensor:
             rows = every.shape[1]
             if rows > 1 and every.stride(1) == 0:  # one row again and again, such as a unit cotangent
-                return _product(every[:, 0], matrix).unsqueeze(1).expand(-1, rows, -1)
-            return _product(every.flatten(0, 1), matrix).unflatten(0, every.shape[:2])
+                product = _product(every[:, 0], matrix).unsqueeze(1).expand(-1, rows, -1)
+            elif gate is not None and not splits_dense_layers(every):
+                return ops.gated_product(every.flatten(0, 1), matrix, gate).unflatten(0, every.shape[:2])
+            else:
+                product = _product(every.flatten(0, 1), matrix).unflatten(0, every.shape[:2])
+            if gate is None:
+                return product
+            return torch.ops.aten.threshold_backward(product, gate.expand_as(product), 0)
 
-        return _for_all(call, grads[0]), None, None, None
+        return _for_all(call, grads[0]), None, None, None, None, None
 
 
 def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -72,6 +72,9 @@ def _convolve_vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, *others: 
 
 
 _gram_accumulate = _library.register("ntk_gram_accumulate", reference.gram_accumulate, _no_result)
+_gated_product = _library.register(
+    "ntk_gated_product", reference.gated_product, lambda a, b, gate: a.new_empty(a.shape[0], b.shape[1])
+)
 _jacobian_accumulate = _library.register("ntk_jacobian_accumulate", reference.jacobian_accumulate, _no_result)
 _ghost_accumulate = _library.register("ntk_ghost_accumulate", reference.ghost_accumulate, _no_result)
 _position_gradients = _library.register("ntk_position_gradients", reference.position_gradients, _position_shape)
@@ -418,4 +421,37 @@ def convolve(
         if input.shape[0] and (gate.shape[0] == 0 or input.shape[0] % gate.shape[0]):
             raise ValueError(f"input must have a multiple of gate's {gate.shape[0]} rows, got {input.shape[0]}")
     result: Tensor = _convolve(input, weight, bias, gate, list(padding), list(dilation), groups, local)
+    return result
+
+
+def gated_product(a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+    """A matrix product and the backward of a ReLU behind it.
+
+    Args:
+        a: [M, K], float32 or float64, any strides.
+        b: [K, N].
+        gate: [G, N] where M is a multiple of G: the result is 0 where gate[m mod G] <= 0.
+
+    Returns:
+        [M, N], contiguous; what is not 0 has the bits of `_gemm.gemm`, for any number of threads.
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on two devices.
+        TypeError: other dtypes.
+
+    Example:
+        >>> import torch
+        >>> from finite_width.ntk import ops
+        >>> ops.gated_product(torch.ones(2, 3), torch.ones(3, 2), torch.tensor([[1.0, -1.0]]))
+        tensor([[3., 0.],
+                [3., 0.]])
+    """
+    _check_operands("a", a, {"b": b, "gate": gate})
+    for name, value, axes in (("a", a, "[M, K]"), ("b", b, "[K, N]"), ("gate", gate, "[G, N]")):
+        _check.has_dim(name, value, 2, axes)
+    _check_same("b", "rows", b.shape[0], "a", a.shape[1])
+    _check_same("gate", "columns", gate.shape[1], "b", b.shape[1])
+    if len(a) and (len(gate) == 0 or len(a) % len(gate)):
+        raise ValueError(f"a must have a multiple of gate's {len(gate)} rows, got {len(a)}")
+    result: Tensor = _gated_product(a, b, gate)
     return result

@@ -111,3 +111,9 @@ def convolve(
     if gate is None:
         return result
     return result.unflatten(0, (-1, len(gate))).masked_fill(gate <= 0, 0).flatten(0, 1)
+
+
+def gated_product(a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+    """a b, and 0 where the gate [m mod its rows] is not positive."""
+    product = a @ b
+    return product.unflatten(0, (-1, len(gate))).masked_fill(gate <= 0, 0).flatten(0, 1) if len(a) else product

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..norms import torchs_order
-from .convolutions import conv, conv_transpose, relu
+from .convolutions import conv, conv_transpose
 from .dense import addmm, linear, matmul, reversed_axes, transpose
 from .embeddings import embedding, embedding_bag, renormed
 from .norms import batch_norm, group_norm, instance_norm, layer_norm, prelu, rms_norm
+from .rectifiers import relu
 from .recurrent import RECURRENT
 from .shared import added, expanded, multiplied, subtracted
 

@@ -1,16 +1,16 @@
-"""Convolutions and transposed ones, and the ReLUs that their backward takes along."""
+"""Convolutions and transposed ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers import Convolved
-from .eligible import counts, ordinary
+from .eligible import counts
+from .rectifiers import before_relu
 
 if TYPE_CHECKING:
     from ..capture import Capture
@@ -24,20 +24,6 @@ LEAST_CHANNELS = 8
 def _tuple(value: int | Sequence[int], size: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * size if len(values) == 1 else values
-
-
-def relu(capture: Capture, input: Tensor, inplace: bool = False) -> Any:
-    if inplace or not input.requires_grad or not ordinary(input):
-        return NotImplemented
-    result = torch.relu(input)
-    capture.rectified[id(result)] = (result, result._version, input, input._version)
-    return result
-
-
-def _before_relu(capture: Capture, value: Tensor) -> Tensor | None:
-    """What a ReLU made this value from, if neither was written in place since."""
-    result, version, input, input_version = capture.rectified.get(id(value), (None, 0, value, 0))
-    return input if result is value and (value._version, input._version) == (version, input_version) else None
 
 
 def _kernel_serves(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], groups: int) -> bool:
@@ -78,7 +64,7 @@ def conv(convolve: Callable[..., Tensor], spatial: int) -> Callable[..., Any]:
             assert weight is not None
             if not _kernel_serves(input, weight, bias, stride, groups):
                 return convolve(input, weight, bias, stride, padding, dilation, groups)
-            source = _before_relu(capture, input)
+            source = before_relu(capture, input)
             result: Tensor = Convolved.apply(
                 input if source is None else source,
                 input.detach(),

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._gemm import gemm
 from ..layers import Dense
 from .eligible import ordinary
+from .rectifiers import before_relu
 
 if TYPE_CHECKING:
     from ..capture import Capture
@@ -51,15 +52,26 @@ def _dense(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None,
 
     def call(weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
-        rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
         matrix = weight if flipped else weight.t()
         if matrix.requires_grad or (bias is not None and bias.requires_grad):
-            return gemm(rows, matrix, bias)
-        result: Tensor = Dense.apply(rows, matrix, bias, capture.anchor)
+            return gemm(_rows(input), matrix, bias)
+        source = before_relu(capture, input)
+        result: Tensor = Dense.apply(
+            _rows(input if source is None else source),
+            _rows(input.detach()),
+            matrix,
+            bias,
+            source is not None,
+            capture.anchor,
+        )
         return result
 
     result = capture.record("dense", weight, bias, input, call, lambda _: shape, flipped=flipped)
     return result if input.dim() == 2 else result.view(shape)
+
+
+def _rows(input: Tensor) -> Tensor:
+    return input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
 
 
 def transpose(view: Callable[..., Tensor]) -> Callable[..., Any]:

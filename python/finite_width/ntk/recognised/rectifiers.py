@@ -1,0 +1,27 @@
+"""ReLUs, whose backward the layer behind takes along where it can."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .eligible import ordinary
+
+if TYPE_CHECKING:
+    from ..capture import Capture
+
+
+def relu(capture: Capture, input: Tensor, inplace: bool = False) -> Any:
+    if inplace or not input.requires_grad or not ordinary(input):
+        return NotImplemented
+    result = torch.relu(input)
+    capture.rectified[id(result)] = (result, result._version, input, input._version)
+    return result
+
+
+def before_relu(capture: Capture, value: Tensor) -> Tensor | None:
+    """What a ReLU made this value from, if neither was written in place since."""
+    result, version, input, input_version = capture.rectified.get(id(value), (None, 0, value, 0))
+    return input if result is value and (value._version, input._version) == (version, input_version) else None
