@@ -43,28 +43,47 @@ FW_HOST_DEVICE double between(double low, double x, double high) {
   return x < low ? low : x > high ? high : x;
 }
 
-// x 2^exponent for any exponent, also beyond an int.
+// 2^exponent for any exponent, also beyond an int.
+struct PowerOfTwo {
+  int shift;
+  double factor;  // one product instead of a call; 0 where 2^shift is no normal double
+
+  FW_HOST_DEVICE explicit PowerOfTwo(double exponent) : shift(static_cast<int>(between(-5000.0, exponent, 5000.0))) {
+    const uint64_t word = shift < -1022 || shift > 1023 ? 0 : static_cast<uint64_t>(shift + 1023) << 52;
+    memcpy(&factor, &word, sizeof factor);
+  }
+
+  FW_HOST_DEVICE double times(double x) const { return factor != 0 ? x * factor : std::ldexp(x, shift); }
+};
+
 FW_HOST_DEVICE double scaled(double x, double exponent) {
-  const int shift = static_cast<int>(between(-5000.0, exponent, 5000.0));
-  if (shift < -1022 || shift > 1023) return std::ldexp(x, shift);
-  const uint64_t word = static_cast<uint64_t>(shift + 1023) << 52;  // 2^shift: one product instead of a call
-  double power;
-  memcpy(&power, &word, sizeof power);
-  return x * power;
+  return PowerOfTwo(exponent).times(x);
 }
 
-// (x 2^exponent)^(-2/p): a unit's part of 1/gamma. A unit without paths has none, and takes no step.
-FW_HOST_DEVICE double inverse(double x, double exponent, double p) {
-  if (!(x > 0)) return 0;
-  double result;
-  if (p == 2) {
-    result = scaled(1 / x, -exponent);
-  } else if (p == 1 || std::isinf(p)) {
-    result = scaled(1 / (x * x), -2 * exponent);
-  } else {
-    result = std::pow(x, -2 / p) * std::exp2(between(-1000.0, -2 * exponent / p, 1000.0));
+// (x 2^exponent)^(-2/p) of many x: a unit's part of 1/gamma. A unit without paths has none, and takes no step.
+struct Inverse {
+  double exponent, p;
+  PowerOfTwo power;
+
+  FW_HOST_DEVICE Inverse(double exponent, double p)
+      : exponent(exponent), p(p), power(p == 2 ? -exponent : -2 * exponent) {}
+
+  FW_HOST_DEVICE double of(double x) const {
+    double result;
+    if (p == 2) {
+      result = power.times(1 / x);
+    } else if (p == 1 || std::isinf(p)) {
+      result = power.times(1 / (x * x));
+    } else {
+      result = std::pow(x, -2 / p) * std::exp2(between(-1000.0, -2 * exponent / p, 1000.0));
+    }
+    if (!(x > 0) || std::isnan(result)) return 0;
+    return result < kLargest ? result : kLargest;
   }
-  return std::isnan(result) ? 0 : result < kLargest ? result : kLargest;
+};
+
+FW_HOST_DEVICE double inverse(double x, double exponent, double p) {
+  return Inverse(exponent, p).of(x);
 }
 
 // What a known mass leaves of 1/gamma = (mass 2^exponent)^(-2/p): one * other * mass^(-2/p). In two halves, which stay
@@ -104,10 +123,22 @@ FW_HOST_DEVICE int shift_of(double largest) {
   return shift;
 }
 
-// A sum and a bias's power meet at the exponent `common`.
+// A sum 2^sum_exponent and a bias's power, joined at the exponent `common`.
+struct Joint {
+  PowerOfTwo sum_power, bias_power;
+  bool largest;
+
+  FW_HOST_DEVICE Joint(double sum_exponent, double common, double p)
+      : sum_power(sum_exponent - common), bias_power(-common), largest(std::isinf(p)) {}
+
+  FW_HOST_DEVICE double of(double sum, double bias) const {
+    const double a = sum_power.times(sum), b = bias_power.times(bias);
+    return largest ? (b > a ? b : a) : a + b;
+  }
+};
+
 FW_HOST_DEVICE double join(double sum, double sum_exponent, double bias_power, double common, double p) {
-  const double a = scaled(sum, sum_exponent - common), b = scaled(bias_power, -common);
-  return std::isinf(p) ? (b > a ? b : a) : a + b;
+  return Joint(sum_exponent, common, p).of(sum, bias_power);
 }
 
 }  // namespace finite_width::pathsgd

@@ -22,18 +22,32 @@ constexpr int64_t kTileCols = 512, kWideTileCols = 4096;
 constexpr int64_t kUpdateBlock = 1 << 15;  // a block of the update alone
 constexpr int64_t kUnits = 512;            // a block of the units' own factors and biases
 
+// The largest of 0 and the values, in lanes: one after the other, each would wait for the one before.
+double largest_of(const double* values, int64_t count) {
+  constexpr int64_t kLanes = 8;
+  double largest[kLanes] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      largest[lane] = values[k + lane] > largest[lane] ? values[k + lane] : largest[lane];
+    }
+  }
+  for (; k < count; ++k) largest[0] = values[k] > largest[0] ? values[k] : largest[0];
+  return *std::max_element(largest, largest + kLanes);
+}
+
 // Writes `values` 2^exponent as a path vector: the largest value is in [0.5, 1), the shared exponent stands last.
 void normalise(const double* values, int64_t count, double exponent, double* to) {
-  double largest = 0;
-  for (int64_t k = 0; k < count; ++k) largest = values[k] > largest ? values[k] : largest;
+  const double largest = largest_of(values, count);
   const int shift = shift_of(largest);
-  if (shift > -1000 && shift < 1000) {  // one product each, with a factor that is a double
-    const double factor = scaled(1, -shift);
-    for (int64_t k = 0; k < count; ++k) to[k] = values[k] * factor;
-  } else {
-    for (int64_t k = 0; k < count; ++k) to[k] = scaled(values[k], -shift);
-  }
+  const PowerOfTwo power(-shift);
+  for (int64_t k = 0; k < count; ++k) to[k] = power.times(values[k]);
   to[count] = largest > 0 ? exponent + shift : 0;
+}
+
+// to [count] = sign / gamma's part of each unit.
+void inverses(const double* units, int64_t count, const Inverse& inverse, double sign, double* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = sign * inverse.of(units[i]);
 }
 
 int64_t blocks(int64_t count, int64_t size) {
@@ -42,9 +56,9 @@ int64_t blocks(int64_t count, int64_t size) {
 
 // One bias's update.
 template <class T>
-void update_bias(const Sweep<T>& task, int64_t row, double mass, double exponent) {
+void update_bias(const Sweep<T>& task, int64_t row, double mass, const Inverse& inverse) {
   if (!task.bias_grad) return;
-  const double factor = task.bias_rates.sign * inverse(mass, exponent, task.p);
+  const double factor = task.bias_rates.sign * inverse.of(mass);
   update_one(task.bias + row, task.bias_grad + row, task.bias_momentum ? task.bias_momentum + row : nullptr, factor,
              task.bias_rates);
 }
@@ -56,27 +70,28 @@ void sweep_forward(const Sweep<T>& task) {
   double *old_source = in_factor + padded, *new_source = old_source + padded;
   double *out_factor = new_source + padded, *sum_old = out_factor + rows, *sum_new = sum_old + rows;
   const double old_exponent = task.from_old[cols], new_exponent = task.from_new[cols];
-  parallel_blocks(blocks(padded, kUnits), [&](int64_t index) {
-    for (int64_t i = index * kUnits; i < std::min((index + 1) * kUnits, padded); ++i) {
-      in_factor[i] = i < cols ? inverse(task.from_old[i], 0, task.p) : 0;
-      old_source[i] = i < cols ? task.from_old[i] : 0;
-      new_source[i] = i < cols ? task.from_new[i] : 0;
-    }
+  const Inverse by_column(0, task.p), by_row(task.across[rows] + old_exponent, task.p);
+  const Inverse by_bias(task.across[rows], task.p);
+  parallel_blocks(blocks(cols, kUnits), [&](int64_t index) {
+    const int64_t begin = index * kUnits, count = std::min(kUnits, cols - begin);
+    inverses(task.from_old + begin, count, by_column, 1, in_factor + begin);
+    std::copy_n(task.from_old + begin, count, old_source + begin);
+    std::copy_n(task.from_new + begin, count, new_source + begin);
   });
+  for (double* each : {in_factor, old_source, new_source}) std::fill(each + cols, each + padded, 0.0);
   // Sums and bias meet at the larger of their exponents.
   const double old_common = task.bias ? std::max(old_exponent, 0.0) : old_exponent;
   const double new_common = task.bias ? std::max(new_exponent, 0.0) : new_exponent;
+  const Joint old_joint(old_exponent, old_common, task.p), new_joint(new_exponent, new_common, task.p);
   const auto block = FW_DISPATCH(path_forward_block<T>);
   parallel_blocks(blocks(rows, kForwardRows), [&](int64_t index) {
     const int64_t begin = index * kForwardRows, end = std::min(begin + kForwardRows, rows);
-    for (int64_t j = begin; j < end; ++j) {
-      out_factor[j] = task.weight_rates.sign * inverse(task.across[j], task.across[rows] + old_exponent, task.p);
-    }
+    inverses(task.across + begin, end - begin, by_row, task.weight_rates.sign, out_factor + begin);
     block(task, begin, end, in_factor, out_factor, old_source, new_source, sum_old, sum_new);
     for (int64_t j = begin; task.bias && j < end; ++j) {
-      sum_old[j] = join(sum_old[j], old_exponent, power(load(task.bias + j), task.p), old_common, task.p);
-      update_bias(task, j, task.across[j], task.across[rows]);
-      sum_new[j] = join(sum_new[j], new_exponent, power(load(task.bias + j), task.p), new_common, task.p);
+      sum_old[j] = old_joint.of(sum_old[j], power(load(task.bias + j), task.p));
+      update_bias(task, j, task.across[j], by_bias);
+      sum_new[j] = new_joint.of(sum_new[j], power(load(task.bias + j), task.p));
     }
   });
   normalise(sum_old, rows, old_common, task.across);
@@ -95,22 +110,20 @@ void sweep_backward(const Sweep<T>& task) {
   double *out_factor = in_factor + padded, *mass_old = out_factor + rows, *mass_new = mass_old + rows;
   double* sums = mass_new + rows;
   const double old_exponent = task.from_old[rows];
-  const int64_t in_blocks = blocks(padded, kUnits);
+  const Inverse by_column(0, task.p), by_row(task.across[cols] + old_exponent, task.p), by_bias(old_exponent, task.p);
+  const int64_t in_blocks = blocks(cols, kUnits);
+  std::fill(in_factor + cols, in_factor + padded, 0.0);
   parallel_blocks(in_blocks + blocks(rows, kUnits), [&](int64_t index) {
     const int64_t begin = (index < in_blocks ? index : index - in_blocks) * kUnits;
     if (index < in_blocks) {
-      for (int64_t i = begin; i < std::min(begin + kUnits, padded); ++i) {
-        in_factor[i] = i < cols ? inverse(task.across[i], 0, task.p) : 0;
-      }
+      inverses(task.across + begin, std::min(kUnits, cols - begin), by_column, 1, in_factor + begin);
       return;
     }
     const int64_t end = std::min(begin + kUnits, rows);
-    for (int64_t j = begin; j < end; ++j) {
-      out_factor[j] = task.weight_rates.sign * inverse(task.from_old[j], task.across[cols] + old_exponent, task.p);
-    }
+    inverses(task.from_old + begin, end - begin, by_row, task.weight_rates.sign, out_factor + begin);
     for (int64_t j = begin; task.bias && j < end; ++j) {
       mass_old[j] = power(load(task.bias + j), task.p) * task.from_old[j];
-      update_bias(task, j, task.from_old[j], old_exponent);
+      update_bias(task, j, task.from_old[j], by_bias);
       mass_new[j] = power(load(task.bias + j), task.p) * task.from_new[j];
     }
   });
