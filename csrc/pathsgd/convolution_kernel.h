@@ -2,6 +2,8 @@
 // of the input; once per instruction set (convolution_cpu.cpp).
 #include "common/gemm_tile.h"
 #include "pathsgd/lanes_kernel.h"
+// After the lanes.
+#include "pathsgd/few_positions_kernel.h"
 
 namespace finite_width::FW_ISA {
 
@@ -149,6 +151,12 @@ void convolve_group(const Convolution& shape, const Padded& padded, const double
                     double* y) {
   const int64_t filters = shape.channels_out / shape.groups;
   const int64_t depth = shape.channels_in / shape.groups * padded.taps;
+  if (padded.positions <= kFewPositions) {
+    const int64_t length = (depth + 7) / 8 * 8;
+    const double* rows = few_unfolded(x, padded.place, padded.positions, padded.step, depth, length);
+    few_convolve<T, N>(weight, filters, depth, rows, length, p, padded.positions, y);
+    return;
+  }
   tile::multiply<double>(PowersByRow<T, N>{weight, depth, p}, Unfolded{x, padded.place, padded.step}, filters,
                          padded.positions, depth, y, padded.positions);
 }
@@ -160,20 +168,44 @@ inline int64_t block_channels(int64_t taps) {
   return least * std::max<int64_t>(1, kBlockRows / (least * taps));
 }
 
+// Calls body(first, some, sums) for blocks of a group's channels, which adds up their path sums where they lie in the
+// padded input; then copies them out.
+template <class Body>
+void blocks_below(const Convolution& shape, const Padded& padded, int64_t block, double* below, const Body& body) {
+  const int64_t channels = shape.channels_in / shape.groups, volume = shape.size[0] * shape.size[1] * shape.size[2];
+  parallel_blocks((channels + block - 1) / block, [&](int64_t index) {
+    const int64_t first = index * block, some = tile::smaller(block, channels - first);
+    double* sums = thread_workspace<double>(pathsgd::kSumsSlot, some * padded.volume);
+    std::fill(sums, sums + some * padded.volume, 0.0);
+    body(first, some, sums);
+    for (int64_t c = 0; c < some; ++c) {
+      padded.crop(shape, sums + c * padded.volume, below + (first + c) * volume);
+    }
+  });
+}
+
 // The rows (channel, tap) of |W|^pT B, a block of channels at a time, added up where they lie in the padded input. A
 // place takes its terms by positions first, then by taps: in one order for any number of threads.
 template <class T, Norm N>
 void convolve_back_group(const Convolution& shape, const Padded& padded, const double* known, const T* weight, double p,
                          double* below) {
   const int64_t filters = shape.channels_out / shape.groups, channels = shape.channels_in / shape.groups;
-  const int64_t taps = padded.taps, depth = channels * taps, block = block_channels(taps);
-  const int64_t volume = shape.size[0] * shape.size[1] * shape.size[2];
+  const int64_t taps = padded.taps, depth = channels * taps;
   constexpr int64_t kColumns = tile::kBlockColumns<double>;
-  parallel_blocks((channels + block - 1) / block, [&](int64_t index) {
-    const int64_t first = index * block, some = tile::smaller(block, channels - first);
+  if (padded.positions <= kFewPositions) {
+    blocks_below(shape, padded, kFewChannels, below, [&](int64_t first, int64_t some, double* sums) {
+      const int64_t width = some * taps, length = (width + 7) / 8 * 8;
+      double* rows = thread_workspace<double>(pathsgd::kStripsSlot, kFewPositions * length);
+      few_convolve_back<T, N>(weight + first * taps, filters, depth, width, known, padded.positions, p, rows, length);
+      for (int64_t q = 0; q < padded.positions; ++q) {
+        double* to = sums + padded.place[q];
+        for (int64_t k = 0; k < width; ++k) to[padded.step[k]] += rows[q * length + k];
+      }
+    });
+    return;
+  }
+  blocks_below(shape, padded, block_channels(taps), below, [&](int64_t first, int64_t some, double* sums) {
     double* strips = thread_workspace<double>(pathsgd::kStripsSlot, some * taps * kColumns);
-    double* sums = thread_workspace<double>(pathsgd::kSumsSlot, some * padded.volume);
-    std::fill(sums, sums + some * padded.volume, 0.0);
     const auto add = [&](int64_t m, int rows, int64_t n, int columns, double* values, int64_t row_step) {
       for (int i = 0; i < rows; ++i, values += row_step) {
         double* to = sums + padded.step[m + i - first * taps];
@@ -186,9 +218,6 @@ void convolve_back_group(const Convolution& shape, const Padded& padded, const d
                                    tile::Strided<double>{known, 1, padded.positions}, first * taps, some * taps, n,
                                    tile::smaller(kColumns, padded.positions - n), filters, strips, kColumns, add);
     }
-    for (int64_t c = 0; c < some; ++c) {
-      padded.crop(shape, sums + c * padded.volume, below + (first + c) * volume);
-    }
   });
 }
 
@@ -199,6 +228,12 @@ void update_group(const Convolution& shape, const Padded& padded, const double* 
   constexpr int kLine = 64 / static_cast<int>(sizeof(T));
   const int64_t filters = shape.channels_out / shape.groups;
   const int64_t row = shape.channels_in / shape.groups * padded.taps;
+  if (padded.positions <= kFewPositions) {
+    const int64_t length = (row + 7) / 8 * 8;
+    const double* rows = few_unfolded(x, padded.place, padded.positions, padded.step, row, length);
+    few_update<T>(known, padded.positions, rows, length, filters, row, weight, grad, momentum, scale, p, rates);
+    return;
+  }
   const Unfolded unfolded{x, padded.step, padded.place};
   const auto update = [&](int64_t m, int rows, int64_t n, int columns, double* mass, int64_t row_step) {
     for (int64_t next = m + rows; next < tile::smaller(m + 2 * rows, filters); ++next) {

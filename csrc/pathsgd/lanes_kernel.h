@@ -72,6 +72,34 @@ FW_INLINE Part power(Part w, double p) {
   }
 }
 
+constexpr int kParts = 8 / simd::kLanes<double>;
+
+// Eight neighbouring values, as doubles.
+struct Octet {
+  Part part[kParts];
+};
+
+// The sum of eight lanes, or the largest: halves of them, and halves again.
+template <Norm N>
+FW_INLINE double folded(const Octet& total) {
+  typedef double Four __attribute__((vector_size(32)));
+  typedef double Two __attribute__((vector_size(16)));
+  auto joined = [](auto a, auto b) {
+    if constexpr (N == Norm::infinity) {
+      return a > b ? a : b;
+    } else {
+      return a + b;
+    }
+  };
+  Four fours[2];
+  std::memcpy(fours, &total, sizeof fours);
+  const Four four = joined(fours[0], fours[1]);
+  Two twos[2];
+  std::memcpy(twos, &four, sizeof twos);
+  const Two two = joined(twos[0], twos[1]);
+  return joined(two[0], two[1]);
+}
+
 // Updates one vector of weights. No path, no step: also where 1 / mass leaves the range.
 template <class T, Rule R>
 FW_INLINE void update_part(T* param, const T* grad, T* momentum, Part mass, const StepScale& scale, double p,

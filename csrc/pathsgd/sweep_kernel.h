@@ -5,13 +5,6 @@ namespace finite_width::FW_ISA {
 
 using pathsgd::Sweep;
 
-constexpr int kParts = 8 / simd::kLanes<double>;
-
-// Eight neighbouring values, as doubles.
-struct Octet {
-  Part part[kParts];
-};
-
 // Values of T in a cache line.
 template <class T>
 constexpr int kLine = 64 / static_cast<int>(sizeof(T));
@@ -44,27 +37,6 @@ FW_INLINE Part collect(Part power, Part source, Part total) {
   } else {
     return simd::fma(power, source, total);
   }
-}
-
-// The sum of eight lanes, or the largest: halves of them, and halves again.
-template <Norm N>
-FW_INLINE double folded(const Octet& total) {
-  typedef double Four __attribute__((vector_size(32)));
-  typedef double Two __attribute__((vector_size(16)));
-  auto joined = [](auto a, auto b) {
-    if constexpr (N == Norm::infinity) {
-      return a > b ? a : b;
-    } else {
-      return a + b;
-    }
-  };
-  Four fours[2];
-  std::memcpy(fours, &total, sizeof fours);
-  const Four four = joined(fours[0], fours[1]);
-  Two twos[2];
-  std::memcpy(twos, &four, sizeof twos);
-  const Two two = joined(twos[0], twos[1]);
-  return joined(two[0], two[1]);
 }
 
 // What a row's elements are multiplied by: its unit's part of 1 / gamma, with the sign, and in a plain step the rate.

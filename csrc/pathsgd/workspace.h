@@ -12,6 +12,7 @@ enum Slot : int {
   kMassesSlot,      // a strip of the masses of a convolution's weights
   kSumsSlot,        // the path sums below a convolution
   kPaddedSlot,      // a padded copy of an input
+  kUnfoldedSlot,    // an unfolded input of few positions
   kSweepSlot,       // a dense layer's factors, sources and sums
   kEndOfSlots,
 };

@@ -136,10 +136,16 @@ WINDOWS = [
     ((1, 40, 17), (3, 40, 4), (1, 3, 5), ([3], [2], [2], 1)),
     ((1, 3, 4, 3, 5), (5, 3, 2, 1, 3), (1, 5, 3, 3, 2), ([1, 1, 2], [0, 0, 0], [1, 2, 1], 1)),
     ((1, 2, 3, 3), (4, 2, 1, 1), (1, 4, 7, 7), ([1, 1], [2, 2], [1, 1], 1)),
+    # Up to four positions, which have a form of their own: several blocks of channels, remainders of filters, weights.
+    ((1, 70, 2, 2), (9, 70, 3, 3), (1, 9, 2, 2), ([1, 1], [1, 1], [1, 1], 1)),
+    ((1, 6, 3, 3), (10, 3, 2, 2), (1, 10, 2, 2), ([1, 1], [0, 0], [1, 1], 2)),
+    ((1, 8, 1, 1), (6, 8, 1, 1), (1, 6, 1, 1), ([1, 1], [0, 0], [1, 1], 1)),
+    ((1, 3, 5), (5, 3, 3), (1, 5, 3), ([1], [0], [1], 1)),
 ]
 LARGE = [
     ((1, 70, 8, 9), (130, 70, 3, 3), (1, 130, 8, 9), ([1, 1], [1, 1], [1, 1], 1)),
     ((1, 6, 31, 33), (24, 3, 3, 3), (1, 24, 31, 33), ([1, 1], [1, 1], [1, 1], 2)),
+    ((1, 200, 2, 2), (90, 200, 3, 3), (1, 90, 2, 2), ([1, 1], [1, 1], [1, 1], 1)),
 ]
 
 
@@ -365,10 +371,11 @@ def test_channels_scaled_by_powers_of_two_scale_exactly(p: float, groups: int, d
     assert not torch.equal(one, w)
 
 
-def test_bfloat16_convolutions_are_rounded_once() -> None:
+@pytest.mark.parametrize("size", [4, 2])
+def test_bfloat16_convolutions_are_rounded_once(size: int) -> None:
     generator = torch.Generator().manual_seed(2)
     w, g, m = (torch.randn(9, 5, 3, 3, generator=generator).bfloat16() for _ in range(3))
-    x, known = _positive((1, 5, 6, 6), generator), _positive((1, 9, 4, 4), generator)
+    x, known = _positive((1, 5, size + 2, size + 2), generator), _positive((1, 9, size, size), generator)
     kernel, reference = [w.clone(), g, m.clone(), x, known], [w.clone(), g, m.clone(), x, known]
     path_convolution_update(*kernel, 3.0, 2.0, FULL)
     with fw.reference_only():
