@@ -8,14 +8,17 @@
 
 namespace finite_width {
 
-constexpr int64_t kPanelElements = int64_t{1} << 21;  // 8 MB of float: a panel stays in the last cache
+// A quarter of the weights, so that they never stand in memory as a whole; 1 MB of float at least, and 8 MB at most: a
+// panel stays in the last cache.
+constexpr int64_t kLeastPanel = int64_t{1} << 18, kMostPanel = int64_t{1} << 21;
 
 // Scratch; the GEMM called in between has the first slots.
 constexpr int kBiasSlot = 5, kPanelSlot = 6, kProductSlot = 7;
 
-// Rows of W per panel: whole groups of noise, and as many as fit into kPanelElements.
+// Rows of W per panel, in whole groups of noise.
 inline int64_t panel_rows(int64_t in, int64_t out) {
-  const int64_t fitting = kPanelElements / std::max<int64_t>(in, 1) / kNoiseGroup * kNoiseGroup;
+  const int64_t elements = std::clamp(in * out / 4, kLeastPanel, kMostPanel);
+  const int64_t fitting = elements / std::max<int64_t>(in, 1) / kNoiseGroup * kNoiseGroup;
   return std::min(out, std::max(fitting, kNoiseGroup));
 }
 
