@@ -517,3 +517,30 @@ def test_dicts_in_another_order() -> None:
     one = fw.ntk.empirical_ntk(model, {"a": a, "b": b}, {"a": a[:3], "b": b[:3]})
     other = fw.ntk.empirical_ntk(model, {"a": a, "b": b}, {"b": b[:3], "a": a[:3]})
     assert torch.equal(one, other)
+
+
+def _doubled(gradient: Tensor) -> Tensor:
+    return gradient * 2
+
+
+# What is done with a ReLU's result and the layer's that follows, and what the forward returns.
+BETWEEN: dict[str, Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]] = {
+    "a hook before the layer": lambda h, layer: (h.register_hook(_doubled), layer(h))[1],
+    "a hook behind the layer": lambda h, layer: (layer(h), h.register_hook(_doubled))[0],
+    "a hook of the node": lambda h, layer: (layer(h), h.grad_fn.register_prehook(lambda g: (g[0] * 2,)))[0],
+    "a derivative": lambda h, layer: (
+        (y := layer(h).tanh()) * torch.autograd.grad(y.sum(), h, create_graph=True)[0].flatten(1)[:, :1, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("between", list(BETWEEN))
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+def test_what_a_model_does_between_a_relu_and_a_layer(between: str, kind: str) -> None:
+    """A layer takes the ReLU's backward along, past the ReLU's result: not where something there looks at gradients."""
+    one, two = (linear(6, 5), linear(5, 3)) if kind == "dense" else (nn.Conv1d(4, 5, 2), nn.Conv1d(5, 3, 2))
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return BETWEEN[between](torch.relu(self.one(x)), self.two).flatten(1)
+
+    assert_exact(Model(forward, one=one, two=two).double(), data(5, 4, 6))

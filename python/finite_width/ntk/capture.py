@@ -27,7 +27,7 @@ from .contract import Target
 from .layers import Convolved, Dense
 from .layout import Layout
 from .made import Made, graph_nodes, parameters_behind
-from .recognised import RECOGNISED
+from .recognised import RECOGNISED, getter
 
 
 @dataclass
@@ -58,6 +58,17 @@ ROUTING = {
     *("unique", "unique_consecutive", "one_hot"),
     *("repeat_interleave", "_pack_padded_sequence", "item", "tolist", "numpy", "__bool__", "__int__", "__index__"),
 }
+
+
+# Calls by which the model sets a hook on a value or its node in the graph, or differentiates itself.
+INSIDE_THE_GRAPH = {
+    *(Tensor.register_hook, getter("grad_fn"), Tensor.backward),
+    *(torch.autograd.grad, torch.autograd.backward),
+}
+
+
+class PlanMismatchError(Exception):
+    """A forward did not use the parameters in the way that was planned for."""
 
 
 class _Anchored(torch.autograd.Function):
@@ -99,6 +110,8 @@ class Capture(FunctionMode):
         self.transposed: dict[int, tuple[Tensor, Tensor]] = {}
         # Results of ReLUs: id -> (the result, kept alive; its version; the input; its version).
         self.rectified: dict[int, tuple[Tensor, int, Tensor, int]] = {}
+        # Whether layers may take ReLUs' backward along, and whether one did: then no gradient arrives at its input.
+        self.gates, self.gated = target.choices.gates, False
         # Whether values may have decided where rows go: then each block must show that its rows lie as planned.
         self.routed = False
         # Whether the model itself differentiated through a recorded use, in whose gradient the parameter is missing.
@@ -115,6 +128,10 @@ class Capture(FunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in INSIDE_THE_GRAPH:
+            if self.gated:
+                raise PlanMismatchError
+            self.gates = False
         recognise = RECOGNISED.get(func)
         if (
             recognise is None

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import generic
 from .agreement import agrees, refuse_other_bits, refusing_random_numbers, row_mixing_error
 from .backward import output_weights, through_made
-from .capture import Capture, made_name
+from .capture import Capture, PlanMismatchError, made_name
 from .contract import Batch, Target, flatten
 from .layout import Layout
 from .made import Choices, Made
@@ -81,17 +81,22 @@ def _probed(target: Target, batch: Batch, tensors: Sequence[Tensor], check: bool
     """The probe, by which `target.choices` are made.
 
     A use without rows of its own, such as an embedding of positions, is left to autograd in another forward: then it
-    may be a part of what made a value that all rows share.
+    may be a part of what made a value that all rows share. Where the model sets hooks or differentiates, ReLUs keep
+    a backward of their own.
     """
     target.choices = Choices()
     for _ in range(MOST_PROBES):
-        probe = _probe(target, batch, tensors, check, followed)
+        try:
+            probe = _probe(target, batch, tensors, check, followed)
+        except PlanMismatchError:
+            target.choices = Choices(gates=False)
+            probe = _probe(target, batch, tensors, check, followed)
         uses = probe.capture.uses
         rowless = {use.number for use, layout in zip(uses, probe.layouts, strict=True) if layout is None}
         if not rowless:
             break
-        target.choices = Choices(target.choices.attached | rowless)
-    target.choices = Choices(target.choices.attached, frozenset(probe.capture.shared))
+        target.choices = replace(target.choices, attached=target.choices.attached | rowless)
+    target.choices = replace(target.choices, shared=frozenset(probe.capture.shared))
     return probe
 
 

@@ -28,6 +28,7 @@ class Choices:
 
     attached: frozenset[int] = frozenset()  # calls that are left to autograd
     shared: frozenset[int] | None = None  # sums and products with a made value; None: not decided yet
+    gates: bool = True  # layers take the backward of the ReLU before them along
 
 
 @dataclass

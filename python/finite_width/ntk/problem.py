@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from .capture import PlanMismatchError
 from .checks import make_plan
 from .contract import Batch, Inputs, Target, refuse_training_modules
 from .ops import COMPUTE
 from .plan import METHODS, Plan, Sizes
-from .sweep import PlanMismatchError
 
 Result = TypeVar("Result")
 

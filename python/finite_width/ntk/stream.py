@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .adjacent import collect_blocks
+from .capture import PlanMismatchError
 from .contract import preserved
 from .destination import Destination, Layout, PlainArray, Region, destination
 from .factors import Factor
@@ -24,7 +25,6 @@ from .fingerprint import fingerprint
 from .plan import Plan
 from .problem import Problem, free_memory
 from .ranks import Ranks, job
-from .sweep import PlanMismatchError
 from .walk import Walk, mirror
 
 # A tile has at least this many rows and columns, unless that takes more than TILE_BYTES.

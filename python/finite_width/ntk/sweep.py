@@ -11,7 +11,7 @@ from torch import Tensor
 from . import generic, ops
 from .agreement import agrees
 from .backward import cotangents, output_weights, pull, through_made
-from .capture import Capture, Use, made_name
+from .capture import Capture, PlanMismatchError, Use, made_name
 from .contract import Batch, Target, flatten
 from .factors import ConvInputs, DenseInputs, Factor, Ghost, Gram, Jacobian, Last, Tiled, Tokens
 from .layout import Layout, by_rows, multiplied_by_rows, row_shape
@@ -22,10 +22,6 @@ from .probing import Seen, compare
 # Relative to a row's cotangent: far above the rounding of sums in another order, far below what another row's factor
 # makes, which differs by one part in 8192 or more (blocks have 4096 rows at most).
 PLACE_TOLERANCE = 5e-5
-
-
-class PlanMismatchError(Exception):
-    """A block used the parameters in another way than the rows that the plan was made from."""
 
 
 def last_use(uses: Sequence[Use], raw: Tensor) -> int | None:

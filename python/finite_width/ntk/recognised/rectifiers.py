@@ -23,5 +23,10 @@ def relu(capture: Capture, input: Tensor, inplace: bool = False) -> Any:
 
 def before_relu(capture: Capture, value: Tensor) -> Tensor | None:
     """What a ReLU made this value from, if neither was written in place since."""
+    if not capture.gates:
+        return None
     result, version, input, input_version = capture.rectified.get(id(value), (None, 0, value, 0))
-    return input if result is value and (value._version, input._version) == (version, input_version) else None
+    if result is not value or (value._version, input._version) != (version, input_version):
+        return None
+    capture.gated = True
+    return input
