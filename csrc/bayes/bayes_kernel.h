@@ -134,9 +134,8 @@ struct LaneSum {
   }
 
   FW_LANE void add(int offset, const Floats& term, const Floats& s) {
-    const auto bits = VectorOps::bits(s);
-    const auto exponent = (bits - 0x3f3504f3) >> 23;
-    const Floats mantissa = VectorOps::from_bits(bits - (exponent << 23));
+    VectorOps::I exponent;
+    const Floats mantissa = scaled_apart<VectorOps>(s, exponent);
 #pragma GCC unroll 4
     for (int p = 0; p < kTogether; ++p) {
       const int r = (offset / kFloats + p) % kRegisters;

@@ -12,14 +12,21 @@
 
 namespace FW_MATH_NAMESPACE {
 
+// u = 2^exponent m with m in [√½, √2), for normal floats u > 0; returns m.
+template <class Ops>
+FW_MATH typename Ops::F scaled_apart(typename Ops::F u, typename Ops::I& exponent) {
+  const typename Ops::I bits = Ops::bits(u);
+  exponent = (bits - 0x3f3504f3) >> 23;
+  return Ops::from_bits(bits - (exponent << 23));
+}
+
 // -2 ln(u) for normal floats u > 0: u = 2^e (1 + f) with 1 + f in [√½, √2); relative error of f's polynomial 3e-8.
 template <class Ops>
 FW_MATH typename Ops::F minus_two_log(typename Ops::F u) {
   using F = typename Ops::F;
   using I = typename Ops::I;
-  const I bits = Ops::bits(u);
-  const I exponent = (bits - 0x3f3504f3) >> 23;
-  const F f = Ops::from_bits(bits - (exponent << 23)) - 1.0f;
+  I exponent;
+  const F f = scaled_apart<Ops>(u, exponent) - 1.0f;
   F p = Ops::constant(-1.744469851e-01f);
   p = Ops::fma(p, f, Ops::constant(2.873367965e-01f));
   p = Ops::fma(p, f, Ops::constant(-2.990453541e-01f));

@@ -130,6 +130,11 @@ Tensor conv_cpu(const Tensor& input, const Tensor& delta, std::vector<int64_t> k
   return gradients;
 }
 
+void check_gate_rows(const Tensor& gated, const Tensor& gate) {
+  STD_TORCH_CHECK(gated.size(0) == 0 || (gate.size(0) > 0 && gated.size(0) % gate.size(0) == 0),
+                  "finite_width: the rows that are gated must be a multiple of those of gate");
+}
+
 Tensor convolve_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& gate, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                     int64_t groups, bool local) {
@@ -158,8 +163,7 @@ Tensor convolve_cpu(const Tensor& input, const Tensor& weight, const std::option
       STD_TORCH_CHECK(gate->size(axis) == sizes[static_cast<size_t>(axis)],
                       "finite_width: gate must have the shape of ", "the output, but for its first axis");
     }
-    STD_TORCH_CHECK(input.size(0) == 0 || (gate->size(0) > 0 && input.size(0) % gate->size(0) == 0),
-                    "finite_width: the rows of input must be a multiple of those of gate");
+    check_gate_rows(input, *gate);
     kept = torch::stable::contiguous(*gate);
   }
   const Tensor inputs = torch::stable::contiguous(input), weights = torch::stable::contiguous(weight);
@@ -181,8 +185,7 @@ Tensor gated_product_cpu(const Tensor& a, const Tensor& b, const Tensor& gate) {
   check_shape(b, "b", {a.size(1), -1});
   check_shape(gate, "gate", {-1, b.size(1)});
   const int64_t rows = a.size(0), columns = b.size(1);
-  STD_TORCH_CHECK(rows == 0 || (gate.size(0) > 0 && rows % gate.size(0) == 0),
-                  "finite_width: the rows of a must be a multiple of those of gate");
+  check_gate_rows(a, gate);
   const Tensor kept = as_contiguous(gate);
   Tensor c = empty_cpu(a, {rows, columns});
   with_type(a, [&]<class T>(T) {

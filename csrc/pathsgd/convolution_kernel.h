@@ -152,7 +152,7 @@ void convolve_group(const Convolution& shape, const Padded& padded, const double
   const int64_t filters = shape.channels_out / shape.groups;
   const int64_t depth = shape.channels_in / shape.groups * padded.taps;
   if (padded.positions <= kFewPositions) {
-    const int64_t length = (depth + 7) / 8 * 8;
+    const int64_t length = whole_length(depth);
     const double* rows = few_unfolded(x, padded.place, padded.positions, padded.step, depth, length);
     few_convolve<T, N>(weight, filters, depth, rows, length, p, padded.positions, y);
     return;
@@ -194,7 +194,7 @@ void convolve_back_group(const Convolution& shape, const Padded& padded, const d
   constexpr int64_t kColumns = tile::kBlockColumns<double>;
   if (padded.positions <= kFewPositions) {
     blocks_below(shape, padded, kFewChannels, below, [&](int64_t first, int64_t some, double* sums) {
-      const int64_t width = some * taps, length = (width + 7) / 8 * 8;
+      const int64_t width = some * taps, length = whole_length(width);
       double* rows = thread_workspace<double>(pathsgd::kStripsSlot, kFewPositions * length);
       few_convolve_back<T, N>(weight + first * taps, filters, depth, width, known, padded.positions, p, rows, length);
       for (int64_t q = 0; q < padded.positions; ++q) {
@@ -229,7 +229,7 @@ void update_group(const Convolution& shape, const Padded& padded, const double* 
   const int64_t filters = shape.channels_out / shape.groups;
   const int64_t row = shape.channels_in / shape.groups * padded.taps;
   if (padded.positions <= kFewPositions) {
-    const int64_t length = (row + 7) / 8 * 8;
+    const int64_t length = whole_length(row);
     const double* rows = few_unfolded(x, padded.place, padded.positions, padded.step, row, length);
     few_update<T>(known, padded.positions, rows, length, filters, row, weight, grad, momentum, scale, p, rates);
     return;

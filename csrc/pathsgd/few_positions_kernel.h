@@ -10,6 +10,11 @@ constexpr int kFewPositions = 4;
 // Channels of a block of a backward pass, whose sums stay in the first cache.
 constexpr int64_t kFewChannels = 64;
 
+// Places of a row of so many values, in whole vectors of any instruction set.
+inline int64_t whole_length(int64_t count) {
+  return (count + 7) / 8 * 8;
+}
+
 // The unfolded input of one group as rows [kFewPositions, length], k = (channel, tap) along a row; zeros past the rows
 // and columns that there are. In scratch of the calling thread.
 //   data        a padded copy of the group's input

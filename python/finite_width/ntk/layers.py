@@ -64,13 +64,13 @@ class Dense(torch.autograd.Function):
         return _product(rows, matrix, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None
+            return None, *[None] * 5
         matrix, gate = ctx.matrix.t(), ctx.saved_tensors[0] if ctx.gated else None
         if not _in_a_plain_sweep(grads[0]):
             found = gemm(grads[0], matrix)
-            return found if gate is None else found.masked_fill(gate <= 0, 0), None, None, None, None, None
+            return found if gate is None else found.masked_fill(gate <= 0, 0), *[None] * 5
 
         def call(every: Tensor) -> Tensor:
             rows = every.shape[1]
@@ -84,7 +84,7 @@ class Dense(torch.autograd.Function):
                 return product
             return torch.ops.aten.threshold_backward(product, gate.expand_as(product), 0)
 
-        return _for_all(call, grads[0]), None, None, None, None, None
+        return _for_all(call, grads[0]), *[None] * 5
 
 
 def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

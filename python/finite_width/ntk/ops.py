@@ -105,6 +105,11 @@ def _check_same(name: str, axis: str, size: int, other_name: str, other_size: in
         raise ValueError(f"{name} has {size} {axis}, but {other_name} has {other_size}")
 
 
+def _check_gate_rows(name: str, value: Tensor, gate: Tensor) -> None:
+    if len(value) and (len(gate) == 0 or len(value) % len(gate)):
+        raise ValueError(f"{name} must have a multiple of gate's {len(gate)} rows, got {len(value)}")
+
+
 def gram_accumulate(out: Tensor, a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, bias: float, compute: str) -> None:
     """Add a dense layer's part of a kernel tile: out += (a1 a2ᵀ + bias) ∘ (d1 d2ᵀ).
 
@@ -418,8 +423,7 @@ def convolve(
         sizes = _convolve_shape(input, weight, bias, gate, padding, dilation, groups, local).shape[1:]
         if gate.shape[1:] != sizes:
             raise ValueError(f"gate must have shape {['G', *sizes]}, got {list(gate.shape)}")
-        if input.shape[0] and (gate.shape[0] == 0 or input.shape[0] % gate.shape[0]):
-            raise ValueError(f"input must have a multiple of gate's {gate.shape[0]} rows, got {input.shape[0]}")
+        _check_gate_rows("input", input, gate)
     result: Tensor = _convolve(input, weight, bias, gate, list(padding), list(dilation), groups, local)
     return result
 
@@ -451,7 +455,6 @@ def gated_product(a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
         _check.has_dim(name, value, 2, axes)
     _check_same("b", "rows", b.shape[0], "a", a.shape[1])
     _check_same("gate", "columns", gate.shape[1], "b", b.shape[1])
-    if len(a) and (len(gate) == 0 or len(a) % len(gate)):
-        raise ValueError(f"a must have a multiple of gate's {len(gate)} rows, got {len(a)}")
+    _check_gate_rows("a", a, gate)
     result: Tensor = _gated_product(a, b, gate)
     return result

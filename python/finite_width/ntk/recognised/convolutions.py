@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layers import Convolved
 from .eligible import counts
-from .rectifiers import before_relu
+from .rectifiers import source_of
 
 if TYPE_CHECKING:
     from ..capture import Capture
@@ -64,17 +64,8 @@ def conv(convolve: Callable[..., Tensor], spatial: int) -> Callable[..., Any]:
             assert weight is not None
             if not _kernel_serves(input, weight, bias, stride, groups):
                 return convolve(input, weight, bias, stride, padding, dilation, groups)
-            source = before_relu(capture, input)
-            result: Tensor = Convolved.apply(
-                input if source is None else source,
-                input.detach(),
-                weight,
-                bias,
-                source is not None,
-                padding,
-                dilation,
-                groups,
-            )
+            source, gated = source_of(capture, input)
+            result: Tensor = Convolved.apply(source, input.detach(), weight, bias, gated, padding, dilation, groups)
             return result
 
         return capture.record("conv", weight, bias, input, call, geometry=geometry)

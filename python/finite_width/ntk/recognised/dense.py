@@ -11,7 +11,7 @@ from torch import Tensor
 from ..._gemm import gemm
 from ..layers import Dense
 from .eligible import ordinary
-from .rectifiers import before_relu
+from .rectifiers import source_of
 
 if TYPE_CHECKING:
     from ..capture import Capture
@@ -55,15 +55,8 @@ def _dense(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None,
         matrix = weight if flipped else weight.t()
         if matrix.requires_grad or (bias is not None and bias.requires_grad):
             return gemm(_rows(input), matrix, bias)
-        source = before_relu(capture, input)
-        result: Tensor = Dense.apply(
-            _rows(input if source is None else source),
-            _rows(input.detach()),
-            matrix,
-            bias,
-            source is not None,
-            capture.anchor,
-        )
+        source, gated = source_of(capture, input)
+        result: Tensor = Dense.apply(_rows(source), _rows(input.detach()), matrix, bias, gated, capture.anchor)
         return result
 
     result = capture.record("dense", weight, bias, input, call, lambda _: shape, flipped=flipped)

@@ -21,12 +21,13 @@ def relu(capture: Capture, input: Tensor, inplace: bool = False) -> Any:
     return result
 
 
-def before_relu(capture: Capture, value: Tensor) -> Tensor | None:
-    """What a ReLU made this value from, if neither was written in place since."""
-    if not capture.gates:
-        return None
+def source_of(capture: Capture, value: Tensor) -> tuple[Tensor, bool]:
+    """What a layer's backward gives its gradient to: the value, or what a ReLU made it from, and which of the two.
+
+    The latter where neither was written in place since.
+    """
     result, version, input, input_version = capture.rectified.get(id(value), (None, 0, value, 0))
-    if result is not value or (value._version, input._version) != (version, input_version):
-        return None
+    if not capture.gates or result is not value or (value._version, input._version) != (version, input_version):
+        return value, False
     capture.gated = True
-    return input
+    return input, True
