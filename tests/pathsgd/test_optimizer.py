@@ -652,7 +652,7 @@ def test_bad_input() -> None:
 
 
 DISTRIBUTED = """
-    import os, sys, torch, torch.nn.functional as F
+    import gc, os, sys, torch, torch.nn.functional as F
     import torch.distributed as dist
     from torch import nn
     import finite_width as fw
@@ -672,6 +672,10 @@ DISTRIBUTED = """
     both = [torch.empty_like(flat) for _ in range(2)]
     dist.all_gather(both, flat)
     assert torch.equal(both[0], both[1])
+    # A thread of gloo's that frees a Python object while Python ends, ends it with an error. Threads are joined when
+    # the last reference to their group goes, and DistributedDataParallel holds one.
+    del model, optimizer
+    gc.collect()
     dist.destroy_process_group()
 """
 
