@@ -103,6 +103,7 @@ struct Nested {
   const T* data;
   int64_t inner, outer_step, inner_step;
 
+  const T* row(int64_t index) const { return data + index / inner * outer_step + index % inner * inner_step; }
   void pack_left(T* panel, int64_t first, int count, int64_t k, int64_t depth) const {
     const T* rows[kTileRows<T>];
     find(rows, first, count, k);

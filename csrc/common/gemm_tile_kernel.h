@@ -1,52 +1,16 @@
 // Register tiles and panel packing of the tile GEMM, compiled once per instruction set (gemm_tile.cpp).
-//
-// The floor of a register tile is one multiply-add of a whole vector per execution port and cycle. A tile of
-// kTileRows x 2 vectors needs kTileRows broadcasts and 2 loads for 2 kTileRows of them, so it can come close.
 #include "common/gemm_tile.h"
-#include "common/simd.h"
+#include "common/register_tile.h"
 
 namespace finite_width::FW_ISA::tile {
 namespace {
 
-// sum[r][c] over depth, then stored to or added to out. R rows, V vectors of columns; `tail` of the last vector
-// are wanted (tail == 0: all of them).
+// `tail` of the last vector's columns are wanted (0: all of them).
 template <class T, int R, int V>
-void register_tile(int64_t depth, const T* a, const T* b, int64_t b_step, T* out, int64_t out_row, int tail, bool add) {
-  constexpr int L = simd::kLanes<T>;
-  simd::Vec<T> sum[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = simd::Vec<T>{};
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    simd::Vec<T> right[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) right[v] = simd::load(b + v * L);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const simd::Vec<T> left = simd::broadcast(a[r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = simd::multiply_add<T>(left, right[v], sum[r][v]);
-    }
-    a += kTileRows<T>;
-    b += b_step;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    T* row = out + r * out_row;
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      T* to = row + v * L;
-      if (v == V - 1 && tail) {
-        T lanes[L];
-        simd::store(lanes, sum[r][v]);
-        for (int lane = 0; lane < tail; ++lane) to[lane] = add ? to[lane] + lanes[lane] : lanes[lane];
-      } else {
-        simd::store(to, add ? simd::load(to) + sum[r][v] : sum[r][v]);
-      }
-    }
-  }
+void packed_tile(int64_t depth, const T* a, const T* b, int64_t b_step, T* out, int64_t out_row, int tail, bool add) {
+  register_tile<T, R, V, 1>(
+      depth, [=](int64_t k) { return a + k * kTileRows<T>; }, [=](int64_t k) { return b + k * b_step; }, out, out_row,
+      tail, add);
 }
 
 template <class T>
@@ -54,7 +18,7 @@ using TileFunction = void (*)(int64_t, const T*, const T*, int64_t, T*, int64_t,
 
 template <class T, int V, int... R>
 TileFunction<T> pick_rows(int rows, std::integer_sequence<int, R...>) {
-  static constexpr TileFunction<T> table[] = {&register_tile<T, R + 1, V>...};
+  static constexpr TileFunction<T> table[] = {&packed_tile<T, R + 1, V>...};
   return table[rows - 1];
 }
 

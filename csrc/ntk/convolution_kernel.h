@@ -7,6 +7,7 @@
 // positions then loads its vectors from the scratch directly. Nothing is unfolded, and what is computed for positions
 // between the lines, where there are any, is dropped.
 #include "common/gemm_tile.h"
+#include "common/register_tile.h"
 #include "ntk/gated_line_kernel.h"
 
 namespace finite_width::FW_ISA::ntk {
@@ -21,30 +22,12 @@ constexpr int64_t kLeastPositions = 256;
 // Tasks for each thread, as far as there are images.
 constexpr int64_t kImageTasksPerThread = 4;
 
-// out[r * out_row + c] = (add ? out[..] : 0) + sum_k a[k * kTileRows + r] b[offsets[k] + c], for r < R and all columns
-// of the register tile. As tile::multiply_tile, but for rows of b that lie anywhere.
+// As tile::multiply_tile over whole register tiles, for rows of b that lie anywhere: at b + offsets[k].
 template <class T, int R>
 void multiply_moved(int64_t depth, const T* a, const T* b, const int64_t* offsets, T* out, int64_t out_row, bool add) {
-  constexpr int L = simd::kLanes<T>;
-  simd::Vec<T> sum[R][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = simd::Vec<T>{};
-  for (int64_t k = 0; k < depth; ++k, a += tile::kTileRows<T>) {
-    const T* row = b + offsets[k];
-    const simd::Vec<T> first = simd::load(row), second = simd::load(row + L);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const simd::Vec<T> left = simd::broadcast(a[r]);
-      sum[r][0] = simd::multiply_add<T>(left, first, sum[r][0]);
-      sum[r][1] = simd::multiply_add<T>(left, second, sum[r][1]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    T* row = out + r * out_row;
-    simd::store(row, add ? simd::load(row) + sum[r][0] : sum[r][0]);
-    simd::store(row + L, add ? simd::load(row + L) + sum[r][1] : sum[r][1]);
-  }
+  tile::register_tile<T, R, 2, 1>(
+      depth, [=](int64_t k) { return a + k * tile::kTileRows<T>; }, [=](int64_t k) { return b + offsets[k]; }, out,
+      out_row, 0, add);
 }
 
 template <class T>

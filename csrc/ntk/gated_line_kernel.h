@@ -22,4 +22,24 @@ void write_line(const T* from, int64_t count, T shift, const T* kept, T* to) {
   }
 }
 
+// The same from the first `count` values of some vectors.
+template <class T, int Vectors>
+FW_STRAIGHT inline void write_vectors(const simd::Vec<T>* values, int64_t count, T shift, const T* kept, T* to) {
+  constexpr int L = simd::kLanes<T>;
+#if FW_ISA_LEVEL == 2
+  const simd::Vec<T> shifts = simd::broadcast(shift), zero{};
+#pragma GCC unroll 4
+  for (int j = 0; j < Vectors; ++j) {
+    const simd::Lanes<T> lanes(0, count - j * L);
+    const simd::Vec<T> value = values[j] + shifts;
+    simd::store(to + j * L, kept ? (simd::load(kept + j * L, lanes) <= zero ? zero : value) : value, lanes);
+  }
+#else
+  T line[Vectors * L];
+#pragma GCC unroll 4
+  for (int j = 0; j < Vectors; ++j) simd::store(line + j * L, values[j]);
+  write_line(line, std::min<int64_t>(count, Vectors * L), shift, kept, to);
+#endif
+}
+
 }  // namespace finite_width::FW_ISA::ntk

@@ -1,10 +1,15 @@
 // Per-example weight gradients as products of packed panels; once per instruction set (gradients_cpu.cpp).
+#include "ntk/dots_kernel.h"
 #include "ntk/examples_kernel.h"
 
 namespace finite_width::FW_ISA::ntk {
 
 // Slots of scratch (common/workspace.h), beside those of the tile products.
 constexpr int kUnfoldSlot = 3;
+
+// Columns up to which, and positions from which, dot products take less time than register tiles over columns, whose
+// rows are packed first (27 columns and 900 positions: 0.72 of it, 147 and 676: 0.93, 27 and 64: 1.3).
+constexpr int64_t kMostColumns = 160, kLeastPositions = 256;
 
 // The unfolded input of one example and group, as an operand: index (channel, tap), k over positions.
 template <class T>
@@ -28,8 +33,6 @@ struct Unfolded {
     for (int i = 0; i < count; ++i) copy_row(first + i, k, depth, rows + i * depth);
     tile::pack_right<T>(rows, depth, 1, count, depth, panel);
   }
-
- private:
   // The input under one tap of one channel, at positions [k, k + depth).
   void copy_row(int64_t index, int64_t k, int64_t depth, T* to) const {
     const int64_t *stride = shape.stride, *dilation = shape.dilation, *padding = shape.padding, *size = shape.size;
@@ -69,6 +72,26 @@ struct Unfolded {
   }
 };
 
+// Rows [first, first + count) of the gradients of one example and group, as dot products over the positions. A bias is
+// a further column, whose input is 1.
+template <class T>
+void few_columns(const tile::Nested<T>& cotangents, const Unfolded<T>& unfolded, int64_t first, int64_t count,
+                 int64_t width, bool bias, T* out, int64_t out_row) {
+  const int64_t columns = width + (bias ? 1 : 0);
+  T* inputs = thread_workspace<T>(kUnfoldSlot, columns * kDotDepth);
+  if (bias) std::fill(inputs + width * kDotDepth, inputs + columns * kDotDepth, T(1));
+  for (int64_t k = 0; k < unfolded.positions; k += kDotDepth) {
+    const int64_t depth = tile::smaller(kDotDepth, unfolded.positions - k);
+    for (int64_t c = 0; c < width; ++c) unfolded.copy_row(c, k, depth, inputs + c * kDotDepth);
+    for (int64_t m = 0; m < count; m += kDotRows) {
+      const int rows = static_cast<int>(tile::smaller(kDotRows, count - m));
+      const T* a[kDotRows];
+      for (int r = 0; r < rows; ++r) a[r] = cotangents.row(first + m + r) + k;
+      dots(rows, columns, depth, a, inputs, kDotDepth, out + m * out_row, out_row, k > 0);
+    }
+  }
+}
+
 template <class T>
 void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* input, const T* delta, int64_t delta_row,
                     int64_t delta_output, bool bias, T* gradients) {
@@ -87,6 +110,10 @@ void conv_gradients(int64_t N, int64_t O, const Convolution& shape, const T* inp
     const T* cotangents = delta + n * delta_row + o * delta_output + group * filters * positions;
     const Unfolded<T> unfolded(shape, input + (n * shape.channels_in + group * channels) * sizes.volume);
     T* of_product = gradients + row * step;
+    if (width <= kMostColumns && positions >= kLeastPositions) {
+      return few_columns<T>({cotangents, filters, delta_output, positions}, unfolded, first, count, width, bias,
+                            of_product + first * row_step, row_step);
+    }
     tile::multiply_block<T>(
         Summed<T>{{cotangents, filters, delta_output, positions}, bias ? of_product + width : nullptr, row_step},
         unfolded, first, count, 0, width, positions, of_product + first * row_step, row_step);

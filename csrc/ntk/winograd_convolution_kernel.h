@@ -5,14 +5,10 @@
 namespace finite_width::FW_ISA::ntk {
 
 // Slots of scratch (common/workspace.h), beside those of the tile products.
-constexpr int kTransformedSlot = 3, kProductsSlot = 4, kTapsSlot = 5, kFiltersSlot = 6, kLinesSlot = 7;
+constexpr int kTransformedSlot = 3, kProductsSlot = 4, kTapsSlot = 5, kFiltersSlot = 6;
 
-// Bytes of transformed input that a block of tiles takes, and the fewest tiles of a block. Smaller blocks, which fit
-// the second cache with all they meet, read more borders and were slower.
-constexpr int64_t kTransformedBytes = 1 << 20;
-constexpr int64_t kLeastTiles = 64;
-// Blocks for each thread, as far as there are lines of tiles.
-constexpr int64_t kBlocksPerThread = 4;
+// Regions of tiles for each thread, as far as there are lines of tiles and a region keeps a register tile's width.
+constexpr int64_t kRegionsPerThread = 4;
 
 // Filters in strips of at most kTileRows, as equal as can be: a short last strip would keep a register tile waiting.
 template <class T>
@@ -54,79 +50,119 @@ struct WinogradConvolving {
   const T* weights;  // [strips, frequencies, panel_step]: channels x kTileRows, packed
   int64_t panel_step;
 
-  // Lines of tiles [begin, end), counted over all images.
-  void run(int64_t begin, int64_t end) const {
-    constexpr int Rows = tile::kTileRows<T>, Columns = tile::kTileColumns<T>;
-    const int64_t channels = shape.channels_in, filters = shape.channels_out;
-    constexpr int64_t kLine = 64 / sizeof(T);
-    // Room for a whole register tile at any place, in an odd number of lines: channels apart by a power of two would
-    // share a few sets of the first cache.
-    const int64_t count = (end - begin) * tiles.across, step = ((count + Columns) / kLine / 2 * 2 + 3) * kLine;
-    const int64_t inputs = winograd::apart<T>(channels * step), outputs = winograd::apart<T>(filters * step);
-    T* transformed =
-        thread_workspace<T>(kTransformedSlot, Form::kFrequencies * inputs);          // [frequencies, channels, step]
-    T* products = thread_workspace<T>(kProductsSlot, Form::kFrequencies * outputs);  // [frequencies, filters, step]
-    transform(begin, end, transformed, step, inputs);
-    for (int f = 0; f < Form::kFrequencies; ++f) {
-      const T* right = transformed + f * inputs;
-      for (int64_t k = 0; k < channels; k += tile::kDepth) {
-        const int64_t depth = tile::smaller(tile::kDepth, channels - k);
-        // A few columns of the tiles, in the first cache, meet all filters.
-        for (int64_t j = 0; j < count; j += Columns) {
-          for (int64_t s = 0; s < strips.count; ++s) {
-            tile::multiply_tile<T>(strips.rows(s), Columns, depth,
-                                   weights + (s * Form::kFrequencies + f) * panel_step + k * Rows, right + k * step + j,
-                                   step, products + f * outputs + strips.first(s) * step + j, step, k > 0);
+  // The region's lines are counted over all images.
+  void run(const winograd::Region& region) const {
+    const int64_t channels = shape.channels_in, count = region.tiles();
+    T* transformed = thread_workspace<T>(kTransformedSlot, channels * kChannel);
+    T* products = thread_workspace<T>(kProductsSlot, Rows * kChannel);  // of one strip
+    Line lines[winograd::kTilesAtOnce];
+    find(region, lines);
+    transform(region, transformed);
+    for (int64_t s = 0; s < strips.count; ++s) {
+      const int rows = strips.rows(s);
+      for (int f = 0; f < Form::kFrequencies; ++f) {
+        const T *left = weights + (s * Form::kFrequencies + f) * panel_step, *right = transformed + f * kFrequency;
+        for (int64_t k = 0; k < channels; k += tile::kDepth) {
+          const int64_t depth = tile::smaller(tile::kDepth, channels - k);
+          for (int64_t j = 0; j < count; j += Columns) {
+            tile::multiply_tile<T>(rows, Columns, depth, left + k * Rows, right + k * kChannel + j, kChannel,
+                                   products + f * kFrequency + j, kChannel, k > 0);
           }
         }
       }
+      for (int i = 0; i < rows; ++i) write(products + i * kChannel, strips.first(s) + i, region, lines);
     }
-    for (int64_t m = 0; m < filters; ++m) write(products + m * step, outputs, m, begin, end);
   }
 
  private:
-  // Frequency f of channel k and tile t of these lines at to[f * frequency + k * step + t].
-  void transform(int64_t begin, int64_t end, T* to, int64_t step, int64_t frequency) const {
-    const int64_t channels = shape.channels_in, volume = shape.size[1] * shape.size[2];
-    const winograd::TransformedInput<T, Form> transformed(shape, tiles);
-    for (int64_t k = 0; k < channels; ++k, to += step) {
-      // Tiles in increasing order, since each line may write past its last one.
-      for (int64_t at = begin; at < end;) {
-        const int64_t image = at / tiles.lines, first = at % tiles.lines;
-        const int64_t last = std::min(tiles.lines, first + end - at);
-        transformed(input + (image * channels + k) * volume, first, last, to + (at - begin) * tiles.across, frequency);
-        at += last - first;
+  static constexpr int Rows = tile::kTileRows<T>, Columns = tile::kTileColumns<T>;
+  static constexpr int L = simd::kLanes<T>, N = Form::kTile, Side = Form::kSide;
+  static constexpr int64_t kFrequency = winograd::Layout<T, Form>::kFrequency;
+  static constexpr int64_t kChannel = winograd::Layout<T, Form>::kChannel;
+  static constexpr int64_t kLine = winograd::Layout<T, Form>::kLine;
+
+  void transform(const winograd::Region& region, T* to) const {
+    const int64_t volume = shape.size[1] * shape.size[2];
+    const winograd::TransformedTiles<T, Form, winograd::OfInputs<T, Form>> tiles_of(shape.size[1], shape.size[2],
+                                                                                    shape.padding[1], shape.padding[2]);
+    for (int64_t k = 0; k < shape.channels_in; ++k, to += kChannel) {
+      // Images in increasing order, since each may write past its last tile.
+      for (int64_t at = region.begin, end; at < region.end; at = end) {
+        const int64_t image = at / tiles.lines, first = image * tiles.lines;
+        end = std::min(region.end, first + tiles.lines);
+        tiles_of(input + (image * shape.channels_in + k) * volume, {at - first, end - first, region.left, region.right},
+                 to + (at - region.begin) * region.across());
       }
     }
   }
 
-  // Aᵀ [frequencies] A of one filter's tiles, written to the images. Frequency f stands at from[f * step].
-  void write(const T* from, int64_t step, int64_t filter, int64_t begin, int64_t end) const {
-    constexpr int L = simd::kLanes<T>, N = Form::kTile;
-    const int64_t count = (end - begin) * tiles.across, room = (count + L - 1) / L * N * L;
-    T* positions = thread_workspace<T>(kLinesSlot, N * room);  // line i of every tile at positions[i * room]
-    for (int64_t t = 0; t < count; t += L) {
-      simd::Vec<T> y[N][N];
-      winograd::both_axes<T, Form::kSide, N>(
-          Form::outputs, [&](int i, int j) { return simd::load(from + (Form::kSide * i + j) * step + t); },
-          [&](int i, int j, simd::Vec<T> value) { y[i][j] = value; });
+  // Where a line of tiles goes: its first position of the first filter, and how many lines of positions.
+  struct Line {
+    int64_t output, gate, positions;
+  };
+
+  void find(const winograd::Region& region, Line* lines) const {
+    const int64_t down = shape.positions[1], across = shape.positions[2], image = shape.channels_out * down * across;
+    for (int64_t line = region.begin; line < region.end; ++line, ++lines) {
+      const int64_t n = line / tiles.lines, y = N * (line % tiles.lines), within = y * across + N * region.left;
+      *lines = {n * image + within, n % gates * image + within, std::min<int64_t>(N, down - y)};
+    }
+  }
+
+  // Aᵀ [frequencies] A of one filter's tiles, written to the images.
+  void write(const T* from, int64_t filter, const winograd::Region& region, const Line* lines) const {
+    const int64_t count = region.end - region.begin, across = region.across();
+    const int64_t wide = std::min(N * region.right, shape.positions[2]) - N * region.left;
+    if (winograd::in_pairs<T>(region)) {
+      simd::Mask<T> halves;  // the tiles of the second line from the middle of a vector on
+      for (int lane = 0; lane < L; ++lane) halves[lane] = lane < L / 2 ? lane : lane - L / 2 + static_cast<int>(across);
+      for (int64_t line = 0; line < count; line += 2) {
+        simd::Vec<T> y[N][N];
+        outputs(from + line * across, y);
 #pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) {
-        simd::interleave_vectors<T, N>(y[i]);
+        for (int i = 0; i < N; ++i) {
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) simd::store(positions + i * room + N * t + j * L, y[i][j]);
+          for (int j = 0; j < N; ++j) y[i][j] = __builtin_shuffle(y[i][j], halves);
+          simd::interleave_vectors<T, N>(y[i]);
+        }
+        write_lines<N / 2>(y[0], filter, 0, wide, lines[line]);
+        if (line + 1 < count) write_lines<N / 2>(y[0] + N / 2, filter, 0, wide, lines[line + 1]);
+      }
+      return;
+    }
+    for (int64_t line = 0; line < count; ++line) {
+      for (int64_t x = 0; x < across; x += L) {
+        simd::Vec<T> y[N][N];
+        outputs(from + line * across + x, y);
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) simd::interleave_vectors<T, N>(y[i]);
+        write_lines<N>(y[0], filter, N * x, wide - N * x, lines[line]);
       }
     }
+  }
+
+  // The positions of a vector of tiles: y[i][j][lane] at line i and column j of a tile.
+  FW_STRAIGHT static void outputs(const T* from, simd::Vec<T> (&y)[N][N]) {
+    winograd::both_axes<T, Side, N>(
+        Form::outputs, [&](int i, int j) { return simd::load(from + (Side * i + j) * kFrequency); },
+        [&](int i, int j, simd::Vec<T> value) { y[i][j] = value; });
+  }
+
+  // `wide` positions of each line of a line of tiles, from column x on: line i in vectors from values[i * N] on.
+  template <int Vectors>
+  FW_STRAIGHT void write_lines(const simd::Vec<T>* values, int64_t filter, int64_t x, int64_t wide,
+                               const Line& line) const {
+    const int64_t across = shape.positions[2], plane = shape.positions[1] * across, within = filter * plane + x;
+    const T* kept = gate ? gate + line.gate + within : nullptr;
     const T shift = bias ? bias[filter] : T(0);
-    const int64_t down = shape.positions[1], across = shape.positions[2];
-    for (int64_t line = begin; line < end; ++line) {
-      const int64_t n = line / tiles.lines, y = line % tiles.lines * N;
-      for (int64_t i = 0; i < std::min<int64_t>(N, down - y); ++i) {
-        const int64_t within = (filter * down + y + i) * across, image = shape.channels_out * down * across;
-        const T* kept = gate ? gate + n % gates * image + within : nullptr;
-        write_line(positions + i * room + (line - begin) * N * tiles.across, across, shift, kept,
-                   output + n * image + within);
-      }
+    T* to = output + line.output + within;
+    for (int64_t i = 0; i < line.positions; ++i, to += across, values += N) {
+      write_vectors<T, Vectors>(values, wide, shift, kept, to);
+      // The same line of the next filter, which the processor does not see coming.
+      for (int64_t j = 0; j < Vectors * L; j += kLine) __builtin_prefetch(to + plane + j, 1);
+      if (kept == nullptr) continue;
+      for (int64_t j = 0; j < Vectors * L; j += kLine) __builtin_prefetch(kept + plane + j);
+      kept += across;
     }
   }
 };
@@ -143,12 +179,10 @@ void convolve_tiles(int64_t N, const Convolution& shape, const T* input, const T
 
   const winograd::Tiles<Form> tiles(shape);
   const WinogradConvolving<T, Form> work{shape, tiles, input, bias, gate, gates, output, strips, weights, panel_step};
-  const int64_t lines = N * tiles.lines, blocks = num_threads() == 1 ? 1 : num_threads() * kBlocksPerThread;
-  const int64_t most = kTransformedBytes / (Form::kFrequencies * channels * static_cast<int64_t>(sizeof(T)));
-  const int64_t least = (kLeastTiles + tiles.across - 1) / tiles.across;
-  const int64_t some = std::max(least, std::min(most / tiles.across, lines / blocks));
-  parallel_blocks((lines + some - 1) / some,
-                  [&](int64_t block) { work.run(block * some, std::min(lines, (block + 1) * some)); });
+  const int64_t lines = N * tiles.lines, regions = num_threads() == 1 ? 1 : num_threads() * kRegionsPerThread;
+  const int64_t least = (tile::kTileColumns<T> + tiles.across - 1) / tiles.across;
+  const winograd::Cut cut(lines, tiles.across, std::max(least, lines / regions));
+  parallel_blocks(cut.count(), [&](int64_t index) { work.run(cut[index]); });
 }
 
 template <class T>
