@@ -6,6 +6,7 @@
 #include <array>
 
 #include "common/isa.h"
+#include "common/kept_memory.h"
 #include "common/philox.h"
 #include "schemas.h"  // written by setup.py
 
@@ -39,6 +40,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_facts", &build_facts);
   module.def("isa", [] { return fw::isa_name(fw::isa()); });
   module.def("detected_isa", [] { return fw::isa_name(fw::detected_isa()); });
+  module.def("kept_bytes", &fw::kept_bytes);
+  module.def("release_kept", &fw::release_kept);
   module.def("philox4x32_10", &philox4x32_10, "Philox4x32-10 of counter (c0, c1, c2, c3) and key (k0, k1)",
              py::arg("counter"), py::arg("key"));
 }

@@ -3,6 +3,6 @@
 from . import _gemm as _gemm
 from . import bayes, ntk, pathsgd, tt
 from ._library import VERSION as __version__
-from ._library import build_info, has_kernels, reference_only
+from ._library import build_info, empty_cache, has_kernels, reference_only
 
-__all__ = ["__version__", "bayes", "build_info", "has_kernels", "ntk", "pathsgd", "reference_only", "tt"]
+__all__ = ["__version__", "bayes", "build_info", "empty_cache", "has_kernels", "ntk", "pathsgd", "reference_only", "tt"]

@@ -331,6 +331,20 @@ def _cuda_kernels(architectures: str) -> str:
     return "compiled but not registered, since no GPU has run them: plain torch on a GPU (FINITE_WIDTH_UNTRIED_CUDA=1)"
 
 
+def empty_cache() -> None:
+    """Gives memory that results have left behind, and that is kept for the next ones, back to the system.
+
+    Kernels on the CPU make results of 1 MiB and more in blocks of their own; up to 256 MiB of freed ones are kept,
+    since a training step or a kernel's sweep makes the same ones again. Tensors in use stay as they are.
+
+    Example:
+        >>> import finite_width as fw
+        >>> fw.empty_cache()
+    """
+    if COMPILED is not None:
+        COMPILED.release_kept()
+
+
 def build_info() -> dict[str, Any]:
     """Facts about this installation: versions, compiler, instruction set, GEMM table, CUDA, threads.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +82,14 @@ def test_a_block_holds_more_rows_without_convolutions() -> None:
     assert fw.ntk.explain(dense, torch.randn(40, 4), compute="trace").block_rows == 32
     convolution = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 26 * 26, 64))
     assert fw.ntk.explain(convolution, torch.randn(40, 1, 28, 28), compute="trace").block_rows == 16
+
+
+def test_few_rows_of_both_batches_take_one_sweep() -> None:
+    """Up to 32 rows that touch no more than 256 MiB; one row more, or wider rows, go in blocks of their own."""
+    cpu = torch.device("cpu")
+    megabytes = 4 << 20
+    uses: Any = [SimpleNamespace(kind="conv")]
+    assert plan.block_rows(megabytes, uses, cpu, 25) == 32
+    assert plan.block_rows(megabytes, uses, cpu, 33) == 16
+    assert plan.block_rows(3 * megabytes, uses, cpu, 25) == 16
+    assert plan.block_rows(1000 * megabytes, uses, cpu, 2) == 1

@@ -43,7 +43,10 @@ def collect_blocks(
     for begin, end in blocks:
         factors = collect(target, plan, batch, begin, end, check and begin == 0)
         for entry, factor in enumerate(factors):
-            if len(blocks) == 1 or not isinstance(factor, Jacobian):
+            if not isinstance(factor, Jacobian):
+                continue
+            if len(blocks) == 1:  # an array of its own
+                factors[entry] = Jacobian(factor.j, factor.j)
                 continue
             if entry not in arrays:
                 arrays[entry] = factor.j.new_empty(last - first, *factor.j.shape[1:])

@@ -215,7 +215,7 @@ def make_plan(
         row_shapes=row_shapes(uses, layouts, rows),
         made=made,
         unrecognised=probe.unrecognised,
-        block=block_rows(touched + 2 * kept, uses, target.device),
+        block=block_rows(touched + 2 * kept, uses, target.device, sizes.sides),
         batched_backward=probe.batched_backward,
         last=last,
         sweep_bytes=touched + kept,
