@@ -535,12 +535,48 @@ BETWEEN: dict[str, Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]] = {
 
 
 @pytest.mark.parametrize("between", list(BETWEEN))
-@pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.parametrize("kind", ["dense", "conv", "flat"])
 def test_what_a_model_does_between_a_relu_and_a_layer(between: str, kind: str) -> None:
     """A layer takes the ReLU's backward along, past the ReLU's result: not where something there looks at gradients."""
     one, two = (linear(6, 5), linear(5, 3)) if kind == "dense" else (nn.Conv1d(4, 5, 2), nn.Conv1d(5, 3, 2))
+    if kind == "flat":
+        two = nn.Sequential(nn.Flatten(), linear(25, 3), nn.Unflatten(1, (3, 1)))
 
     def forward(self: Any, x: Tensor) -> Tensor:
         return BETWEEN[between](torch.relu(self.one(x)), self.two).flatten(1)
 
     assert_exact(Model(forward, one=one, two=two).double(), data(5, 4, 6))
+
+
+# How a ReLU's result [n, 6, 4] reaches a layer of 24 inputs, and what else happens to it.
+RESHAPED: dict[str, Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]] = {
+    "flatten": lambda x, layer: layer(torch.relu(x).flatten(1)),
+    "view": lambda x, layer: layer(torch.relu(x).view(len(x), -1)),
+    "reshape": lambda x, layer: layer(torch.reshape(torch.relu(x), (-1, 24))),
+    "twice": lambda x, layer: layer(torch.relu(x).view(-1, 3, 8).flatten(1)),
+    "a type's name": lambda x, layer: layer(torch.relu(x).view(torch.float64).flatten(1)),
+    "a view where its input has none": lambda x, layer: layer(torch.relu(torch.cat([x, x], 2)[..., ::2]).view(-1, 24)),
+    "other strides": lambda x, layer: layer(torch.relu(x.transpose(1, 2)).reshape(-1, 24)),
+    "used again": lambda x, layer: (h := torch.relu(x).flatten(1), layer(h) + h[:, :3] ** 2)[1],
+    "a hook": lambda x, layer: (h := torch.relu(x).flatten(1), h.register_hook(_doubled), layer(h))[2],
+    "a hook behind": lambda x, layer: (h := torch.relu(x).flatten(1), y := layer(h), h.register_hook(_doubled), y)[3],
+    "a derivative": lambda x, layer: (
+        h := torch.relu(x).flatten(1),
+        y := layer(h).tanh(),
+        y * torch.autograd.grad(y.sum(), h, create_graph=True)[0][:, :1],
+    )[2],
+    "the input written in place": lambda x, layer: (
+        z := x * 2,
+        h := torch.relu(z).flatten(1),
+        z.add_(1),
+        layer(h),
+    )[3],
+}
+
+
+@pytest.mark.parametrize("way", list(RESHAPED))
+def test_a_relu_in_another_shape(way: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return RESHAPED[way](self.one(x), self.two)
+
+    assert_exact(Model(forward, one=nn.Conv1d(4, 6, 3), two=linear(24, 3)).double(), data(5, 4, 6))

@@ -22,6 +22,9 @@ _BATCHING = (
     | torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 )
 
+# Up to so many terms a product that is gated as it is written takes no longer than a copy that is gated.
+GATED_DEPTH = 32
+
 
 def _in_a_plain_sweep(cotangent: Tensor) -> bool:
     """Whether the cotangent is that of one backward sweep, or of several in one torch.func.vmap, and nothing else.
@@ -73,11 +76,12 @@ class Dense(torch.autograd.Function):
             return found if gate is None else found.masked_fill(gate <= 0, 0), *[None] * 5
 
         def call(every: Tensor) -> Tensor:
-            rows = every.shape[1]
-            if rows > 1 and every.stride(1) == 0:  # one row again and again, such as a unit cotangent
+            rows, kept = every.shape[1], None if splits_dense_layers(every) else gate
+            again = rows > 1 and every.stride(1) == 0  # one row again and again, such as a unit cotangent
+            if again and (kept is None or every.shape[-1] > GATED_DEPTH):
                 product = _product(every[:, 0], matrix).unsqueeze(1).expand(-1, rows, -1)
-            elif gate is not None and not splits_dense_layers(every):
-                return ops.gated_product(every.flatten(0, 1), matrix, gate).unflatten(0, every.shape[:2])
+            elif kept is not None:
+                return ops.gated_product(every.flatten(0, 1), matrix, kept).unflatten(0, every.shape[:2])
             else:
                 product = _product(every.flatten(0, 1), matrix).unflatten(0, every.shape[:2])
             if gate is None:

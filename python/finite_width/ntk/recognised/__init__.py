@@ -18,7 +18,7 @@ from .convolutions import conv, conv_transpose
 from .dense import addmm, linear, matmul, reversed_axes, transpose
 from .embeddings import embedding, embedding_bag, renormed
 from .norms import batch_norm, group_norm, instance_norm, layer_norm, prelu, rms_norm
-from .rectifiers import relu
+from .rectifiers import relu, reshaped
 from .recurrent import RECURRENT
 from .shared import added, expanded, multiplied, subtracted
 
@@ -33,6 +33,11 @@ RECOGNISED: dict[Any, Callable[..., Any]] = {
     F.relu: relu,
     torch.relu: relu,
     Tensor.relu: relu,
+    torch.flatten: reshaped(torch.flatten),
+    Tensor.flatten: reshaped(Tensor.flatten),
+    torch.reshape: reshaped(torch.reshape),
+    Tensor.reshape: reshaped(Tensor.reshape),
+    Tensor.view: reshaped(Tensor.view),
     torch.matmul: matmul,
     torch.mm: matmul,
     Tensor.matmul: matmul,
