@@ -16,6 +16,18 @@ bool better_transposed(int64_t M, int64_t N, int64_t K) {
   return (as_it_is - transposed) * K > 2 * M * N;
 }
 
+// values[j] = 0 where open[j] <= 0, j < count.
+template <class T>
+void close_gate(const T* open, int count, T* values) {
+  constexpr int L = simd::kLanes<T>;
+  int j = 0;
+  for (; j + L <= count; j += L) {
+    const simd::Vec<T> zero{};
+    simd::store(values + j, simd::load(open + j) <= zero ? zero : simd::load(values + j));
+  }
+  for (; j < count; ++j) values[j] = open[j] <= T(0) ? T(0) : values[j];
+}
+
 // Epilogues (common/gemm_tile.h): what is done to finished rows while they are in cache.
 template <class T>
 struct AddBias {
@@ -34,17 +46,9 @@ struct Gate {
   int64_t period, N;
 
   void operator()(int64_t m, int rows, int64_t n, int columns, T* values, int64_t row_step) const {
-    constexpr int L = simd::kLanes<T>;
     int64_t at = m % period;
     for (int i = 0; i < rows; ++i) {
-      const T* const open = gate + at * N + n;
-      T* const row = values + i * row_step;
-      int j = 0;
-      for (; j + L <= columns; j += L) {
-        const simd::Vec<T> zero{};
-        simd::store(row + j, simd::load(open + j) <= zero ? zero : simd::load(row + j));
-      }
-      for (; j < columns; ++j) row[j] = open[j] <= T(0) ? T(0) : row[j];
+      close_gate(gate + at * N + n, columns, values + i * row_step);
       if (++at == period) at = 0;
     }
   }
@@ -82,6 +86,11 @@ void gemm_with(int64_t M, int64_t N, int64_t K, const tile::Strided<T>& a, const
 }
 
 }  // namespace
+}  // namespace finite_width::FW_ISA
+
+#include "gemm/shared_zeros_kernel.h"
+
+namespace finite_width::FW_ISA {
 
 template <class T>
 void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
@@ -98,6 +107,7 @@ template <class T>
 void gated_gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
                 int64_t b_col, const T* gate, int64_t gate_rows, T* c, int64_t c_row) {
   const tile::Strided<T> left{a, a_row, a_col}, right{b, b_col, b_row};
+  if (multiply_shared_zeros(M, N, K, left, right, gate, gate_rows, c, c_row)) return;
   gemm_with(M, N, K, left, right, c, c_row, Gate<T>{gate, gate_rows, N});
 }
 

@@ -191,6 +191,14 @@ def gated_samples(dtype: torch.dtype, generator: torch.Generator) -> list[Sample
         b = normal(inner, columns, dtype=dtype, generator=generator)
         gate = normal(gates, columns, dtype=dtype, generator=generator).relu()
         samples += [Sample((a, b, gate)), Sample((strided(a), strided(b), strided(gate)))]
+    # Zeros that the rows of a group share: strips, chunks, edges of both widths, a group without terms, few zeros.
+    for outputs, gates, inner, columns, kept in [(10, 5, 800, 100, 0.5), (14, 18, 200, 70, 0.3), (6, 3, 400, 96, 0.95)]:
+        a = normal(outputs, gates, inner, dtype=dtype, generator=generator)
+        a *= torch.rand(gates, inner, generator=generator) < kept
+        a[:, 1] = 0
+        b = normal(inner, columns, dtype=dtype, generator=generator)
+        gate = normal(gates, columns, dtype=dtype, generator=generator)
+        samples += [Sample((a.flatten(0, 1), b, gate)), Sample((a.flatten(0, 1), strided(b), strided(gate)))]
     return samples
 
 
