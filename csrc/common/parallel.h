@@ -16,20 +16,31 @@ int num_threads();
 // Calls body(begin, end, context) on disjoint ranges that cover [0, count); serial inside another parallel region.
 void parallel_ranges(int64_t count, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 
-// Calls body(block) once for each block in [0, count). A thread takes the next block when it is done with one: where
-// another process has taken half of a core's time, the other cores do more.
+// Calls body(block) once for each block in [0, count). Each thread begins with a range of its own, the same for every
+// call of so many blocks: what it wrote there before is in its own cache. Then it takes blocks that others have not
+// begun: where another process has taken half of a core's time, the other cores do more.
 template <class Body>
 void parallel_blocks(int64_t count, const Body& body) {
+  constexpr int64_t kMostRanges = 64;
+  struct alignas(64) Next {
+    std::atomic<int64_t> block;
+  };
   struct Work {
     const Body& run;
-    const int64_t count;
-    std::atomic<int64_t> next;
-  } work{body, count, 0};
+    const int64_t count, ranges;
+    Next next[kMostRanges];
+  } work{body, count, std::min({count, static_cast<int64_t>(num_threads()), kMostRanges}), {}};
+  for (int64_t i = 0; i < work.ranges; ++i)
+    work.next[i].block.store(i * count / work.ranges, std::memory_order_relaxed);
   parallel_ranges(
       std::min<int64_t>(count, num_threads()),
-      [](int64_t, int64_t, void* context) {
+      [](int64_t begin, int64_t, void* context) {
         Work& work = *static_cast<Work*>(context);
-        for (int64_t block; (block = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) work.run(block);
+        for (int64_t i = 0; i < work.ranges; ++i) {
+          const int64_t range = (begin + i) % work.ranges, end = (range + 1) * work.count / work.ranges;
+          std::atomic<int64_t>& next = work.next[range].block;
+          for (int64_t block; (block = next.fetch_add(1, std::memory_order_relaxed)) < end;) work.run(block);
+        }
       },
       &work);
 }
