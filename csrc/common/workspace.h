@@ -14,7 +14,7 @@ namespace finite_width {
 // A kernel that calls another while it holds scratch keeps to slots that the other does not use:
 //   0, 1    packed panels of every tile product (common/gemm_tile.h)
 //   2       a block of the transposed product (gemm/gemm_kernel.h)
-//   3 to 7  NTK: named at the top of each kernel file; 3 to 5 also its gated product (gemm/shared_zeros_kernel.h)
+//   3 to 7  NTK: named at the top of each kernel file; 3 to 6 also its gated product (gemm/shared_zeros_kernel.h)
 //   5 to 7  variational layers, which call none of the NTK's (bayes/panels.h)
 //   8 on    Tensor-Train (tt/workspace.h), Path-SGD (pathsgd/workspace.h): neither calls the other
 constexpr int kWorkspaceSlots = 32;

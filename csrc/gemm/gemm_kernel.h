@@ -1,5 +1,6 @@
 // The matrix product on the tile GEMM, compiled once per instruction set (gemm_cpu.cpp).
 #include "common/gemm_tile.h"
+#include "gemm/shared_zeros_kernel.h"
 
 namespace finite_width::FW_ISA {
 namespace {
@@ -14,18 +15,6 @@ bool better_transposed(int64_t M, int64_t N, int64_t K) {
   constexpr int64_t L = simd::kLanes<T>;
   const int64_t as_it_is = M * ((N + L - 1) / L), transposed = N * ((M + L - 1) / L);
   return (as_it_is - transposed) * K > 2 * M * N;
-}
-
-// values[j] = 0 where open[j] <= 0, j < count.
-template <class T>
-void close_gate(const T* open, int count, T* values) {
-  constexpr int L = simd::kLanes<T>;
-  int j = 0;
-  for (; j + L <= count; j += L) {
-    const simd::Vec<T> zero{};
-    simd::store(values + j, simd::load(open + j) <= zero ? zero : simd::load(values + j));
-  }
-  for (; j < count; ++j) values[j] = open[j] <= T(0) ? T(0) : values[j];
 }
 
 // Epilogues (common/gemm_tile.h): what is done to finished rows while they are in cache.
@@ -86,11 +75,6 @@ void gemm_with(int64_t M, int64_t N, int64_t K, const tile::Strided<T>& a, const
 }
 
 }  // namespace
-}  // namespace finite_width::FW_ISA
-
-#include "gemm/shared_zeros_kernel.h"
-
-namespace finite_width::FW_ISA {
 
 template <class T>
 void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,

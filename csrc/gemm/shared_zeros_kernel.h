@@ -15,7 +15,7 @@ namespace finite_width::FW_ISA {
 namespace {
 
 // Slots of scratch (common/workspace.h): of the caller's thread, and of each.
-constexpr int kIndexSlot = 3, kColumnsSlot = 4, kRowsSlot = 5;
+constexpr int kIndexSlot = 3, kEndsSlot = 4, kColumnsSlot = 5, kRowsSlot = 6;
 
 // From so many rows of a group on, a register tile over them is full enough; and from so many terms and columns,
 // finding the zeros takes little beside the product.
@@ -24,6 +24,18 @@ constexpr int64_t kLeastGroupRows = 6, kLeastTerms = 128, kLeastColumns = 64;
 constexpr int64_t kGroupsAtOnce = 16;
 // The most of all terms that may be left for it to be quicker: a register tile of 10 rows takes the time of 12.
 constexpr double kMostLeft = 0.75;
+
+// values[j] = 0 where open[j] <= 0, j < count.
+template <class T>
+void close_gate(const T* open, int count, T* values) {
+  constexpr int L = simd::kLanes<T>;
+  int j = 0;
+  for (; j + L <= count; j += L) {
+    const simd::Vec<T> zero{};
+    simd::store(values + j, simd::load(open + j) <= zero ? zero : simd::load(values + j));
+  }
+  for (; j < count; ++j) values[j] = open[j] <= T(0) ? T(0) : values[j];
+}
 
 template <class T>
 struct SharedZeros {
@@ -120,8 +132,8 @@ bool multiply_shared_zeros(int64_t M, int64_t N, int64_t K, const tile::Strided<
   const int64_t rows = groups == 0 ? 0 : M / groups, chunks = (K + tile::kDepth - 1) / tile::kDepth;
   if (rows < kLeastGroupRows || K < kLeastTerms || N < kLeastColumns || a.k_step != 1) return false;
   constexpr int64_t Columns = tile::kTileColumns<T>;
-  int32_t* index = thread_workspace<int32_t>(kIndexSlot, groups * K + 1 + 2 * groups * chunks);
-  int64_t* ends = reinterpret_cast<int64_t*>(index + (groups * K + 1) / 2 * 2);
+  int32_t* index = thread_workspace<int32_t>(kIndexSlot, groups * K);
+  int64_t* ends = thread_workspace<int64_t>(kEndsSlot, groups * chunks);
   SharedZeros<T> work{N, K, groups, rows, chunks, a.data, a.index_step, gate, c, c_row, index, ends, nullptr};
   std::atomic<int64_t> left = 0;
   parallel_blocks(groups, [&](int64_t group) { left += work.find(group); });
