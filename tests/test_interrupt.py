@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
@@ -116,6 +117,8 @@ DOORS = (
     "torch/_functorch/vmap.py",
     "torch/_functorch/predispatch.py",
     "torch/_functorch/eager_transforms.py",
+    "torch/_dynamo/decorators.py",
+    "torch/_dynamo/eval_frame.py",
     "torch/_export/utils.py",
     "torch/autograd/forward_ad.py",
     "torch/autograd/grad_mode.py",
@@ -136,6 +139,7 @@ def switches() -> dict[str, Any]:
         "gradients": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
         "fused attention": torch.backends.cuda.flash_sdp_enabled(),
+        "torch.compile's stance": eval_frame._stance.stance,
         "tracing": (_symbolic_trace.CURRENT_PATCHER, _symbolic_trace.is_fx_tracing()),
         "module's methods": (nn.Module.__call__, nn.Module.__getattr__),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -36,6 +37,25 @@ def kept_grad_mode() -> Iterator[None]:
     """Gradients on or off at the end as they were at the beginning, for calls that use torch's own switches inside."""
     with grad_mode(torch.is_grad_enabled()):
         yield
+
+
+@contextlib.contextmanager
+def compiled_models_run_eagerly() -> Iterator[None]:
+    """torch.compile's stance "force_eager" inside the block, and as it was behind it, after a Ctrl-C at any moment.
+
+    torch's own context takes the stance when it is made, before its block: an interrupt there leaves it for good, and
+    torch.compile then compiles nothing any more. Nothing is done where torch's compiler was never loaded.
+    """
+    compiler: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is None:
+        yield
+        return
+    before = compiler._stance
+    try:
+        compiler._set_stance(compiler.DynamoStance("force_eager"))
+        yield
+    finally:
+        compiler._stance = before
 
 
 @contextlib.contextmanager

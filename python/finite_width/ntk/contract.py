@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _check
-from .._interrupts import closed_transforms, grad_mode, left_as_it_was
+from .._interrupts import closed_transforms, compiled_models_run_eagerly, grad_mode, left_as_it_was
 from .made import Choices
 from .precision import ieee_products
 
@@ -305,15 +304,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False) if on_gpu else nullcontext(),
         ieee_products(on_gpu),
-        _eager(),
+        compiled_models_run_eagerly(),  # their calls must be seen one by one
         closed_transforms(),
     ):
         yield
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled models run eagerly: their calls must be seen one by one."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def refuse_training_modules(model: nn.Module) -> None:
