@@ -6,6 +6,7 @@ import copy
 import inspect
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -21,7 +22,7 @@ from torch.fx import _symbolic_trace
 from torch.overrides import BaseTorchFunctionMode
 
 import finite_width as fw
-from finite_width._interrupts import closed_transforms
+from finite_width._interrupts import Uninterrupted, closed_transforms
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +279,45 @@ def test_an_interrupted_mode_is_closed(left_open: bool) -> None:
         with pytest.raises(KeyboardInterrupt):
             fw.ntk.empirical_ntk(Interrupted(4, 2), torch.randn(3, 4))
         assert depth() == 1
+
+
+def test_an_interrupt_waits_for_the_block(request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    passed = []
+
+    def work() -> None:
+        with Uninterrupted():
+            with Uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+                passed.append("inner block")
+            passed.append("outer block")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert passed == ["inner block", "outer block"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_is_ignored_stays_so(request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    with Uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_another_thread_is_not_interrupted() -> None:
+    passed = []
+
+    def work() -> None:
+        with Uninterrupted():
+            passed.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert passed == [signal.getsignal(signal.SIGINT)]
 
 
 def test_regressor() -> None:

@@ -129,7 +129,8 @@ void sweep_backward(const Sweep<T>& task) {
   });
   if (row_tiles == 0) std::fill(sums, sums + 2 * padded, 0.0);
   const auto tile = FW_DISPATCH(path_backward_tile<T>);
-  parallel_blocks(row_tiles * col_tiles, [&](int64_t index) {
+  // From the last rows on: the forward sweep before ended there, and the one behind begins at the first rows.
+  parallel_blocks<Order::descending>(row_tiles * col_tiles, [&](int64_t index) {
     const int64_t row_tile = index / col_tiles, begin = row_tile * kBackwardRows;
     const int64_t col_begin = index % col_tiles * tile_cols;
     const int64_t col_end = std::min(col_begin + tile_cols, cols), padded_end = blocks(col_end, 8) * 8;

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import threading
+from _signal import getsignal  # type: ignore[import-not-found]
+from _signal import signal as set_signal
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, Self
@@ -58,24 +59,30 @@ def compiled_models_run_eagerly() -> Iterator[None]:
         compiler._stance = before
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is over, so that nothing is left half done; for blocks that are short."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    pending: list[Any] = []
-    if not callable(before):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pending:
-            before(*pending[0])
+class Uninterrupted:
+    """Ctrl-C waits until the block is over, so that nothing is left half done; for blocks that are short.
+
+    A class, and the C functions below `signal`: a generator and that module's enums take longer than a step of a small
+    network. Where a Ctrl-C is nobody's, or another thread's, nothing is done.
+    """
+
+    def __enter__(self) -> None:
+        self._pending: list[Any] = []
+        self._before: Any = getsignal(signal.SIGINT)
+        if callable(self._before):
+            try:
+                set_signal(signal.SIGINT, self._wait)
+            except ValueError:  # in another thread than the main one, which alone sees a Ctrl-C
+                self._before = None
+
+    def __exit__(self, *raised: object) -> None:
+        if callable(self._before):
+            set_signal(signal.SIGINT, self._before)
+            if self._pending:
+                self._before(*self._pending[0])
+
+    def _wait(self, *number_and_frame: Any) -> None:
+        self._pending.append(number_and_frame)
 
 
 @contextlib.contextmanager

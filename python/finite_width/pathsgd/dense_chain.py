@@ -34,6 +34,7 @@ class DenseChain:
         self.stages = [stage for stage in vectors.stages if isinstance(stage, Dense)]
         device = vectors.memory.device
         self.state = torch.zeros(4, dtype=torch.float64, device=device)
+        self._none = torch.zeros(0, dtype=torch.float64, device=device)  # what an op takes for None in a list
         self._copy = torch.zeros(1, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None
         self._steps, self._surprises = 0, 0
@@ -50,33 +51,34 @@ class DenseChain:
             for outer in (self.vectors.forward[0], self.vectors.backward[-1]):
                 outer[:-1] = 1.0
                 outer[-1:] = 0.0
-        stored = self.vectors.stored
-        lists: list[list[Tensor | None]] = [[] for _ in range(6)]
+        none, stored, layers = self._none, self.vectors.stored, len(self.stages)
+        tensors, grads, momenta = ([[none] * layers, [none] * layers] for _ in range(3))  # of the weights, the biases
         rates: list[float] = []
-        lrs: list[Tensor | None] = []
-        written: list[tuple[Tensor, Tensor]] = []  # a parameter or momentum, and the dense copy that takes its place
-        for stage in self.stages:
+        lrs = [none] * (2 * layers)
+        copies: list[tuple[Tensor, Tensor]] = []  # a parameter or momentum, and the dense copy that takes its place
+        for index, stage in enumerate(self.stages):
             dtype = stored(stage.weight).dtype
             for side, parameter in enumerate((stage.weight, stage.bias)):
                 given = None if parameter is None else supply(parameter)
-                values = (None if parameter is None else stored(parameter).detach(), *(given or (None, None))[:2])
-                for kind, value in enumerate(values):
-                    # A frozen bfloat16 bias beside a float32 copy of its weight; a parameter of other strides.
-                    if value is not None and not (value.dtype == dtype and value.is_contiguous()):
-                        dense = value.to(dtype).contiguous()
-                        if kind != 1:
-                            written.append((value, dense))
-                        value = dense
-                    lists[3 * side + kind].append(value)
-                rates += given[2] if given else UNCHANGED
-                lrs.append(given[3] if given else None)
-        weights, grads, momenta, biases, bias_grads, bias_momenta = lists
-        lrs = lrs if any(each is not None for each in lrs) else []
+                if parameter is not None:
+                    tensors[side][index] = _dense(stored(parameter), dtype, copies)
+                if given is None:
+                    rates += UNCHANGED
+                    continue
+                grad, momentum, own_rates, lr = given
+                grads[side][index] = _dense(grad, dtype)
+                if momentum is not None:
+                    momenta[side][index] = _dense(momentum, dtype, copies)
+                rates += own_rates
+                if lr is not None:
+                    lrs[2 * index + side] = lr
+        (weights, biases), (weight_grads, bias_grads), (weight_momenta, bias_momenta) = tensors, grads, momenta
         path_step_unchecked(
-            *([each for each in weights if each is not None], grads, momenta, biases, bias_grads, bias_momenta),
-            *(self.vectors.memory, self.state, self.vectors.p, rates, lrs, *scaling, rebuild),
+            *(weights, weight_grads, weight_momenta, biases, bias_grads, bias_momenta),
+            *(self.vectors.memory, self.state, self.vectors.p, rates),
+            *(lrs if any(each is not none for each in lrs) else [], *scaling, rebuild),
         )
-        for value, dense in written:
+        for value, dense in copies:
             value.copy_(dense)
 
     def outcome(self) -> tuple[bool, int]:
@@ -104,6 +106,18 @@ class DenseChain:
     def knows_forward(self) -> bool:
         """Whether F is of the weights as they are, so that the next sweep goes backward; waits for the device."""
         return int(self.state[0]) == KNOWS_FORWARD
+
+
+def _dense(value: Tensor, dtype: torch.dtype, copies: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    """The tensor, or a copy of this dtype without gaps, which is noted: of a frozen bfloat16 bias beside a float32
+    copy of its weight, or of a parameter of other strides.
+    """
+    if value.dtype == dtype and value.is_contiguous():
+        return value
+    dense = value.detach().to(dtype).contiguous()
+    if copies is not None:
+        copies.append((value, dense))
+    return dense
 
 
 def fits(vectors: PathVectors) -> bool:

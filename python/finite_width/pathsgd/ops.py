@@ -186,8 +186,9 @@ def path_step(
     """
     if not weights:
         raise ValueError("weights must hold at least one tensor")
-    lists = {"grads": grads, "momenta": momenta, "biases": biases, "bias_grads": bias_grads}
-    for name, entries in {**lists, "bias_momenta": bias_momenta}.items():
+    lists_of_layers = {"grads": grads, "momenta": momenta, "biases": biases, "bias_grads": bias_grads}
+    lists_of_layers["bias_momenta"] = bias_momenta
+    for name, entries in lists_of_layers.items():
         if len(entries) != len(weights):
             raise ValueError(f"{name} must be as long as weights, {len(weights)}, got {len(entries)}")
     for i, weight in enumerate(weights):
@@ -227,19 +228,17 @@ def path_step(
         )
     scaling = amp_scaling(grad_scale, found_inf, weights[0])
     numbers = [float(rate) for rate in rates] or [*UNCHANGED, *UNCHANGED] * len(weights)
+    none = vectors.new_empty(0)
+    lists = [[none if each is None else each.contiguous() for each in entries] for entries in lists_of_layers.values()]
     path_step_unchecked(
-        *(list(weights), grads, momenta, biases, bias_grads, bias_momenta, vectors, state, float(p), numbers, lrs),
-        *(*scaling, rebuild),
+        *(list(weights), *lists, vectors, state, float(p), numbers),
+        *([none if each is None else each for each in lrs], *scaling, rebuild),
     )
 
 
-def path_step_unchecked(weights: list[Tensor], *rest: Any) -> None:
-    """`path_step` of an optimizer, whose tensors fit each other and are contiguous, gradients aside."""
-    *lists, vectors, state, p, rates, lrs, grad_scale, found_inf, rebuild = rest
-    none, no_lr = weights[0].new_empty(0), vectors.new_empty(0)
-    full = [[none if each is None else each.contiguous() for each in entries] for entries in lists]
-    lrs = [no_lr if each is None else each for each in lrs]
-    _step(weights, *full, vectors, state, p, rates, lrs, grad_scale, found_inf, rebuild)
+def path_step_unchecked(*args: Any) -> None:
+    """`path_step` of an optimizer, whose tensors fit each other and are contiguous; an empty one stands for none."""
+    _step(*args)
 
 
 def path_update(

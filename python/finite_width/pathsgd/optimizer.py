@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import _check, _library
-from .._interrupts import grad_mode, uninterrupted
+from .._interrupts import Uninterrupted, grad_mode
 from .arguments import DTYPES, number, path_power
 from .batches import BatchDeviations
-from .chain import UNSCALED, Given, Norm, PathVectors, Scaling, find_chain, no_update
+from .chain import UNSCALED, Given, Norm, PathVectors, Rates, Scaling, find_chain, no_update
 from .convolution import ConvolutionMass
 from .dense_chain import KNOWS_BACKWARD, KNOWS_FORWARD, DenseChain, fits, is_remote
 from .kept import Kept, KeptVectors, loaded, saved
@@ -152,12 +152,15 @@ class PathSGD(Optimizer):
             raise ValueError(
                 "input_shape is needed for this model: one input's shape without the batch axis, such as (3, 32, 32)"
             )
+        self._read: list[Tensor] = []  # what a chain's sweeps read, frozen parameters as well
         self._norms: list[Any] = []  # BatchNorms whose running statistics stand in F and B
         self._vectors = None if self._stages is None else PathVectors(self._stages, self._p)
         if self._vectors is not None:
             self._vectors.stored = self._target
             self._norms += [stage.module for stage in self._vectors.stages if isinstance(stage, Norm)]
-            with_paths = {each for stage in self._vectors.stages for each in (stage.weight, stage.bias)}
+            read = [each for stage in self._vectors.stages for each in (stage.weight, stage.bias)]
+            self._read = [each for each in read if each is not None]
+            with_paths = {*self._read}
         else:  # a structure that cannot run fails here, by name
             with_paths = {*masses(self._structure, self._p, self._probe(), self._shared).of}
         self._pathless = self._names.keys() - with_paths
@@ -248,8 +251,18 @@ class PathSGD(Optimizer):
             ValueError: a gradient of a parameter that no path passes; a model of which parts were replaced; a
                 BatchNorm in training mode that a forward calls more than once; p > 8 and units too far apart for it.
         """
-        with torch.inference_mode(False), grad_mode(False):
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self._without_gradients(closure)
+        return self._without_gradients(closure)
+
+    def _without_gradients(self, closure: Callable[[], Any] | None) -> Any:
+        before = torch.is_grad_enabled()
+        try:  # as `grad_mode` has it, which takes as long as a small network's sweep where the caches are cold
+            torch._C._set_grad_enabled(False)
             return self._step(closure)
+        finally:
+            torch._C._set_grad_enabled(before)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
@@ -266,7 +279,7 @@ class PathSGD(Optimizer):
         if not (self._on_device and _capturing(next(iter(self._names)))):  # it reads values on the host
             check_spread(self._structure, self._p, sigma)
         scaling = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)) if self._on_device else UNSCALED
-        with uninterrupted():
+        with Uninterrupted():
             if self._update_every > 1:
                 self._step_with_kept(given, sigma, scaling)
             elif self._vectors is None:
@@ -312,7 +325,7 @@ class PathSGD(Optimizer):
         warnings.warn(
             f"weights were changed outside the optimizer without a trace (a write through .data), {when} used the γ of "
             "the weights before; call refresh() after such writes",
-            stacklevel=6,  # the line that called step()
+            stacklevel=7,  # the line that called step()
         )
 
     def _check_capture(self) -> None:
@@ -376,41 +389,49 @@ class PathSGD(Optimizer):
 
     def _gradients(self) -> dict[Tensor, Given]:
         """Parameter -> gradient, momentum buffer, rates, lr; checked before anything is written."""
-        lrs = [self._lr_of(index, group) for index, group in enumerate(self.param_groups)]
-        rows = [(group, lrs[i], each) for i, group in enumerate(self.param_groups) for each in group["params"]]
-        rows = [row for row in rows if row[2].grad is not None]
-        stages = [] if self._stages is None else self._stages
-        for parameter in (
-            *(row[2] for row in rows),
-            *(each for stage in stages for each in (stage.weight, stage.bias)),
-        ):
-            if parameter is not None:  # a chain's sweeps read frozen ones as well
+        for parameter in self._read:
+            if parameter.dtype not in DTYPES:
                 self._check_dtype(parameter)
-        for _, _, parameter in rows:
-            if parameter.grad.layout != torch.strided:
-                raise RuntimeError(f"PathSGD does not support sparse gradients; {self._names[parameter]} has one")
-            if self._pathless and parameter in self._pathless and bool(parameter.grad.any()):
-                raise ValueError(
-                    f"{self._names[parameter]} has a gradient, but no path through model passes it; leave it out of "
-                    "params, or check input_shape (an RNN's recurrent weights need more than one step)"
-                )
+        rows: list[tuple[Tensor, Tensor, Rates, Tensor | None]] = []
+        for index, group in enumerate(self.param_groups):
+            lr, keep, now = self._lr_of(index, group)
+            rates = (lr, float(group["momentum"]), float(group["nesterov"]), keep, -1.0 if group["maximize"] else 1.0)
+            for parameter in group["params"]:
+                grad = parameter.grad
+                if grad is not None:
+                    self._check_gradient(parameter, grad)
+                    rows.append((parameter, grad, rates, now))
         given: dict[Tensor, Given] = {}
-        for group, (lr, keep, now), parameter in rows:
-            state, grad = self.state[parameter], parameter.grad
-            if self._master_weights and parameter.dtype == torch.bfloat16 and "master_weight" not in state:
-                state["master_weight"] = parameter.detach().float()
-            target = self._target(parameter).detach()
-            grad = grad.to(target.dtype)  # gradients may have a dtype of their own (grad_dtype)
-            momentum = float(group["momentum"])
-            buffer = None
-            if momentum:
-                buffer = state.get("momentum_buffer")
-                # The model may have been converted since, by `model.double()` for one.
-                buffer = torch.zeros_like(target) if buffer is None else buffer.to(target.dtype)
-                state["momentum_buffer"] = buffer
-            sign = -1.0 if group["maximize"] else 1.0
-            given[parameter] = (grad, buffer, (lr, momentum, float(group["nesterov"]), keep, sign), now)
+        for parameter, grad, rates, now in rows:
+            if self._master_weights and parameter.dtype == torch.bfloat16:
+                state = self.state[parameter]
+                if "master_weight" not in state:
+                    state["master_weight"] = parameter.detach().float()
+            dtype = (self._target(parameter) if self._master_weights else parameter).dtype
+            if grad.dtype != dtype:  # gradients may have a dtype of their own (grad_dtype)
+                grad = grad.to(dtype)
+            given[parameter] = (grad, self._momentum_of(parameter) if rates[1] else None, rates, now)
         return given
+
+    def _check_gradient(self, parameter: Tensor, grad: Tensor) -> None:
+        if parameter.dtype not in DTYPES:
+            self._check_dtype(parameter)
+        if grad.layout is not torch.strided:
+            raise RuntimeError(f"PathSGD does not support sparse gradients; {self._names[parameter]} has one")
+        if self._pathless and parameter in self._pathless and bool(grad.any()):
+            raise ValueError(
+                f"{self._names[parameter]} has a gradient, but no path through model passes it; leave it out of "
+                "params, or check input_shape (an RNN's recurrent weights need more than one step)"
+            )
+
+    def _momentum_of(self, parameter: Tensor) -> Tensor:
+        """Its momentum buffer, in the dtype that the model has now."""
+        target, state = self._target(parameter).detach(), self.state[parameter]
+        buffer: Tensor | None = state.get("momentum_buffer")
+        # The model may have been converted since, by `model.double()` for one.
+        buffer = torch.zeros_like(target) if buffer is None else buffer.to(target.dtype)
+        state["momentum_buffer"] = buffer
+        return buffer
 
     def _lr_of(self, index: int, group: dict[str, Any]) -> tuple[float, float, Tensor | None]:
         """lr and keep = 1 − lr · decay of a group; in a tensor where lr stands on the device and is not to be read."""
@@ -445,7 +466,7 @@ class PathSGD(Optimizer):
 
     def _publish(self, given: dict[Tensor, Given]) -> None:
         """Tell autograd that the parameters changed, and remember them as they are."""
-        for parameter in given:
+        for parameter in given if self._master_weights else ():
             target = self._target(parameter)
             if target is not parameter:
                 parameter.copy_(target)
