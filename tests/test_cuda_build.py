@@ -94,3 +94,9 @@ def test_untried_kernels_are_registered_only_where_asked_for() -> None:
         assert said.returncode == 0, said.stderr
         assert said.stdout.startswith(str([asked] * 4)), said.stdout
         assert ("registered by" in said.stdout) is asked
+
+
+def test_the_sources_keep_to_what_torch_2_11_has() -> None:
+    """The oldest torch that the package takes, which is not the one that is tested."""
+    for source in [path for path in ROOT.glob("csrc/**/*") if path.is_file()]:
+        assert "STABLE_TORCH_ERROR_CODE_CHECK" not in source.read_text(), source

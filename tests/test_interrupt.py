@@ -66,7 +66,7 @@ def at_many_moments(call: Callable[[], Any], check: Callable[[], None], moments:
 
 
 def at_torchs_doors(
-    monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any], check: Callable[[], None], moments: int = 60
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any], check: Callable[[], None], moments: int = 200
 ) -> None:
     """Interrupt the call where it enters functions by which torch begins and ends what holds for the whole process.
 
@@ -226,6 +226,18 @@ def test_replacing_layers_at_torchs_doors(replace: Callable[[nn.Module], Any], m
     after = [type(layer) for layer in models[0]]
     assert after != before
     at_torchs_doors(monkeypatch, call, check)
+
+
+def test_predictions_at_torchs_doors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(fw.bayes.BayesLinear(8, 6), nn.ReLU(), fw.bayes.BayesLinear(6, 3))
+    x, expected = torch.randn(5, 8), facts(model)
+    at_torchs_doors(monkeypatch, lambda: fw.bayes.predict(model, x, samples=6), lambda: same(model, expected))
+
+
+def test_refreshing_at_torchs_doors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    optimizer, expected = fw.pathsgd.PathSGD(model, lr=1e-3), facts(model)
+    at_torchs_doors(monkeypatch, optimizer.refresh, lambda: same(model, expected))
 
 
 def test_another_error_comes_through() -> None:

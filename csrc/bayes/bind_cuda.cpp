@@ -174,14 +174,17 @@ Tensor sum_of_rows(const Tensor& values) {
   return contiguous(torch::stable::sum(values, torch::headeronly::IntHeaderOnlyArrayRef(rows.data(), 1)));
 }
 
+// An op of torch's with one result. Not by the headers' macro, which torch 2.11 does not have.
+template <size_t N>
+Tensor by_torch(const char* op, std::array<StableIValue, N> stack) {
+  STD_TORCH_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION) == 0, "finite_width: ", op, " failed");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // x Wᵀ + b by torch, in the precision that the user has chosen for torch's products.
 Tensor affine(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  // Not by the headers' macro, which torch 2.11 does not have.
-  STD_TORCH_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION) == 0,
-                  "finite_width: torch's linear failed");
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return by_torch("aten::linear", std::array<StableIValue, 3>{from(x), from(weight), from(bias)});
 }
 
 std::tuple<Tensor, Tensor> linear_cuda(const Tensor& x, const Tensor& weight_mu, const Tensor& weight_rho,
@@ -234,10 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward_cuda(
 
 // x², by torch.
 Tensor squared(const Tensor& x) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 1> stack{from(x)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::square", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return by_torch("aten::square", std::array<StableIValue, 1>{torch::stable::detail::from(x)});
 }
 
 constexpr uint32_t kOutputStream = 2;  // of the noise of local reparametrisation

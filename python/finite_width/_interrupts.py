@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import sys
 from _signal import getsignal  # type: ignore[import-not-found]
 from _signal import signal as set_signal
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import nn
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 @contextlib.contextmanager
@@ -145,13 +149,12 @@ def closed_transforms() -> Iterator[None]:
         yield
     except BaseException as error:
         _finish_contexts(error)
-        if torch._C._functorch.get_dynamic_layer_stack_depth() > depth:
-            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        _leave_transforms(depth)
         _leave_dual_levels(level)
         eager_transforms.JVP_NESTING = nesting
         torch._C._set_fwd_grad_enabled(forward)
         _set_modes(modes)
-        interrupt = _replaced(error)
+        interrupt = replaced(error)
         if interrupt is not error:
             raise interrupt from None
         raise
@@ -193,6 +196,22 @@ def _set_modes(modes: list[TorchFunctionMode]) -> None:
         torch._C._push_on_torch_function_stack(mode)
 
 
+def _leave_transforms(depth: int) -> None:
+    """Closes torch.func's transforms above this depth, one by one: torch 2.11's own function takes one too many."""
+    functorch = torch._C._functorch
+    kinds = functorch.TransformType
+    leave = {
+        kinds.Vmap: functorch._vmap_decrement_nesting,
+        kinds.Grad: functorch._grad_decrement_nesting,
+        kinds.Jvp: functorch._jvp_decrement_nesting,
+        kinds.Functionalize: functorch._func_decrement_nesting,
+    }
+    while functorch.get_dynamic_layer_stack_depth() > depth:
+        top = functorch.peek_interpreter_stack()
+        assert top is not None
+        leave[top.key()]()
+
+
 def _leave_dual_levels(level: int) -> None:
     """Closes forward mode's levels above this one; the topmost may be open in C++ and not yet counted in Python."""
     for open_level in range(forward_ad._current_level + 1, level, -1):
@@ -217,8 +236,28 @@ def _finish_contexts(error: BaseException | None) -> None:
         error = error.__context__
 
 
-def _replaced(error: BaseException) -> BaseException:
-    """The exception in whose place torch raised that a transform was not open; any other error itself."""
-    while isinstance(error, RuntimeError) and "INTERNAL ASSERT FAILED" in str(error) and error.__context__ is not None:
+def replaced(error: BaseException) -> BaseException:
+    """The exception in whose place torch raised that a transform or a trace was not begun; any other error itself."""
+    while error.__context__ is not None and (
+        (isinstance(error, RuntimeError) and "INTERNAL ASSERT FAILED" in str(error))
+        or (isinstance(error, AssertionError) and "CURRENT_PATCHER is None" in str(error))
+    ):
         error = error.__context__
     return error
+
+
+def ends_its_contexts(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A function whose contexts are all over where it raises, also where an interrupt came in the end of one.
+
+    No context can do this for itself: an interrupt at the first instruction of its `__exit__` comes before.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            _finish_contexts(error)
+            raise
+
+    return call

@@ -119,5 +119,5 @@ def test_torchs_own_function(method: str) -> None:
     expected = exact(model, x)
     kernel = fw.ntk.empirical_ntk(model, x, method=method)
     assert float((kernel - expected).norm() / expected.norm()) <= 1e-12
-    with pytest.raises(ValueError, match="eps must be non-negative"):
+    with pytest.raises(ValueError, match="eps must be"):
         fw.ntk.empirical_ntk(Direct(-1e-3).double().eval(), x, method=method)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
-from .._interrupts import grad_mode
+from .._interrupts import ends_its_contexts, grad_mode
 from . import ops
 from .layers import BayesLayer, draw_seed
 from .objective import check_no_nan, layers_of
@@ -87,6 +87,7 @@ def _link(link: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], T
     return (lambda y: torch.softmax(y, -1)) if link == "softmax" else torch.sigmoid
 
 
+@ends_its_contexts
 def predict(
     model: nn.Module,
     x: Tensor,

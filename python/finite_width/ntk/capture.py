@@ -83,6 +83,17 @@ class _Anchored(torch.autograd.Function):
         return None, None
 
 
+def _edge(result: Tensor) -> GradientEdge:
+    """Where the cotangent of a result arrives, also where nothing of the model uses the result.
+
+    Before torch 2.13 a node that was written in Python is gone with the tensors behind it, and a derivative by it
+    ends the process. A view's node, in C++, keeps it; as `torch.autograd.graph.get_gradient_edge` does.
+    """
+    node: Any = result.grad_fn
+    owner = result.view_as(result).grad_fn if isinstance(node, torch._C._FunctionBase) else None
+    return GradientEdge(node, result.output_nr, owner)
+
+
 _OURS = tuple(function._backward_cls for function in (Dense, Convolved, _Anchored))
 
 
@@ -232,7 +243,7 @@ class Capture(FunctionMode):
                     bias_name,
                     kept.detach(),
                     kept._version,
-                    GradientEdge(result.grad_fn, result.output_nr),  # type: ignore[arg-type]
+                    _edge(result),
                     shape(result),
                     self.number,
                     options,

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._interrupts import ends_its_contexts
 from . import products
 from .contract import Inputs, preserved
 from .explanation import Explanation
@@ -15,6 +16,7 @@ from .problem import Problem
 from .walk import Walk
 
 
+@ends_its_contexts
 def run(problem: Problem) -> dict[str, Tensor] | Tensor:
     """The kernel, or one kernel per parameter."""
     with preserved(problem.target.model):
@@ -170,6 +172,7 @@ def per_parameter_ntk(
     return result
 
 
+@ends_its_contexts
 def explain(
     model: nn.Module,
     x1: Inputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._interrupts import ends_its_contexts
 from .agreement import refuse_other_bits, refusing_random_numbers
 from .contract import Batch, Target, flatten, preserved
 from .inputs import row_cuts
@@ -14,6 +15,7 @@ from .probing import PROBE_ROWS, Seen, refuse_mixed_rows, refuse_other_outputs_o
 _ROWS = 1024
 
 
+@ends_its_contexts
 def outputs(target: Target, batch: Batch, *, rows: int | None = None, check: bool = False) -> Tensor:
     """The target's outputs [N, O] without gradient; the model and the batch stay as they are.
 

@@ -11,11 +11,13 @@ from torch.nn.parameter import is_lazy
 
 from .. import _check
 from .._gemm import gemm
+from .._interrupts import ends_its_contexts
 from .contract import Batch, Target, preserved, refuse_training_modules
 from .forwards import outputs
 from .inputs import model_kind
 
 
+@ends_its_contexts
 def nngp_kernel(
     model: nn.Module,
     x1: Any,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from .._interrupts import ends_its_contexts
 from . import shared_products
 from .contract import Inputs, preserved, refuse_training_modules
 from .empirical import run
@@ -49,6 +50,7 @@ class NTKOperator:
         True
     """
 
+    @ends_its_contexts
     def __init__(
         self,
         model: nn.Module,
@@ -117,6 +119,7 @@ class NTKOperator:
         """K v for v [M O] or [M O, k]."""
         return self.product(vector, Ranks())
 
+    @ends_its_contexts
     def product(self, vector: Tensor, ranks: Ranks) -> Tensor:
         """K v on every rank: each does a stretch of the blocks of rows, and all make the same call.
 
@@ -179,6 +182,7 @@ class NTKOperator:
     def _blocks(self, batch: Any) -> list[tuple[int, int]]:
         return [(begin, min(begin + self._plan.block, batch.rows)) for begin in range(0, batch.rows, self._plan.block)]
 
+    @ends_its_contexts
     def diagonal(self) -> Tensor:
         """The main diagonal [min(N, M) O], by blocks of rows."""
         self._refuse_changed()

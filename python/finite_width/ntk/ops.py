@@ -38,7 +38,7 @@ def _conv_shape(
     bias: bool,
     precision: int,
 ) -> Tensor:
-    weights = delta.shape[2] * ((input.shape[1] // groups) * math.prod(kernel_size) + bias)
+    weights = delta.shape[2] * ((input.shape[1] // groups) * math.prod(kernel_size) + int(bias))
     return delta.new_empty(delta.shape[0], delta.shape[1], weights)
 
 

@@ -171,7 +171,7 @@ class Products:
                 warnings.warn(
                     "model has neither forward-mode nor second derivatives, so that every product with its kernel "
                     "takes one backward for each row and output; where it fits in memory, empirical_ntk is quicker",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return
             try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from .._interrupts import ends_its_contexts
 from .contract import Batch, Inputs, Target, preserved
 from .plan import Plan
 from .problem import Problem, progress_bar
@@ -19,6 +20,7 @@ from .sweep import Rows, arrange, generic_jacobians
 _TILE = 1 << 22
 
 
+@ends_its_contexts
 def sketch(
     model: nn.Module,
     x: Inputs,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._interrupts import ends_its_contexts
 from .adjacent import collect_blocks
 from .capture import PlanMismatchError
 from .contract import preserved
@@ -243,6 +244,7 @@ def _progress(problem: Problem, ranks: Ranks, total: int, mine: int) -> Iterator
         yield bar.update
 
 
+@ends_its_contexts
 def run(problem: Problem, out: Any) -> Any:
     """The kernel into `out`; see `empirical_ntk`."""
     if problem.method == "products":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import _check, _library
-from .._interrupts import Uninterrupted, grad_mode
+from .._interrupts import Uninterrupted, ends_its_contexts, grad_mode
 from .arguments import DTYPES, number, path_power
 from .batches import BatchDeviations
 from .chain import UNSCALED, Given, Norm, PathVectors, Rates, Scaling, find_chain, no_update
@@ -211,6 +211,7 @@ class PathSGD(Optimizer):
         if parameter.dtype not in DTYPES:
             raise TypeError(f"{self._names[parameter]} must be float32, float64 or bfloat16, got {parameter.dtype}")
 
+    @ends_its_contexts
     def refresh(self) -> None:
         """Rebuild F and B from the weights as they are now, after edits that the optimizer cannot see.
 

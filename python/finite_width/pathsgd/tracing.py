@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx import _symbolic_trace
 
-from .._interrupts import closed_transforms, left_as_it_was
+from .._interrupts import closed_transforms, ends_its_contexts, left_as_it_was, replaced
 from .batches import is_own_hook
 from .operations import REASONS, takes_part
 
@@ -25,6 +25,7 @@ class Tracer(fx.Tracer):
         return m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
 
 
+@ends_its_contexts
 def graph_of(root: nn.Module, name: str) -> fx.Graph:
     """The graph of `root`'s forward.
 
@@ -40,6 +41,8 @@ def graph_of(root: nn.Module, name: str) -> fx.Graph:
         try:
             graph = Tracer().trace(root)
         except Exception as error:  # whatever the user's forward raises when run on symbols
+            if not isinstance(replaced(error), Exception):
+                raise replaced(error) from None
             raise ValueError(
                 f"model: torch.fx cannot follow the forward of {name} ({error}); paths need a forward "
                 "without control flow that depends on the input"
