@@ -86,8 +86,8 @@ class _Anchored(torch.autograd.Function):
 def _edge(result: Tensor) -> GradientEdge:
     """Where the cotangent of a result arrives, also where nothing of the model uses the result.
 
-    Before torch 2.13 a node that was written in Python is gone with the tensors behind it, and a derivative by it
-    ends the process. A view's node, in C++, keeps it; as `torch.autograd.graph.get_gradient_edge` does.
+    On torch 2.11 a node that was written in Python goes with the last tensor that needs it, and a derivative by it then
+    ends the process. The node of a view, which is not Python's, keeps it: `torch.autograd.graph.get_gradient_edge`.
     """
     node: Any = result.grad_fn
     owner = result.view_as(result).grad_fn if isinstance(node, torch._C._FunctionBase) else None

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -64,9 +65,14 @@ def _unpatched_modules() -> Iterator[None]:
     """Takes back what torch.fx writes into nn.Module for as long as it traces, also after a Ctrl-C on its way out."""
     before = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
     patcher = _symbolic_trace.CURRENT_PATCHER
+    # Whether it traces: from torch 2.14 on it has a function take that back, in whose beginning a Ctrl-C can come.
+    flags: Any = getattr(_symbolic_trace, "_is_fx_tracing_tls", None)
+    tracing = getattr(flags, "flag", False)
     try:
         yield
     finally:
+        if flags is not None:
+            flags.flag = tracing
         left = _symbolic_trace.CURRENT_PATCHER
         if left is not None and left is not patcher:  # torch.compile would apply its patches again
             left.revert_all_patches()
