@@ -109,8 +109,9 @@ class DenseChain:
 
 
 def _dense(value: Tensor, dtype: torch.dtype, copies: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-    """The tensor, or a copy of this dtype without gaps, which is noted: of a frozen bfloat16 bias beside a float32
-    copy of its weight, or of a parameter of other strides.
+    """The tensor, or a copy of this dtype without gaps, which is noted in `copies` beside it.
+
+    Of a frozen bfloat16 bias beside a float32 copy of its weight, or of a parameter of other strides.
     """
     if value.dtype == dtype and value.is_contiguous():
         return value

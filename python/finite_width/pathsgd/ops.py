@@ -186,9 +186,9 @@ def path_step(
     """
     if not weights:
         raise ValueError("weights must hold at least one tensor")
-    lists_of_layers = {"grads": grads, "momenta": momenta, "biases": biases, "bias_grads": bias_grads}
-    lists_of_layers["bias_momenta"] = bias_momenta
-    for name, entries in lists_of_layers.items():
+    beside = {"grads": grads, "momenta": momenta, "biases": biases}
+    beside |= {"bias_grads": bias_grads, "bias_momenta": bias_momenta}
+    for name, entries in beside.items():
         if len(entries) != len(weights):
             raise ValueError(f"{name} must be as long as weights, {len(weights)}, got {len(entries)}")
     for i, weight in enumerate(weights):
@@ -229,7 +229,7 @@ def path_step(
     scaling = amp_scaling(grad_scale, found_inf, weights[0])
     numbers = [float(rate) for rate in rates] or [*UNCHANGED, *UNCHANGED] * len(weights)
     none = vectors.new_empty(0)
-    lists = [[none if each is None else each.contiguous() for each in entries] for entries in lists_of_layers.values()]
+    lists = [[none if each is None else each.contiguous() for each in entries] for entries in beside.values()]
     path_step_unchecked(
         *(list(weights), *lists, vectors, state, float(p), numbers),
         *([none if each is None else each for each in lrs], *scaling, rebuild),
