@@ -293,6 +293,32 @@ def test_an_interrupted_mode_is_closed(left_open: bool) -> None:
         assert depth() == 1
 
 
+def test_two_threads_leave_torch_compile_as_it_was() -> None:
+    """The one that began first ends first: the other one still sees its model's calls, and then all is as before."""
+
+    class Waiting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.begun, self.go_on = threading.Event(), threading.Event()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.begun.set()
+            assert self.go_on.wait(60)
+            return super().forward(x)
+
+    models = [Waiting(), Waiting()]
+    threads = [threading.Thread(target=fw.ntk.empirical_ntk, args=(model, torch.randn(3, 4))) for model in models]
+    for thread, model in zip(threads, models, strict=True):
+        thread.start()
+        assert model.begun.wait(60)
+    seen = []
+    for thread, model in zip(threads, models, strict=True):
+        seen.append(eval_frame._stance.stance)
+        model.go_on.set()
+        thread.join()
+    assert [*seen, eval_frame._stance.stance] == ["force_eager", "force_eager", "default"]
+
+
 def test_an_interrupt_waits_for_the_block(request: pytest.FixtureRequest) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))

@@ -10,7 +10,7 @@ from _signal import getsignal  # type: ignore[import-not-found]
 from _signal import signal as set_signal
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 import torch
 from torch import nn
@@ -44,23 +44,39 @@ def kept_grad_mode() -> Iterator[None]:
         yield
 
 
+class _Eager:
+    """torch.compile's stance in all blocks of `compiled_models_run_eagerly`, in any thread, and what it was before."""
+
+    stance: Any = None
+    before: Any = None
+    blocks: ClassVar[set[object]] = set()  # that are open
+
+
 @contextlib.contextmanager
 def compiled_models_run_eagerly() -> Iterator[None]:
     """torch.compile's stance "force_eager" inside the block, and as it was behind it, after a Ctrl-C at any moment.
 
     torch's own context takes the stance when it is made, before its block: an interrupt there leaves it for good, and
-    torch.compile then compiles nothing any more. Nothing is done where torch's compiler was never loaded.
+    torch.compile then compiles nothing any more. So do two such blocks of two threads, since the stance is the
+    process's: here the last one that ends puts back what the first one found. Nothing is done where torch's compiler
+    was never loaded.
     """
     compiler: Any = sys.modules.get("torch._dynamo.eval_frame")
     if compiler is None:
         yield
         return
-    before = compiler._stance
+    block = object()
     try:
-        compiler._set_stance(compiler.DynamoStance("force_eager"))
+        _Eager.blocks.add(block)
+        if compiler._stance is not _Eager.stance:
+            _Eager.before = compiler._stance
+        _Eager.stance = _Eager.stance or compiler.DynamoStance("force_eager")
+        compiler._set_stance(_Eager.stance)
         yield
     finally:
-        compiler._stance = before
+        _Eager.blocks.discard(block)
+        if not _Eager.blocks and compiler._stance is _Eager.stance:
+            compiler._stance = _Eager.before
 
 
 class Uninterrupted:
